@@ -1,0 +1,53 @@
+# `make demo` and `make test` do everything in .venv; they need python3 ≥ 3.11 with venv, and a package index.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+# A torch that the machine has already, and that fits, is used instead of downloading another.
+FITS := from importlib.metadata import version as v; \
+	fits = lambda p, *least: tuple(map(int, v(p).split(".")[:2])) >= least; \
+	print("--system-site-packages" * (fits("torch", 2, 9) and fits("torchvision", 0, 24)))
+SITE = $(shell $(PYTHON) -c '$(FITS)' 2>/dev/null)
+
+.PHONY: demo test test-slow check lint types docs clean
+
+demo: $(VENV)/.installed
+	$(BIN)/trajstore demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+check: lint types test
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy has to see the three packages as they are installed; from here it would see one and report success.
+types: $(VENV)/.installed-test
+	$(BIN)/python tests/check_types.py
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -W -q docs docs/_build/html
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "trajstore needs Python 3.11 or newer; say which with make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(SITE) $(VENV) \
+		|| { rm -rf $(VENV); echo "python3 has no venv; on Debian: apt install python3-venv"; exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing trajstore and what it needs into $(VENV) (torch alone is some GB on Linux) ..."
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.installed
+	@$(PIP) install -e ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis docs/_build

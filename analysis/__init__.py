@@ -1,0 +1,11 @@
+"""Statistics and figures of recorded trajectories, one a file, as functions of a dataset.
+
+>>> from trajstore import analysis
+>>> analysis.tail_variance(ds, "test_loss", window=100)   # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from trajstore.analysis.variance import forward_over_backward, level_variance, step_variance, tail_variance
+
+__all__ = ["forward_over_backward", "level_variance", "step_variance", "tail_variance"]

@@ -1,0 +1,56 @@
+"""`trajstore demo`: record a small experiment, draw it, and say what the variance is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from trajstore.cli.console import print_table, say
+from trajstore.cli.plotting import _check, save
+from trajstore.cli.record import record_with_progress
+
+__all__ = ["demo"]
+
+WINDOW = 100
+
+# The residual sum of squares about a least-squares line, and its ratio of forward to backward.
+VERDICT = f"""
+WITH tail AS (
+    SELECT "order", seed, step, test_loss FROM metrics JOIN runs USING (experiment, "order", seed)
+    WHERE experiment = 'demo' AND step > last_step - {WINDOW}
+), variances AS (
+    SELECT "order", seed, var_samp(test_loss) AS raw,
+           (regr_syy(test_loss, step) - regr_sxy(test_loss, step) ** 2 / regr_sxx(test_loss, step))
+               / (count(*) - 2) AS detrended
+    FROM tail GROUP BY ALL
+)
+SELECT f.seed, f.raw AS "forward", b.raw AS "backward", f.raw / b.raw AS "ratio",
+       f.detrended AS "forward, detrended", b.detrended AS "backward, detrended",
+       f.detrended / b.detrended AS "ratio, detrended"
+FROM variances f JOIN variances b USING (seed)
+WHERE f."order" = 'forward' AND b."order" = 'backward' ORDER BY seed
+"""
+
+
+def demo(
+    store: Annotated[Path, typer.Option(help="Where to record.")] = Path("demo.zarr"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to draw.")] = Path("demo.png"),
+) -> None:
+    """Record forward and backward SGD on a small network, draw both, compare their variance."""
+    _check(output)
+    from trajstore.analysis.figures.learning_curves import draw
+
+    from trajstore.experiment import Experiment
+
+    experiment = Experiment.preset(
+        "fig4", {"name": "demo", "seeds": [0, 1], "steps": 300, "orders": ["forward", "backward"]}
+    )
+    say("A 3×300 ReLU network learns y = x² with batch size 1: forward and backward SGD, 300 steps, 2 seeds.")
+    stored = record_with_progress(experiment, store, resume=True)
+    save(draw(stored.dataset()), output)
+    verdict = stored.store.sql(VERDICT)
+    say(f"Variance of the test loss over the last {WINDOW} steps, forward over backward:\n")
+    print_table(list(verdict.columns), verdict.fetchall())
+    say(f"\nRecorded in {store}, drawn in {output}. Ask it yourself:")
+    say(f"  trajstore sql {store} 'SELECT \"order\", seed, min(test_loss) FROM metrics GROUP BY ALL ORDER BY ALL'")

@@ -1,0 +1,132 @@
+"""`trajstore ls`, `trajstore info` and `trajstore sql`: look into a store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from trajstore.cli.console import human_bytes, print_csv, print_json, print_table, say
+from trajstore.cli.options import JSON, StorePath, _complete_experiment
+
+from trajstore.errors import ConfigurationError
+
+__all__ = ["info", "ls", "sql"]
+
+
+def ls(store: StorePath, json: JSON = False) -> None:
+    """List the experiments of a store."""
+    import trajstore as ts
+
+    opened = ts.open(store)
+    rows: list[dict[str, Any]] = []
+    for name in opened:
+        experiment = opened[name]
+        complete = [slab.complete for slab in experiment.slabs()]
+        rows.append(
+            {
+                "experiment": name,
+                "problem": _kind(experiment.config["problem"]),
+                "operator": _kind(experiment.config["operator"]),
+                "orders": list(experiment.schema.orders),
+                "seeds": len(experiment.schema.seeds),
+                "steps": experiment.schema.steps,
+                "slabs": len(complete),
+                "complete": sum(complete),
+                "bytes": experiment.bytes_on_disk(),
+            }
+        )
+    if json:
+        print_json(rows)
+    elif not rows:
+        say(f"{store}: no experiments yet")
+    else:
+        for row in rows:
+            row["orders"], row["bytes"] = ", ".join(row["orders"]), human_bytes(row["bytes"])
+        print_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def info(
+    store: StorePath,
+    exp: Annotated[str | None, typer.Argument(metavar="[EXP]", autocompletion=_complete_experiment)] = None,
+    json: JSON = False,
+) -> None:
+    """Tell everything about an experiment: configuration, slabs, where it was recorded."""
+    import trajstore as ts
+
+    if exp is None:
+        ls(store, json)
+        return
+    experiment = ts.open(store)[exp]
+    slabs, schema = experiment.slabs(), experiment.schema
+    raw = int(experiment.commits().snapshots.sum()) * schema.layout.size("params") * schema.layout.dtype.itemsize
+    if json:
+        print_json(
+            {
+                **experiment.attributes,
+                "slabs": [vars(s) for s in slabs],
+                "bytes": experiment.bytes_on_disk(),
+                "raw_bytes": raw,
+            }
+        )
+        return
+    config, layout = experiment.config, schema.layout
+    lines = [
+        ("experiment", f"{experiment.name}   {experiment.attributes['config_digest']}"),
+        ("problem", _one_line(config["problem"])),
+        ("operator", _one_line(config["operator"])),
+        ("steps", f"{schema.steps}, states stored at {len(schema.snapshots)} of them"),
+        ("parameters", f"{layout.parameters:,} ({layout.dtype})"),
+        *(("metric", f"{name}: {_examples(number)}") for name, number in schema.metrics.items()),
+        (
+            "size",
+            f"{human_bytes(experiment.bytes_on_disk())} on disk, states {human_bytes(raw)} raw, codec {schema.codec}",
+        ),
+        *(("recorded", _fill_line(fill)) for fill in experiment.attributes["fills"]),
+    ]
+    for label, text in lines:
+        say(f"{label:<12} {text}")
+    say("")
+    init = [seed for _ in schema.orders for seed in schema.init_seeds]
+    rows = [[s.order, s.seed, i, s.last_step, s.complete] for s, i in zip(slabs, init, strict=True)]
+    print_table(["order", "seed", "init seed", "last step", "complete"], rows)
+
+
+def sql(
+    store: StorePath,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="One SELECT on experiments, runs and metrics.")],
+    json: JSON = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Ask a store in SQL: tables `experiments`, `runs`, `metrics`; `"order"` needs its quotes."""
+    import trajstore as ts
+
+    if json and csv:
+        raise ConfigurationError("choose one of --json and --csv")
+    relation = ts.open(store).sql(query)
+    columns, rows = list(relation.columns), relation.fetchall()
+    if json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    elif csv:
+        print_csv(columns, rows)
+    else:
+        print_table(columns, rows)
+
+
+def _examples(number: int | None) -> str:
+    return "exact expectation" if number is None else f"mean over {number} examples"
+
+
+def _fill_line(fill: dict[str, Any]) -> str:
+    where = f"{fill['device']}, {fill['threads']} threads, torch {fill['versions'].get('torch')}"
+    return f"{fill['began']} to {fill['ended']}, {fill['engine']} engine, {where}"
+
+
+def _kind(table: dict[str, Any]) -> str:
+    return str(table.get("function") or table.get("family") or table.get("object"))
+
+
+def _one_line(table: dict[str, Any]) -> str:
+    fields = ", ".join(
+        f"{k} = {_one_line(v) if isinstance(v, dict) else v}" for k, v in table.items() if k not in ("family", "made")
+    )
+    return f"{table.get('family', '')}({fields})"

@@ -1,0 +1,81 @@
+"""Arguments that several commands share, their completion, and how text becomes values."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trajstore.errors import ConfigurationError
+
+__all__ = ["JSON", "ExperimentName", "StorePath", "parse_seeds", "parse_settings"]
+
+
+def _complete_preset(incomplete: str) -> list[str]:
+    folder = Path(__file__).parent
+    for candidate in (folder.parent / "presets", folder.parent / "trajstore" / "presets"):
+        if candidate.is_dir():
+            return [f.stem for f in sorted(candidate.glob("*.toml")) if f.stem.startswith(incomplete)]
+    return []
+
+
+def _complete_experiment(ctx: typer.Context, incomplete: str) -> list[str]:
+    store = Path(ctx.params.get("store") or "")
+    return [f.parent.name for f in sorted(store.glob("*/zarr.json")) if f.parent.name.startswith(incomplete)]
+
+
+def _complete_figure(incomplete: str) -> list[str]:
+    from trajstore.analysis.figures import figure_names
+
+    return [name for name in figure_names() if name.startswith(incomplete)]
+
+
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
+ExperimentName = Annotated[str, typer.Argument(metavar="EXP", autocompletion=_complete_experiment)]
+FigureName = Annotated[str, typer.Argument(metavar="FIGURE", autocompletion=_complete_figure)]
+PresetName = Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_preset)]
+WhatToRecord = Annotated[
+    str, typer.Argument(metavar="PRESET|FILE.toml|module:function", autocompletion=_complete_preset)
+]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read seeds such as '0-4' or '0,2,5-7'."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last - first >= 1_000_000:
+            raise ConfigurationError(f"--seeds {text!r}: {part!r} is not a seed or a range; write '0-4' or '0,2,5'")
+        seeds += range(first, last + 1)
+    return seeds
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """Read 'operator.lr=0.1' into nested tables; values are TOML, or else text."""
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", path.strip()):
+            raise ConfigurationError(f"--set {setting!r}: write FIELD=VALUE, as in operator.lr=0.1")
+        *tables, field = path.strip().split(".")
+        table = changes
+        for name in tables:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigurationError(f"--set {setting!r}: {name!r} was set to a value already")
+        table[field] = _value(value.strip())
+    return changes
+
+
+def _value(text: str) -> Any:  # noqa: ANN401
+    try:
+        parsed: Mapping[str, Any] = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"]

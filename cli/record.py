@@ -1,0 +1,147 @@
+"""`trajstore presets` and `trajstore record`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from trajstore.cli.console import human_bytes, human_seconds, print_json, print_table, progress_bar, say
+from trajstore.cli.options import JSON, PresetName, WhatToRecord, parse_seeds, parse_settings
+
+from trajstore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from trajstore.experiment import Experiment
+    from trajstore.store import StoredExperiment
+
+__all__ = ["presets", "record", "record_with_progress"]
+
+
+def presets(name: PresetName = None, json: JSON = False) -> None:
+    """List the presets, or print one as TOML to start your own from."""
+    from importlib import resources
+
+    from trajstore.experiment import preset_names, preset_table
+
+    if name is not None:
+        table = preset_table(name)
+        text = (resources.files("trajstore.presets") / f"{name}.toml").read_text("utf-8")
+        print_json(table) if json else say(text.rstrip())
+        return
+    tables = [preset_table(known) for known in preset_names()]
+    if json:
+        print_json(tables)
+    else:
+        print_table(["preset", "what it is"], [[t["name"], t["about"]] for t in tables])
+
+
+def record(
+    what: WhatToRecord,
+    store: Annotated[
+        Path | None, typer.Option(help="The store's folder; made if there is none.", show_default=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the store; the preset's by default.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="As in 0-4 or 0,2,5.")] = None,
+    init_seed: Annotated[int | None, typer.Option(help="One start θ₀ for all seeds.")] = None,
+    orders: Annotated[str | None, typer.Option(help="As in forward,backward+backward@1000,backward/100.")] = None,
+    steps: Annotated[int | None, typer.Option(help="The last step.")] = None,
+    record_every: Annotated[int | None, typer.Option(help="Compute and measure every k-th iterate.")] = None,
+    snapshot_every: Annotated[int | None, typer.Option(help="Store the state of every k-th step.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change any field, as in operator.lr=0.1; repeatable."),
+    ] = None,
+    engine: Annotated[Literal["auto", "reference"], typer.Option(help="What computes the iterates.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where they are computed.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on: skip complete slabs, redo the others.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will take.")] = False,
+    json: JSON = False,
+) -> None:
+    """Record an experiment: a preset, a TOML file, or what a function of yours returns."""
+    experiment = _experiment(
+        what,
+        {
+            "name": name, "seeds": parse_seeds(seeds) if seeds is not None else None, "init_seed": init_seed,
+            "orders": orders.split(",") if orders is not None else None, "steps": steps,
+        },
+        {"every": record_every, "snapshot_every": snapshot_every},
+        parse_settings(set_ or []),
+    )  # fmt: skip
+    if dry_run:
+        _dry_run(experiment, device, json)
+        return
+    if store is None:
+        raise ConfigurationError("say where to record: --store PATH (or --dry-run to see what it takes)")
+    stored = record_with_progress(experiment, store, resume=resume, device=device)
+    slabs = stored.slabs()
+    if json:
+        print_json({"experiment": stored.name, "slabs": len(slabs), "bytes": stored.bytes_on_disk()})
+    else:
+        say(f"{stored.name}: {len(slabs)} slabs complete, {human_bytes(stored.bytes_on_disk())} in {store}")
+
+
+def record_with_progress(
+    experiment: Experiment,
+    store: Path,
+    *,
+    resume: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> StoredExperiment:
+    """Record, with a bar on a terminal."""
+    from trajstore.engine.walk import applications
+    from trajstore.recording import run
+
+    total = applications(experiment.orders, experiment.steps, experiment.grid) * len(experiment.seeds)
+    with progress_bar(total, experiment.name) as progress:
+        return run(experiment, store, resume=resume, device=device, progress=progress)
+
+
+def _experiment(what: str, fields: dict[str, Any], recorded: dict[str, Any], settings: dict[str, Any]) -> Experiment:
+    from trajstore.configuration import merge
+    from trajstore.experiment import Experiment, preset_table, read_toml
+
+    changes = {key: value for key, value in fields.items() if value is not None}
+    if any(value is not None for value in recorded.values()):
+        changes["record"] = {key: value for key, value in recorded.items() if value is not None}
+    changes = merge(changes, settings)
+    if what.endswith(".toml"):
+        return Experiment.of(merge(read_toml(Path(what)), changes))
+    if ":" in what:
+        return _from_function(what, changes)
+    return Experiment.of(merge(preset_table(what), changes))
+
+
+def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
+    from trajstore.configuration import merge
+    from trajstore.experiment import Experiment
+    from trajstore.problems.factory import load_object
+
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+    made = load_object(reference)()
+    if isinstance(made, Experiment):
+        if isinstance(made.problem, object) and "problem" in changes:
+            raise ConfigurationError(f"{reference!r} makes the whole experiment; change its problem there")
+        plain = made.config() | {"problem": made.problem, "operator": made.operator}
+        return Experiment.of(merge(plain, changes)) if changes else made
+    name = reference.rpartition(":")[2].replace("_", "-")
+    return Experiment.of(merge({"name": name, "problem": {"family": "factory", "function": reference}}, changes))
+
+
+def _dry_run(experiment: Experiment, device: Literal["auto", "cpu", "cuda"], json: bool) -> None:
+    from dataclasses import asdict
+
+    from trajstore.recording import cost
+
+    takes = cost(experiment, device)
+    if json:
+        print_json({"experiment": experiment.name, **asdict(takes)})
+        return
+    bound = "" if takes.exact else "at most "
+    say(f"{experiment.name}: {len(experiment.orders)} orders × {len(experiment.seeds)} seeds, {experiment.steps} steps")
+    say(f"operator applications  {bound}{takes.applications:,}")
+    say(f"iterates measured      {takes.iterates:,}")
+    say(f"states stored          {takes.snapshots:,}, {human_bytes(takes.raw_bytes)} before lossless compression")
+    say(f"time                   {bound}about {human_seconds(takes.seconds)} here, with the reference engine")

@@ -1,0 +1,64 @@
+"""trajstore: a trajectory store for training dynamics.
+
+::
+
+    import trajstore as ts
+
+    store = ts.open("runs.zarr")
+    ds = store["fig4"].dataset()
+    store.sql('SELECT "order", seed, min(test_loss) FROM metrics GROUP BY ALL')
+    ts.run(ts.Experiment.preset("quadratic"), "runs.zarr")
+
+Names are imported when they are first used, so that `import trajstore` loads neither torch nor zarr.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trajstore.errors import TrajstoreError
+    from trajstore.experiment import Experiment, Record
+    from trajstore.orders import Order
+    from trajstore.problems._module import ModuleProblem
+    from trajstore.recording import cost, run
+    from trajstore.store import Store, StoredExperiment, open
+
+__all__ = [
+    "Experiment",
+    "ModuleProblem",
+    "Order",
+    "Record",
+    "Store",
+    "StoredExperiment",
+    "TrajstoreError",
+    "cost",
+    "open",
+    "run",
+]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Experiment": "experiment",
+    "ModuleProblem": "problems._module",
+    "Order": "orders",
+    "Record": "experiment",
+    "Store": "store",
+    "StoredExperiment": "store",
+    "TrajstoreError": "errors",
+    "cost": "recording",
+    "open": "store",
+    "run": "recording",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name in _HOME:
+        return getattr(import_module(f"trajstore.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'trajstore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,87 @@
+"""Everything trajstore raises on purpose.
+
+::
+
+    TrajstoreError
+    ├── ConfigurationError (ValueError)     what was asked for makes no sense: fix the request
+    │   └── OrderError                      an order label that does not parse or does not fit
+    ├── NotFoundError (KeyError)            a store, experiment, slab, step or metric that is not there
+    ├── ConflictError (ValueError)          the experiment exists already and differs, or may not be redone
+    ├── BusyError (RuntimeError)            another process is writing what you want to write
+    ├── FormatError (ValueError)            the store is damaged, of a newer format, or no store at all
+    ├── QueryError (ValueError)             an SQL statement that is wrong or not allowed
+    └── StatisticError (ValueError)         too little data for the number that was asked for
+
+Each message is one line that says what happened, to which experiment, order, seed and step where
+there are such, and what to do now.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BusyError",
+    "ConfigurationError",
+    "ConflictError",
+    "FormatError",
+    "NotFoundError",
+    "OrderError",
+    "QueryError",
+    "StatisticError",
+    "TrajstoreError",
+    "choices",
+]
+
+
+class TrajstoreError(Exception):
+    """The root: catch this to catch all of them."""
+
+
+class ConfigurationError(TrajstoreError, ValueError):
+    """A request that makes no sense as it stands."""
+
+
+class OrderError(ConfigurationError):
+    """An order label that does not parse, or does not fit the experiment."""
+
+
+class NotFoundError(TrajstoreError, KeyError):
+    """Something that was named does not exist."""
+
+    # KeyError prints the repr of its argument, which would put quotes around a sentence.
+    __str__ = Exception.__str__
+
+
+class ConflictError(TrajstoreError, ValueError):
+    """What is already stored contradicts what was asked for."""
+
+
+class BusyError(TrajstoreError, RuntimeError):
+    """Another process holds the lock."""
+
+
+class FormatError(TrajstoreError, ValueError):
+    """Not a store, or one that this version cannot read."""
+
+
+class QueryError(TrajstoreError, ValueError):
+    """SQL that is wrong, or that would do more than read this store."""
+
+
+class StatisticError(TrajstoreError, ValueError):
+    """A statistic that the data cannot support."""
+
+
+def choices(name: str, known: Iterable[str]) -> str:
+    """Finish an error message: the nearest known name, or all of them.
+
+    >>> choices("forwrd", ["forward", "backward"])
+    "did you mean 'forward'?"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return "there is " + ", ".join(names) if names else "there is none"

@@ -1,0 +1,193 @@
+"""The experiment: problem + operator + steps + orders + seeds + what to record.
+
+>>> experiment = Experiment.preset("quadratic", {"steps": 20})
+>>> experiment.name, [str(order) for order in experiment.orders]
+('quadratic', ['forward', 'backward'])
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trajstore.configuration import check_fields, describe, merge
+from trajstore.errors import ConfigurationError, choices
+from trajstore.operators import Operator
+from trajstore.orders import Order
+from trajstore.problems import LiveProblem, Problem
+from trajstore.storage.codecs import Codec
+
+__all__ = ["Experiment", "Record", "check_name", "preset_names", "preset_table", "read_toml"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is recorded. Step 0 and the last step always are."""
+
+    every: int = 1
+    """Compute and measure every k-th iterate."""
+    snapshot_every: int | None = None
+    """Store the state of every k-th step, a multiple of `every`; None: of every recorded step."""
+    optimizer_state: bool = False
+    """Store the optimizer's memory with each snapshot."""
+    sketch: int = 128
+    """Components of the sketch, a power of two."""
+    codec: Codec = "pcodec"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigurationError(f"record: every is {self.every}; it must be at least 1")
+        if self.snapshot_every is not None and (self.snapshot_every < 1 or self.snapshot_every % self.every):
+            raise ConfigurationError(
+                f"record: snapshot_every is {self.snapshot_every}; it must be a multiple of every = {self.every}, "
+                "since only iterates that are computed can be stored"
+            )
+        if self.sketch < 1 or self.sketch & (self.sketch - 1):
+            raise ConfigurationError(f"record: sketch is {self.sketch}; it must be a power of two")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recording to be made, whole: equal experiments give equal bytes on one machine."""
+
+    name: str
+    problem: Problem
+    operator: Operator
+    steps: int
+    orders: tuple[Order, ...] = (Order.parse("forward"), Order.parse("backward"))
+    seeds: tuple[int, ...] = (0,)
+    init_seed: int | None = None
+    """One θ₀ for all seeds; None: each seed starts from its own."""
+    record: Record = field(default_factory=Record)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if self.steps < 1:
+            raise ConfigurationError(f"steps is {self.steps}; it must be at least 1")
+        for what, values in (("orders", self.orders), ("seeds", self.seeds)):
+            if not values or len(set(values)) != len(values):
+                raise ConfigurationError(
+                    f"{what} must be given, each once; got {', '.join(map(str, values)) or 'none'}"
+                )
+        for seed in (*self.seeds, self.init_seed or 0):
+            if not 0 <= seed < 2**63:
+                raise ConfigurationError(f"seed {seed} must be a whole number from 0 to 2^63 − 1")
+        for order in self.orders:
+            order.check(self.steps, list(self.metrics) if order.metrics else [])
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> Experiment:
+        """Build an experiment from plain data, as a TOML file holds it.
+
+        A ``preset`` in the table is what the rest is laid over.
+        """
+        if "preset" in table:
+            table = merge(preset_table(table["preset"]), {k: v for k, v in table.items() if k != "preset"})
+        given = {key: value for key, value in table.items() if key not in ("orders", "record", "about")}
+        if "orders" in table:
+            given["orders"] = tuple(o if isinstance(o, Order) else Order.parse(str(o)) for o in table["orders"])
+        if isinstance(record := table.get("record"), Mapping):
+            given["record"] = Record(**check_fields("record", Record, record))
+        elif record is not None:
+            given["record"] = record
+        plain = {k: v for k, v in given.items() if k in ("name", "steps", "seeds", "init_seed", "problem", "operator")}
+        unchecked = {k: v for k, v in given.items() if k in ("orders", "record")}
+        for name in given.keys() - plain.keys() - unchecked.keys():
+            raise ConfigurationError(
+                f"an experiment has no field {name!r}; {choices(name, [f.name for f in fields(cls)])}"
+            )
+        for name in ("name", "problem", "operator", "steps"):
+            if name not in given:
+                raise ConfigurationError(f"an experiment needs {name}")
+        return cls(**check_fields("experiment", cls, plain), **unchecked)
+
+    @classmethod
+    def preset(cls, name: str, changes: Mapping[str, Any] | None = None) -> Experiment:
+        """Return a preset with some fields changed."""
+        return cls.of(merge(preset_table(name), changes or {}))
+
+    @cached_property
+    def grid(self) -> tuple[int, ...]:
+        """The recorded steps."""
+        return _every(self.record.every, self.steps)
+
+    @cached_property
+    def snapshots(self) -> tuple[int, ...]:
+        """The steps whose state is stored."""
+        return _every(self.record.snapshot_every or self.record.every, self.steps)
+
+    @property
+    def init_seeds(self) -> tuple[int, ...]:
+        """The init seed of each seed."""
+        return tuple(seed if self.init_seed is None else self.init_seed for seed in self.seeds)
+
+    @cached_property
+    def live(self) -> LiveProblem:
+        """The problem on the CPU."""
+        return self.problem.build(torch.device("cpu"))
+
+    @property
+    def metrics(self) -> Mapping[str, int | None]:
+        """Metric → examples that it averages."""
+        return self.live.examples
+
+    def config(self) -> dict[str, Any]:
+        """Return the experiment as the plain data that is stored with it."""
+        return {
+            "name": self.name,
+            "problem": describe(self.problem),
+            "operator": describe(self.operator),
+            "steps": self.steps,
+            "orders": [str(order) for order in self.orders],
+            "seeds": list(self.seeds),
+            "init_seed": self.init_seed,
+            "record": {f.name: getattr(self.record, f.name) for f in fields(self.record)},
+        }
+
+
+def check_name(name: str) -> None:
+    """Refuse an experiment name that could leave its place in the store."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or ".." in name:
+        raise ConfigurationError(
+            f"experiment name {name!r}: use up to 100 letters, digits, '-', '_' and single '.', "
+            "beginning with a letter or digit"
+        )
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("trajstore.presets").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def preset_table(name: str) -> dict[str, Any]:
+    """Return a preset as plain data."""
+    if name not in preset_names():
+        raise ConfigurationError(f"unknown preset {name!r}; {choices(name, preset_names())}")
+    return {"name": name} | tomllib.loads((resources.files("trajstore.presets") / f"{name}.toml").read_text("utf-8"))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read an experiment file; its name without the ending is the experiment's unless it says otherwise."""
+    try:
+        return {"name": path.stem} | tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from None
+
+
+def _every(k: int, steps: int) -> tuple[int, ...]:
+    regular: Sequence[int] = range(0, steps + 1, k)
+    return (*regular, steps) if steps % k else tuple(regular)

@@ -1,0 +1,285 @@
+"""The SQL view: DuckDB over an index that is only a cache.
+
+One Parquet file a slab holds its committed metrics, one file a store its experiments and runs. A file's name
+carries the digest of what it was made from, so that a refresh writes what was committed since and nothing
+else. The index lies in the folder beside the store, or in the user's cache where that cannot be written.
+
+A query is one SELECT (or EXPLAIN of one), on a connection that reads the index, nothing else, and whose
+settings are locked. Unmeasured is NULL, diverged is NaN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import duckdb
+import numpy as np
+import pandas as pd
+import zarr
+from numpy.typing import NDArray
+
+from trajstore.errors import QueryError
+from trajstore.store import Store, StoredExperiment
+
+__all__ = ["query_store"]
+
+_INDEX_VERSION = 1
+_METRICS_COLUMNS = {
+    "experiment": "VARCHAR",
+    "order": "VARCHAR",
+    "seed": "BIGINT",
+    "step": "BIGINT",
+    "leg": "BIGINT",
+}
+
+
+def query_store(store: Store, query: str) -> duckdb.DuckDBPyRelation:
+    """Run one SELECT on a store's tables."""
+    _ = store.root  # a clear error, if this is no store
+    connection = _confined(_refresh(store))
+    _refuse_unless_reading(query)
+    try:
+        relation = connection.sql(query)
+    except duckdb.Error as error:
+        raise _wrong(error) from None
+    if relation is None:
+        raise QueryError("the statement gives no rows; ask with SELECT")
+    return relation
+
+
+def _refuse_unless_reading(query: str) -> None:
+    try:
+        statements = duckdb.extract_statements(query)
+    except duckdb.Error as error:
+        raise _wrong(error) from None
+    if len(statements) != 1:
+        raise QueryError(f"give one statement; this has {len(statements)}")
+    kind = statements[0].type
+    if kind == duckdb.StatementType.EXPLAIN:
+        # EXPLAIN ANALYZE runs what it explains, so that has to be a SELECT as well.
+        explained = re.sub(r"(?is)^\s*explain\s+(analyze\s+)?(\([^)]*\)\s*)?", "", statements[0].query)
+        _refuse_unless_reading(explained)
+    elif kind != duckdb.StatementType.SELECT:
+        raise QueryError(f"only SELECT is possible here, not {kind.name}; a store is changed by recording")
+
+
+def _wrong(error: duckdb.Error) -> QueryError:
+    text = " ".join(str(error).split("\n\nLINE")[0].split())
+    if re.search(r'at or near "order"', text):
+        text += '; order is a word of SQL: write it as "order"'
+    return QueryError(text)
+
+
+def _confined(index: Path) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
+    for table in ("experiments", "runs", "metrics"):
+        files = sorted(str(f) for f in (index / table).rglob("*.parquet"))
+        listed = ", ".join(_literal(f) for f in files)
+        connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet([{listed}], union_by_name = true)")
+    connection.execute(f"SET allowed_directories = [{_literal(str(index))}]")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+    return connection
+
+
+def _refresh(store: Store) -> Path:
+    """Bring the index up to date, and return its folder."""
+    index = _index_folder(store)
+    experiments = [store[name] for name in store]
+    wanted: set[Path] = set()
+    parts: list[tuple[StoredExperiment, list[dict[str, Any]]]] = []
+    for experiment in experiments:
+        commits = experiment.commits()
+        rows = []
+        for i, order in enumerate(experiment.schema.orders):
+            for k, seed in enumerate(experiment.schema.seeds):
+                stamp = _stamp(experiment.attributes["config_digest"], commits.records[i, k].tobytes())
+                file = index / "metrics" / experiment.name / f"{quote(order, safe='')}.{seed}.{stamp}.parquet"
+                wanted.add(file)
+                if not file.exists():
+                    _write_slab(file, experiment, order, seed, i, k, commits.steps[i, k])
+                rows.append(
+                    {
+                        "order": order, "seed": seed,
+                        "init_seed": experiment.schema.init_seeds[k], "data_seed": experiment.schema.data_seeds[k],
+                        "last_step": int(commits.last_step[i, k]), "complete": bool(commits.complete[i, k]),
+                    }
+                )  # fmt: skip
+        parts.append((experiment, rows))
+    for table, records in _tables(parts).items():
+        text = json.dumps(records, sort_keys=True)
+        file = index / table / f"{_stamp(text)}.parquet"
+        wanted.add(file)
+        if not file.exists():
+            _write_records(file, records, _EMPTY[table])
+    empty = index / "metrics" / "empty.parquet"  # gives the columns, when nothing is recorded yet
+    wanted.add(empty)
+    if not empty.exists():
+        columns = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in _METRICS_COLUMNS.items())
+        _copy(duckdb.connect(), f"SELECT {columns} WHERE false", empty)
+    for file in index.rglob("*.parquet"):
+        if file not in wanted:
+            file.unlink(missing_ok=True)
+    return index
+
+
+def _write_slab(
+    file: Path, experiment: StoredExperiment, order: str, seed: int, i: int, k: int, steps: NDArray[np.bool_]
+) -> None:
+    def values(name: str) -> NDArray[Any]:
+        array = experiment.group[name]
+        assert isinstance(array, zarr.Array)
+        return np.asarray(array[i, k])[steps]
+
+    measured = values("measured")
+    columns: dict[str, NDArray[Any]] = {"step": np.flatnonzero(steps), "leg": values("leg")}
+    selected = [
+        _literal(experiment.name) + " AS experiment",
+        _literal(order) + ' AS "order"',
+        f"{seed}::BIGINT AS seed",
+        "step",
+        "leg",
+    ]
+    for bit, metric in enumerate(experiment.schema.metrics):
+        column = values(metric)
+        # DuckDB reads NaN in a DataFrame as NULL, so both states travel apart.
+        columns[f"v{bit}"], columns[f"m{bit}"], columns[f"n{bit}"] = (
+            column,
+            measured >> bit & 1,
+            np.isnan(column),
+        )
+        selected.append(
+            f"CASE WHEN m{bit} = 0 THEN NULL WHEN n{bit} THEN 'NaN'::DOUBLE ELSE v{bit} END AS {_identifier(metric)}"
+        )
+    connection = duckdb.connect()
+    connection.register("slab", pd.DataFrame(columns))
+    _copy(connection, f"SELECT {', '.join(selected)} FROM slab ORDER BY step", file)
+
+
+def _tables(
+    parts: Iterable[tuple[StoredExperiment, list[dict[str, Any]]]],
+) -> dict[str, list[dict[str, Any]]]:
+    experiments, runs = [], []
+    for experiment, slabs in parts:
+        config = experiment.config
+        row = {
+            "experiment": experiment.name,
+            "problem": _kind(config["problem"]),
+            "operator": _kind(config["operator"]),
+            "steps": config["steps"],
+            "orders": config["orders"],
+            "seeds": config["seeds"],
+            "parameters": experiment.schema.layout.parameters,
+            "config_digest": experiment.attributes["config_digest"],
+            "config": json.dumps(config),
+        }
+        experiments.append(row)
+        hyper = _hyperparameters(config)
+        shared = {key: row[key] for key in ("experiment", "problem", "operator", "steps")}
+        runs += [{**shared, **slab, **{k: v for k, v in hyper.items() if k not in shared | slab}} for slab in slabs]
+    return {"experiments": experiments, "runs": runs}
+
+
+_EMPTY = {
+    "experiments": "experiment VARCHAR, problem VARCHAR, operator VARCHAR, steps BIGINT, orders VARCHAR[], "
+    "seeds BIGINT[], parameters BIGINT, config_digest VARCHAR, config VARCHAR",
+    "runs": 'experiment VARCHAR, problem VARCHAR, operator VARCHAR, steps BIGINT, "order" VARCHAR, seed BIGINT, '
+    "init_seed BIGINT, data_seed BIGINT, last_step BIGINT, complete BOOLEAN",
+}
+
+
+def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten the fields of problem and operator; a name that both use gets its owner in front."""
+    tables = {owner: _leaves(config[owner]) for owner in ("operator", "problem")}
+    shared = reduce(set.intersection, (set(t) for t in tables.values()))
+    return {
+        f"{owner}_{name}" if name in shared else name: value
+        for owner, table in tables.items()
+        for name, value in table.items()
+    }
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            if "family" in value:
+                leaves[prefix + key] = value["family"]
+            leaves |= _leaves(value, f"{prefix}{key}_")
+        elif key != "family":
+            leaves[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+    return leaves
+
+
+def _kind(table: Mapping[str, Any]) -> str:
+    return str(table.get("function") or table.get("family") or table.get("object"))
+
+
+def _write_records(file: Path, records: list[dict[str, Any]], declared: str) -> None:
+    connection = duckdb.connect()
+    connection.execute(f"CREATE TABLE t ({declared})")
+    known = set(re.findall(r'"?(\w+)"? [A-Z]+', declared))
+    types: dict[str, str] = {}
+    for record in records:
+        for key, value in record.items():
+            if key not in known and value is not None:
+                types[key] = _wider(types.get(key), value)
+    for name, kind in types.items():
+        connection.execute(f"ALTER TABLE t ADD COLUMN {_identifier(name)} {kind}")
+    for record in records:
+        present = {key: value for key, value in record.items() if value is not None}
+        text = {k: str(v) if types.get(k) == "VARCHAR" else v for k, v in present.items()}
+        names = ", ".join(_identifier(key) for key in text)
+        connection.execute(f"INSERT INTO t ({names}) VALUES ({', '.join('?' * len(text))})", list(text.values()))
+    _copy(connection, "SELECT * FROM t", file)
+
+
+def _wider(kind: str | None, value: Any) -> str:  # noqa: ANN401
+    own = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE"}.get(type(value), "VARCHAR")
+    if kind is None or kind == own:
+        return own
+    return "DOUBLE" if {kind, own} == {"BIGINT", "DOUBLE"} else "VARCHAR"
+
+
+def _copy(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> None:
+    """Write a query's rows to a file that appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{uuid.uuid4().hex}.partial")
+    connection.execute(f"COPY ({query}) TO {_literal(str(partial))} (FORMAT parquet)")
+    partial.replace(file)
+
+
+def _index_folder(store: Store) -> Path:
+    own = store.companion / "index"
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        if os.access(own, os.W_OK):
+            return own
+    except OSError:
+        pass  # a read-only place: the user's cache serves as well
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "trajstore" / "index" / _stamp(str(store.path.resolve()))
+
+
+def _stamp(*parts: str | bytes) -> str:
+    digest = hashlib.sha256(str(_INDEX_VERSION).encode())
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.encode())
+    return digest.hexdigest()[:16]
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

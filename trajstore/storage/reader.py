@@ -1,0 +1,81 @@
+"""What of an experiment counts: the commit records, read as masks over steps and snapshots.
+
+Arrays may hold more than was committed, for example while a run is being written; everything that shows data
+to a person goes through here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from trajstore.errors import FormatError
+from trajstore.storage.schema import Schema
+
+__all__ = ["Commits"]
+
+
+@dataclass(frozen=True)
+class Commits:
+    """The commit records of an experiment at one moment."""
+
+    schema: Schema
+    records: NDArray[np.int64]
+    """(order, seed, segment, field)."""
+    leg: NDArray[np.int64]
+    """(order, seed, step): ≥ 0 where an iterate was recorded."""
+
+    @classmethod
+    def of(cls, group: zarr.Group, schema: Schema) -> Commits:
+        """Read the records first and the data after: what they vouch for is then on disk."""
+        records = _values(group, "committed")
+        return cls(schema, records, _values(group, "leg"))
+
+    @cached_property
+    def steps(self) -> NDArray[np.bool_]:
+        """(order, seed, step): recorded and committed."""
+        recorded = self.leg >= 0
+        starts = self.schema.segment_starts
+        before = np.concatenate(
+            [np.zeros_like(recorded[..., :1], dtype=np.int64), np.cumsum(recorded, axis=-1)], axis=-1
+        )
+        rank = before[..., :-1] - np.repeat(before[..., starts], self._widths, axis=-1)  # within its segment
+        counts = np.repeat(np.maximum(self.records[..., 0], 0), self._widths, axis=-1)
+        return np.asarray(recorded & (rank < counts))
+
+    @cached_property
+    def snapshots(self) -> NDArray[np.bool_]:
+        """(order, seed, snapshot): stored and committed."""
+        per_segment = self.schema.snapshots_per_segment
+        position = np.arange(len(self.schema.snapshots))
+        counts = np.repeat(np.maximum(self.records[..., 1], 0), per_segment, axis=-1)[..., : len(position)]
+        return np.asarray(position % per_segment < counts)
+
+    @property
+    def complete(self) -> NDArray[np.bool_]:
+        """(order, seed): every step up to the last one counts."""
+        return np.asarray(self.steps[..., -1] & self.snapshots.all(axis=-1))
+
+    @property
+    def last_step(self) -> NDArray[np.int64]:
+        """(order, seed): the last committed step, −1 where there is none."""
+        any_step = self.steps.any(axis=-1)
+        last = self.steps.shape[-1] - 1 - np.argmax(self.steps[..., ::-1], axis=-1)
+        return np.where(any_step, last, -1)
+
+    @cached_property
+    def _widths(self) -> NDArray[np.int64]:
+        """Steps of each segment."""
+        return np.diff(self.schema.segment_starts, append=self.schema.steps + 1)
+
+
+def _values(group: zarr.Group, name: str) -> NDArray[Any]:
+    array = group.get(name)
+    if not isinstance(array, zarr.Array):
+        raise FormatError(f"experiment {group.basename!r}: array {name!r} is missing; the store is damaged")
+    return np.asarray(array[...])

@@ -1,0 +1,256 @@
+"""The schema of one experiment: which arrays there are, their dimensions, chunks and attributes.
+
+`declare` alone decides shapes. It creates every array at its full size; chunks that nobody wrote cost
+nothing. The group's ``trajstore`` attribute is written last: a group without it was never declared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+from trajstore.errors import FormatError
+from trajstore.storage.codecs import Codec, chunk_codecs
+from trajstore.storage.digest import SegmentDigest, config_digest
+from trajstore.storage.layout import Layout
+
+__all__ = ["COMMIT_FIELDS", "FORMAT", "ArraySpec", "Schema", "check_format", "declare"]
+
+FORMAT = 1
+COMMIT_FIELDS = ("steps", "snapshots", *(f"digest_{k}" for k in range(SegmentDigest.WORDS)))
+
+_PARAM_CHUNK = 65_536
+_SERIES_CHUNK = 4_096
+_SEGMENT_CHUNK = 1_024
+_SEGMENT_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the schema."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    chunks: tuple[int, ...]
+    fill: float | int
+    about: str
+    attributes: Mapping[str, Any]
+    kind: Literal["params", "plain"] = "plain"
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Everything that determines the arrays of an experiment."""
+
+    orders: tuple[str, ...]
+    seeds: tuple[int, ...]
+    init_seeds: tuple[int, ...]
+    data_seeds: tuple[int, ...]
+    steps: int
+    snapshots: tuple[int, ...]
+    """The steps with a snapshot, increasing, from 0 to `steps`."""
+    layout: Layout
+    metrics: Mapping[str, int | None]
+    """Metric → examples it averages, None for an exact expectation. The order is that of the bits."""
+    components: int
+    batch_size: int
+    codec: Codec
+    sketch_seed: int = 0
+
+    @cached_property
+    def snapshots_per_segment(self) -> int:
+        """64, more for small states (a chunk of about 4 million numbers), fewer beyond 256 MB."""
+        row = max(1, self.layout.size("params"))
+        wanted = min(max(64, _PARAM_CHUNK * 64 // row), 4_096)
+        return max(1, min(wanted, _SEGMENT_BYTES // (row * self.layout.dtype.itemsize)))
+
+    @property
+    def segments(self) -> int:
+        """How many segments a slab has."""
+        return -(-len(self.snapshots) // self.snapshots_per_segment)
+
+    @cached_property
+    def segment_starts(self) -> NDArray[np.int64]:
+        """The first step of each segment."""
+        return np.array(self.snapshots[:: self.snapshots_per_segment], dtype=np.int64)
+
+    def segment_of(self, step: int) -> int:
+        """Return the segment that a step belongs to."""
+        return int(np.searchsorted(self.segment_starts, step, side="right")) - 1
+
+    def arrays(self) -> list[ArraySpec]:
+        """Return the data arrays."""
+        series, segment = ("order", "seed", "step"), self.snapshots_per_segment
+        floats, counters = self.layout.size("params"), self.layout.size("counters")
+        along = min(_SERIES_CHUNK, self.steps + 1)
+        specs = [
+            ArraySpec(
+                "params", ("order", "seed", "param", "snapshot"), self.layout.dtype.name,
+                (1, 1, min(_PARAM_CHUNK, floats), segment), np.nan,
+                "flat state vectors; the group attribute `layout` names the parts of `param`", {}, "params",
+            ),
+            ArraySpec(
+                "counters", ("order", "seed", "counter", "snapshot"), "int64",
+                (1, 1, max(1, counters), segment), -1, "integers of the state, laid out as `params` is", {},
+            ),
+            ArraySpec(
+                "sketch", ("order", "seed", "step", "component"), "float64",
+                (1, 1, min(512, self.steps + 1), max(1, self.components)), np.nan,
+                "projection of the parameters' difference to step 0",
+                {"seed": self.sketch_seed, "identity": self.components == self.layout.parameters},
+            ),
+            ArraySpec(
+                "leg", series, "int64", (1, 1, along), -1,
+                "start step of the leg that made the iterate; -1 where none was recorded", {},
+            ),
+            ArraySpec(
+                "measured", series, "int64", (1, 1, along), 0,
+                "which metrics were measured, one bit each: tells a diverged NaN from no value",
+                {"flag_masks": [1 << k for k in range(len(self.metrics))], "flag_meanings": " ".join(self.metrics)},
+            ),
+            ArraySpec(
+                "committed", ("order", "seed", "segment", "field"), "int64",
+                (1, 1, _SEGMENT_CHUNK, len(COMMIT_FIELDS)), -1,
+                "per segment, how many recorded steps and snapshots count, and their digest: the truth",
+                {"fields": list(COMMIT_FIELDS)},
+            ),
+        ]  # fmt: skip
+        for name, examples in self.metrics.items():
+            about = "exact expectation" if examples is None else f"mean over {examples} examples"
+            specs.append(ArraySpec(name, series, "float64", (1, 1, along), np.nan, about, {"examples": examples}))
+        if self.batch_size:
+            specs.append(
+                ArraySpec(
+                    "batch_index", ("seed", "batch", "example"), "int64",
+                    (1, min(65_536, self.steps), self.batch_size), -1, "the examples in batch B_i", {},
+                )
+            )  # fmt: skip
+        return specs
+
+    def coordinates(self) -> dict[str, tuple[str, NDArray[Any], str]]:
+        """Return name → (dimension, values, what it is)."""
+        coordinates: dict[str, tuple[str, NDArray[Any], str]] = {
+            "order": ("order", np.array(self.orders, dtype=np.dtypes.StringDType()), "composition order"),
+            "seed": ("seed", np.array(self.seeds, dtype=np.int64), "label of a run"),
+            "init_seed": ("seed", np.array(self.init_seeds, dtype=np.int64), "seed of the start θ₀"),
+            "data_seed": ("seed", np.array(self.data_seeds, dtype=np.int64), "seed of the batch stream"),
+            "step": ("step", np.arange(self.steps + 1), "n of θ_n; for backward legs a chain length"),
+            "snapshot": ("snapshot", np.array(self.snapshots, dtype=np.int64), "step of a stored state"),
+        }
+        if self.batch_size:
+            coordinates["batch"] = ("batch", np.arange(1, self.steps + 1), "i of B_i")
+        return coordinates
+
+    def lengths(self) -> dict[str, int]:
+        """Return the length of every dimension."""
+        return {
+            "order": len(self.orders), "seed": len(self.seeds), "step": self.steps + 1,
+            "snapshot": len(self.snapshots), "param": self.layout.size("params"),
+            "counter": self.layout.size("counters"), "component": self.components,
+            "segment": self.segments, "field": len(COMMIT_FIELDS),
+            "batch": self.steps, "example": self.batch_size,
+        }  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a reader needs beyond the arrays themselves."""
+        return {
+            "snapshots_per_segment": self.snapshots_per_segment,
+            "metrics": dict(self.metrics),
+            "codec": self.codec,
+            "layout": self.layout.to_json(),
+        }
+
+    @classmethod
+    def of(cls, group: zarr.Group) -> Schema:
+        """Read the schema of a declared experiment back."""
+        stored: Any = group.attrs["trajstore"]
+        coordinate = {name: _read(group, name) for name in ("order", "seed", "init_seed", "data_seed", "snapshot")}
+        sketch = group["sketch"]
+        return cls(
+            orders=tuple(map(str, coordinate["order"])),
+            seeds=tuple(map(int, coordinate["seed"])),
+            init_seeds=tuple(map(int, coordinate["init_seed"])),
+            data_seeds=tuple(map(int, coordinate["data_seed"])),
+            steps=int(coordinate["snapshot"][-1]),
+            snapshots=tuple(map(int, coordinate["snapshot"])),
+            layout=Layout.from_json(stored["schema"]["layout"]),
+            metrics=stored["schema"]["metrics"],
+            components=int(sketch.shape[-1]) if isinstance(sketch, zarr.Array) else 0,
+            batch_size=int(batches.shape[-1]) if isinstance(batches := group.get("batch_index"), zarr.Array) else 0,
+            codec=stored["schema"]["codec"],
+        )
+
+
+def declare(
+    root: zarr.Group,
+    name: str,
+    schema: Schema,
+    config: Mapping[str, Any],
+    batch_index: Sequence[NDArray[np.int64]],
+) -> zarr.Group:
+    """Create an experiment with all its arrays. Hold the declaration's lock.
+
+    `batch_index` has one (batch, example) array for each seed.
+    """
+    group = root.create_group(name, overwrite=True)
+    lengths = schema.lengths()
+    for spec in schema.arrays():
+        serializer, compressors = (
+            chunk_codecs(schema.codec) if spec.kind == "params" else (BytesCodec(), [ZstdCodec(level=3), Crc32cCodec()])
+        )
+        group.create_array(
+            spec.name,
+            shape=tuple(lengths[dim] for dim in spec.dims),
+            chunks=spec.chunks,
+            dtype=spec.dtype,
+            fill_value=spec.fill,
+            dimension_names=spec.dims,
+            serializer=serializer,
+            compressors=compressors,
+            attributes={"description": spec.about, **spec.attributes},
+            config={"write_empty_chunks": True},
+        )
+    for label, (dim, values, about) in schema.coordinates().items():
+        array = group.create_array(
+            label, shape=values.shape, dtype=values.dtype, chunks=(max(1, min(len(values), 2**20)),),
+            dimension_names=(dim,), compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            attributes={"description": about},
+        )  # fmt: skip
+        array[...] = values
+    for position, indices in enumerate(batch_index if schema.batch_size else ()):
+        stored = group["batch_index"]
+        assert isinstance(stored, zarr.Array)
+        stored[position] = indices
+    group.attrs["coordinates"] = "init_seed data_seed"  # CF: xarray shows them as coordinates of `seed`
+    group.attrs["trajstore"] = {
+        "format": FORMAT,
+        "config": config,
+        "config_digest": config_digest(config),
+        "schema": schema.to_json(),
+        "fills": [],
+    }
+    return group
+
+
+def check_format(attributes: Mapping[str, Any], where: str) -> None:
+    """Refuse a format that this version does not know."""
+    found = attributes.get("format")
+    if found != FORMAT:
+        raise FormatError(
+            f"{where} has store format {found!r}, this trajstore reads format {FORMAT}; install a newer trajstore"
+        )
+
+
+def _read(group: zarr.Group, name: str) -> NDArray[Any]:
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise FormatError(f"experiment {group.basename!r}: {name!r} is not an array; the store is damaged")
+    return np.asarray(array[...])

@@ -1,0 +1,223 @@
+"""A store and its experiments, as a reader sees them.
+
+>>> store = open("runs.zarr")                  # doctest: +SKIP
+>>> store["fig4"].dataset()                    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+import zarr
+from zarr.errors import GroupNotFoundError
+
+from trajstore.errors import ConfigurationError, FormatError, NotFoundError, choices
+from trajstore.storage.local import DurableStore
+from trajstore.storage.reader import Commits
+from trajstore.storage.schema import FORMAT, Schema, check_format
+
+if TYPE_CHECKING:
+    import duckdb
+    import torch
+    import xarray as xr
+
+__all__ = ["SlabStatus", "Store", "StoredExperiment", "check_writable", "open", "open_root"]
+
+
+def open(path: str | Path) -> Store:
+    """Open a store for reading."""
+    store = Store(path)
+    _ = store.root
+    return store
+
+
+def check_writable(store: Store) -> None:
+    """Refuse a path at which no store can be written, before anything is."""
+    root = store.path
+    if root.exists() and not root.is_dir():
+        raise ConfigurationError(f"{root} is a file; a store is a folder")
+    if root.is_dir() and any(root.iterdir()):
+        if not (root / "zarr.json").exists():
+            raise FormatError(f"{root} is a folder with other things in it and no trajstore; choose another path")
+        _ = store.root
+    existing = next(p for p in (root, *root.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"cannot write to {root}: {existing} is not a folder that you may write to")
+
+
+def open_root(path: str | Path) -> zarr.Group:
+    """Open the root group for writing, creating the store where there is nothing yet."""
+    group = zarr.open_group(DurableStore(path), mode="a", zarr_format=3)
+    if "trajstore" not in group.attrs:
+        group.attrs["trajstore"] = {"format": FORMAT}
+    return group
+
+
+@dataclass(frozen=True)
+class SlabStatus:
+    """How far one (order, seed) is."""
+
+    order: str
+    seed: int
+    last_step: int
+    """−1 where nothing is committed."""
+    complete: bool
+
+
+class Store:
+    """The experiments at a path."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def companion(self) -> Path:
+        """The folder beside the store with locks and the index; losing it loses nothing."""
+        return self.path.with_name(self.path.name + ".traj")
+
+    @property
+    def locks(self) -> Path:
+        """The folder of lock files."""
+        return self.companion / "locks"
+
+    @cached_property
+    def root(self) -> zarr.Group:
+        """The root group, read-only."""
+        if not self.path.exists():
+            raise NotFoundError(f"there is no store at {self.path}; record one, or check the path")
+        try:
+            group = zarr.open_group(DurableStore(self.path, read_only=True), mode="r", zarr_format=3)
+        except (GroupNotFoundError, NotADirectoryError, FileNotFoundError):
+            raise FormatError(f"{self.path} is not a trajstore (it has no Zarr v3 group)") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise FormatError(f"{self.path}: zarr.json is damaged ({error})") from None
+        if "trajstore" not in group.attrs:
+            raise FormatError(f"{self.path} is a Zarr group, but not a trajstore")
+        attributes: Any = group.attrs["trajstore"]
+        check_format(attributes, str(self.path))
+        return group
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(name for name, group in self.root.groups() if "trajstore" in group.attrs))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
+
+    def __getitem__(self, name: str) -> StoredExperiment:
+        group = self.root.get(name) if name and "/" not in name else None
+        if not isinstance(group, zarr.Group) or "trajstore" not in group.attrs:
+            raise NotFoundError(f"no experiment {name!r} in {self.path}; {choices(name, self)}")
+        attributes: Any = group.attrs["trajstore"]
+        check_format(attributes, f"experiment {name!r} in {self.path}")
+        return StoredExperiment(self, group)
+
+    def __repr__(self) -> str:
+        return f"<trajstore {self.path}: {', '.join(self) or 'empty'}>"
+
+    def sql(self, query: str) -> duckdb.DuckDBPyRelation:
+        """Ask the tables `experiments`, `runs` and `metrics` with one SELECT statement."""
+        from trajstore.sql import query_store
+
+        return query_store(self, query)
+
+
+class StoredExperiment:
+    """One experiment of a store."""
+
+    def __init__(self, store: Store, group: zarr.Group) -> None:
+        self.store = store
+        self.group = group
+        self.name = group.basename
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What is stored beside the arrays: configuration, schema, provenance of every fill."""
+        stored: Any = self.group.attrs["trajstore"]
+        return dict(stored)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration."""
+        return dict(self.attributes["config"])
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The shapes, labels and layout."""
+        return Schema.of(self.group)
+
+    def commits(self) -> Commits:
+        """Read the commit records as they are now."""
+        return Commits.of(self.group, self.schema)
+
+    def slabs(self) -> list[SlabStatus]:
+        """Return the status of every (order, seed)."""
+        commits = self.commits()
+        last, complete = commits.last_step, commits.complete
+        return [
+            SlabStatus(order, seed, int(last[i, k]), bool(complete[i, k]))
+            for i, order in enumerate(self.schema.orders)
+            for k, seed in enumerate(self.schema.seeds)
+        ]
+
+    def slab_lock(self, order: str, seed: int) -> Path:
+        """Return the lock file of a slab."""
+        return self.store.locks / self.name / f"{quote(order, safe='')}.{seed}.lock"
+
+    def dataset(self) -> xr.Dataset:
+        """Return a lazy dataset of what is committed."""
+        from trajstore.dataset import dataset
+
+        return dataset(self)
+
+    def arrays(self, *, order: str, seed: int, step: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Return one stored state as named NumPy arrays."""
+        schema = self.schema
+        i = _position(self.name, "order", order, schema.orders)
+        k = _position(self.name, "seed", seed, schema.seeds)
+        at = f"experiment {self.name!r}, order {order!r}, seed {seed}"
+        if step not in schema.snapshots:
+            near = min(schema.snapshots, key=lambda s: abs(s - step))
+            raise NotFoundError(f"{at}: no state is stored for step {step}; the nearest is step {near}")
+        s = schema.snapshots.index(step)
+        if not self.commits().snapshots[i, k, s]:
+            raise NotFoundError(f"{at}: step {step} is not recorded yet; go on with --resume")
+        params, counters = self.group["params"], self.group["counters"]
+        assert isinstance(params, zarr.Array)
+        assert isinstance(counters, zarr.Array)
+        return schema.layout.unflatten(
+            np.asarray(params[i, k, :, s]), np.asarray(counters[i, k, :, s]).astype(np.int64)
+        )
+
+    def state_dict(self, *, order: str, seed: int, step: int) -> dict[str, torch.Tensor]:
+        """Return one stored state for `module.load_state_dict`, strict."""
+        import torch
+
+        dtypes = {
+            e.name: getattr(torch, e.dtype) for e in self.schema.layout.entries if e.role in ("parameter", "buffer")
+        }
+        names = self.schema.layout.tied
+        arrays = self.arrays(order=order, seed=seed, step=step)
+        return {name: torch.from_numpy(a).to(dtypes[names.get(name, name)]) for name, a in arrays.items()}
+
+    def bytes_on_disk(self) -> int:
+        """Return the size of the experiment's files."""
+        return sum(f.stat().st_size for f in (self.store.path / self.name).rglob("*") if f.is_file())
+
+    def __repr__(self) -> str:
+        done = [slab.complete for slab in self.slabs()]
+        return f"<experiment {self.name!r}: {len(done)} slabs, {sum(done)} complete, {self.schema.steps} steps>"
+
+
+def _position(experiment: str, what: str, value: str | int, known: tuple[str, ...] | tuple[int, ...]) -> int:
+    try:
+        return list(known).index(value)
+    except ValueError:
+        hint = choices(str(value), map(str, known))
+        raise NotFoundError(f"experiment {experiment!r} has no {what} {value!r}; {hint}") from None
