@@ -6,16 +6,19 @@ written · 130 interrupted.
 
 from __future__ import annotations
 
-import os
 import sys
+from typing import Any
 
-import click
 import typer
 from trajstore.cli import demo, inspection, plotting, record
 
 from trajstore.errors import BusyError, TrajstoreError
 
 __all__ = ["app", "main"]
+
+_INTERRUPTED = 130
+# The root of what the parser raises. Some releases of typer bring their own click, so it is found by inheritance.
+_CommandLineError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="trajstore",
@@ -38,31 +41,26 @@ app.command("plot")(plotting.plot)
 def main() -> None:
     """Run a command; every foreseeable failure is one line on standard error."""
     try:
-        code = typer.main.get_command(app).main(standalone_mode=False)
-        sys.stdout.flush()
-    except click.exceptions.NoArgsIsHelpError as help_shown:
-        typer.echo(help_shown.format_message(), err=True)
-        code = 2
-    except click.ClickException as error:
-        code = _fail(" ".join(error.format_message().split()), 2)
+        code = typer.main.get_command(app).main(prog_name="trajstore", standalone_mode=False) or 0
+        if code == _INTERRUPTED:
+            _fail("interrupted; what was committed stays, and `record --resume` goes on", code)
+    except _CommandLineError as error:
+        wants_help = type(error).__name__ == "NoArgsIsHelpError"
+        code = _fail(error.format_message(), 2, "" if wants_help else "trajstore: ")
     except BusyError as error:
         code = _fail(str(error), 1)
     except TrajstoreError as error:
         code = _fail(str(error), 2)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except OSError as error:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except MemoryError:
         code = _fail("out of memory", 1)
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; what was committed stays, and `record --resume` goes on", 130)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
 
 
-def _fail(message: str, code: int) -> int:
-    typer.echo(f"trajstore: {message}", err=True)
+def _fail(message: str, code: int, prefix: str = "trajstore: ") -> int:
+    line = message if not prefix else " ".join(message.split())
+    typer.echo(f"{prefix}{line}", err=True)
     return code
 
 

@@ -30,7 +30,7 @@ from trajstore.state import State
 from trajstore.storage.layout import Entry, Layout
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
-from trajstore.storage.schema import Schema, declare
+from trajstore.storage.schema import Schema, declare, segment_length
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import SlabWriter
 from trajstore.store import Store, StoredExperiment, check_writable, open_root
@@ -253,6 +253,7 @@ def _schema(experiment: Experiment, live: Any) -> Schema:  # noqa: ANN401
         components=min(experiment.record.sketch, layout.parameters),
         batch_size=live.batches(experiment.seeds[0]).batch_size,
         codec=experiment.record.codec,
+        snapshots_per_segment=segment_length(layout),
     )
 
 

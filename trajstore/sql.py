@@ -50,7 +50,7 @@ def query_store(store: Store, query: str) -> duckdb.DuckDBPyRelation:
     try:
         relation = connection.sql(query)
     except duckdb.Error as error:
-        raise _wrong(error) from None
+        raise _wrong(error, query) from None
     if relation is None:
         raise QueryError("the statement gives no rows; ask with SELECT")
     return relation
@@ -60,7 +60,7 @@ def _refuse_unless_reading(query: str) -> None:
     try:
         statements = duckdb.extract_statements(query)
     except duckdb.Error as error:
-        raise _wrong(error) from None
+        raise _wrong(error, query) from None
     if len(statements) != 1:
         raise QueryError(f"give one statement; this has {len(statements)}")
     kind = statements[0].type
@@ -72,10 +72,10 @@ def _refuse_unless_reading(query: str) -> None:
         raise QueryError(f"only SELECT is possible here, not {kind.name}; a store is changed by recording")
 
 
-def _wrong(error: duckdb.Error) -> QueryError:
+def _wrong(error: duckdb.Error, query: str) -> QueryError:
     text = " ".join(str(error).split("\n\nLINE")[0].split())
-    if re.search(r'at or near "order"', text):
-        text += '; order is a word of SQL: write it as "order"'
+    if isinstance(error, duckdb.ParserException) and re.search(r'(?i)(?<!["\w])order(?!["\w]|\s+by\b)', query):
+        text += '; order is a word of SQL: write the column as "order"'
     return QueryError(text)
 
 

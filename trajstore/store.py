@@ -47,9 +47,13 @@ def check_writable(store: Store) -> None:
         if not (root / "zarr.json").exists():
             raise FormatError(f"{root} is a folder with other things in it and no trajstore; choose another path")
         _ = store.root
-    existing = next(p for p in (root, *root.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigurationError(f"cannot write to {root}: {existing} is not a folder that you may write to")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        refused = next((f for f in (root, root.absolute().parent) if not os.access(f, os.W_OK | os.X_OK)), None)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write to {root}: {error.strerror}") from None
+    if refused is not None:  # beside the store lie its locks and its index
+        raise ConfigurationError(f"cannot write to {root}: you may not write in {refused}")
 
 
 def open_root(path: str | Path) -> zarr.Group:
@@ -150,7 +154,12 @@ class StoredExperiment:
     @cached_property
     def schema(self) -> Schema:
         """The shapes, labels and layout."""
-        return Schema.of(self.group)
+        try:
+            return Schema.of(self.group)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(
+                f"experiment {self.name!r} in {self.store.path}: its attributes are damaged ({error!r})"
+            ) from None
 
     def commits(self) -> Commits:
         """Read the commit records as they are now."""

@@ -1,8 +1,8 @@
 """Two constant maps, Example 2.4 of the paper: T_i is x₀ for ever or y₀ for ever, a coin decides which.
 
 Written as a finite sum of two examples, L_i(θ) = ½(θ − c_i)² with c_i ∈ {x₀, y₀}: with SGD at learning rate
-1 each T_i is the constant map, exactly so in floating point for values like ±1. At learning rate ½ the
-forward law is uniform between the two (a Bernoulli convolution).
+1 each T_i is the constant map, exactly so in floating point for values on a grid of 2⁻¹⁰, like ±1. At learning
+rate ½ the forward law is uniform between the two (a Bernoulli convolution).
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class _Live:
         self._values = torch.tensor([family.x0, family.y0], dtype=torch_dtype(family.dtype), device=device)
 
     def initial(self, init_seed: int) -> tuple[Tensors, Tensors]:
-        return {"theta": normal_start(init_seed, self._start, 1).to(self._values)}, {}
+        # On a grid of 2⁻¹⁰, θ − (θ − c) is c exactly in either precision, as a constant map should give.
+        theta = (normal_start(init_seed, self._start, 1) * 1024).round() / 1024
+        return {"theta": theta.to(self._values)}, {}
 
     def batches(self, data_seed: int) -> Batches:
         return RowBatches(draws("iid", 2, 1, data_seed), 1, [self._values])

@@ -21,7 +21,7 @@ from trajstore.storage.codecs import Codec, chunk_codecs
 from trajstore.storage.digest import SegmentDigest, config_digest
 from trajstore.storage.layout import Layout
 
-__all__ = ["COMMIT_FIELDS", "FORMAT", "ArraySpec", "Schema", "check_format", "declare"]
+__all__ = ["COMMIT_FIELDS", "FORMAT", "ArraySpec", "Schema", "check_format", "declare", "segment_length"]
 
 FORMAT = 1
 COMMIT_FIELDS = ("steps", "snapshots", *(f"digest_{k}" for k in range(SegmentDigest.WORDS)))
@@ -63,14 +63,8 @@ class Schema:
     components: int
     batch_size: int
     codec: Codec
+    snapshots_per_segment: int
     sketch_seed: int = 0
-
-    @cached_property
-    def snapshots_per_segment(self) -> int:
-        """64, more for small states (a chunk of about 4 million numbers), fewer beyond 256 MB."""
-        row = max(1, self.layout.size("params"))
-        wanted = min(max(64, _PARAM_CHUNK * 64 // row), 4_096)
-        return max(1, min(wanted, _SEGMENT_BYTES // (row * self.layout.dtype.itemsize)))
 
     @property
     def segments(self) -> int:
@@ -165,6 +159,7 @@ class Schema:
             "snapshots_per_segment": self.snapshots_per_segment,
             "metrics": dict(self.metrics),
             "codec": self.codec,
+            "sketch_seed": self.sketch_seed,
             "layout": self.layout.to_json(),
         }
 
@@ -186,7 +181,19 @@ class Schema:
             components=int(sketch.shape[-1]) if isinstance(sketch, zarr.Array) else 0,
             batch_size=int(batches.shape[-1]) if isinstance(batches := group.get("batch_index"), zarr.Array) else 0,
             codec=stored["schema"]["codec"],
+            snapshots_per_segment=stored["schema"]["snapshots_per_segment"],
+            sketch_seed=stored["schema"]["sketch_seed"],
         )
+
+
+def segment_length(layout: Layout) -> int:
+    """Return how many snapshots make a segment.
+
+    64; more for small states, up to a chunk of about 4 million numbers; fewer where they would pass 256 MB.
+    """
+    row = max(1, layout.size("params"))
+    wanted = min(max(64, _PARAM_CHUNK * 64 // row), 4_096)
+    return max(1, min(wanted, _SEGMENT_BYTES // (row * layout.dtype.itemsize)))
 
 
 def declare(

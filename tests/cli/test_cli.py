@@ -1,0 +1,258 @@
+"""The command line, as its users call it: results, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from trajstore.cli.main import main
+from trajstore.cli.options import parse_seeds, parse_settings
+
+import trajstore as ts
+from trajstore.errors import ConfigurationError
+
+SMALL = ["--seeds", "0-1", "--steps", "6", "--set", "problem.width=4", "--set", "problem.points=11"]
+
+
+@pytest.fixture
+def trajstore(monkeypatch, capsys, tmp_path):
+    """Run the program in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trajstore", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        return ended.value.code, told.out, told.err
+
+    return run
+
+
+def test_a_session_from_recording_to_the_figure(trajstore):
+    code, out, err = trajstore("record", "fig4", "--store", "runs.zarr", "--name", "mine", *SMALL)
+    assert (code, err) == (0, "")
+    assert out.startswith("mine: 4 slabs complete")
+
+    code, out, _ = trajstore("ls", "runs.zarr", "--json")
+    (row,) = json.loads(out)
+    assert (row["experiment"], row["slabs"], row["complete"], row["steps"]) == ("mine", 4, 4, 6)
+    code, out, _ = trajstore("ls", "runs.zarr")
+    assert "forward, backward" in out
+
+    code, out, _ = trajstore("info", "runs.zarr", "mine", "--json")
+    told = json.loads(out)
+    assert told["config"]["problem"]["width"] == 4
+    assert len(told["slabs"]) == 4
+    assert told["raw_bytes"] == 4 * 7 * (4 * 2 + 2 * (4 * 5) + 5) * 4
+    code, out, _ = trajstore("info", "runs.zarr", "mine")
+    assert "reference engine" in out
+    assert "mean over 11 examples" in out
+    assert trajstore("info", "runs.zarr")[1] == trajstore("ls", "runs.zarr")[1]
+
+    query = 'SELECT "order", count(*) AS n FROM metrics GROUP BY ALL ORDER BY ALL'
+    code, out, _ = trajstore("sql", "runs.zarr", query, "--json")
+    assert json.loads(out) == [{"order": "backward", "n": 14}, {"order": "forward", "n": 14}]
+    code, out, _ = trajstore("sql", "runs.zarr", query, "--csv")
+    assert list(csv.reader(io.StringIO(out))) == [["order", "n"], ["backward", "14"], ["forward", "14"]]
+    code, out, _ = trajstore("sql", "runs.zarr", query)
+    assert out.splitlines()[2:] == ["backward  14", "forward   14"]
+
+    for ending in ("png", "pdf", "svg"):
+        code, out, _ = trajstore("plot", "runs.zarr", "mine", "learning-curves", "-o", f"figure.{ending}")
+        assert (code, out.strip()) == (0, f"figure.{ending}")
+        assert Path(f"figure.{ending}").stat().st_size > 5000
+
+    code, out, err = trajstore("record", "fig4", "--store", "runs.zarr", "--name", "mine", *SMALL, "--resume")
+    assert (code, err) == (0, "")
+
+
+def test_presets(trajstore):
+    code, out, _ = trajstore("presets")
+    assert code == 0
+    assert {"fig4", "fig5", "fig6", "quadratic", "two-constants"} <= {line.split()[0] for line in out.splitlines()}
+    _, out, _ = trajstore("presets", "--json")
+    assert {t["name"]: t["steps"] for t in json.loads(out)}["fig4"] == 1400
+    _, out, _ = trajstore("presets", "quadratic")
+    Path("mine.toml").write_text(out)
+    assert trajstore("record", "mine.toml", "--steps", "3", "--store", "s.zarr")[0] == 0
+    assert ts.open("s.zarr")["mine"].schema.steps == 3
+
+
+def test_options_override_the_preset(trajstore):
+    arguments = ["--orders", "backward/3,forward", "--init-seed", "4", "--record-every", "2", "--snapshot-every", "4"]
+    settings = ["--set", "operator.family=adam", "--set", "record.codec=portable", "--set", "operator.lr=1e-2"]
+    code, _, err = trajstore("record", "fig5", "--store", "s.zarr", *SMALL, *arguments, *settings)
+    assert (code, err) == (0, "")
+    config = ts.open("s.zarr")["fig5"].config
+    assert config["orders"] == ["backward/3", "forward"]
+    assert config["init_seed"] == 4
+    assert config["record"] == {
+        "every": 2, "snapshot_every": 4, "optimizer_state": False, "sketch": 128, "codec": "portable"
+    }  # fmt: skip
+    assert (config["operator"]["family"], config["operator"]["lr"]) == ("adam", 0.01)
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(trajstore):
+    code, out, _ = trajstore("record", "fig4", *SMALL, "--dry-run", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["applications"] == 2 * (6 + 21)
+    assert told["exact"] is True
+    code, out, _ = trajstore("record", "fig4", *SMALL, "--orders", "backward/2?train_loss", "--dry-run")
+    assert "at most 42" in out
+    assert list(Path().iterdir()) == []
+
+
+def test_your_own_functions(trajstore):
+    Path("mine.py").write_text(
+        "import torch, trajstore as ts\nfrom torch import nn\n"
+        "def problem():\n"
+        "    x = torch.linspace(-1, 1, 9)[:, None]\n"
+        "    return ts.ModuleProblem(lambda: nn.Linear(1, 1), nn.functional.mse_loss, (x, x), batch_size=2)\n"
+        "def experiment():\n"
+        "    return ts.Experiment.preset('quadratic', {'steps': 4, 'name': 'theirs'})\n"
+    )
+    code, _, err = trajstore(
+        "record", "mine:problem", "--store", "s.zarr", "--steps", "3", "--set", "operator.family=sgd",
+        "--set", "operator.lr=0.1",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    code, _, err = trajstore("record", "mine:experiment", "--store", "s.zarr", "--seeds", "0")
+    assert (code, err) == (0, "")
+    assert list(ts.open("s.zarr")) == ["problem", "theirs"]
+
+
+BAD = [
+    (["record", "fig44", "--store", "s"], "unknown preset 'fig44'; did you mean 'fig4'?"),
+    (["record", "nothing.toml", "--store", "s"], "cannot read nothing.toml"),
+    (["record", "no_module:f", "--store", "s"], "no module 'no_module'"),
+    (["record", "fig4"], "--store PATH"),
+    (["record", "fig4", "--store", "s", "--orders", "forward,bakward"], "order 'bakward': 'bakward' at character 1"),
+    (["record", "fig4", "--store", "s", "--orders", "backward/9?train_acc"], "no metric 'train_acc'"),
+    (["record", "fig4", "--store", "s", "--orders", "backward+backward@1400"], "the last step is 1400"),
+    (["record", "fig4", "--store", "s", "--steps", "-3"], "steps is -3"),
+    (["record", "fig4", "--store", "s", "--steps", "many"], "Invalid value for '--steps'"),
+    (["record", "fig4", "--store", "s", "--seeds", "a-b"], "'a-b' is not a seed or a range"),
+    (["record", "fig4", "--store", "s", "--seeds", "4-0"], "'4-0' is not a seed or a range"),
+    (["record", "fig4", "--store", "s", "--seeds", ""], "'' is not a seed or a range"),
+    (["record", "fig4", "--store", "s", "--seeds", "1,1"], "each once"),
+    (["record", "fig4", "--store", "s", "--init-seed", "-1"], "seed -1"),
+    (["record", "fig4", "--store", "s", "--record-every", "0"], "every is 0"),
+    (["record", "fig4", "--store", "s", "--name", "../up"], "experiment name '../up'"),
+    (["record", "fig4", "--store", "s", "--name", "a/b"], "experiment name 'a/b'"),
+    (["record", "fig4", "--store", "s", "--name", ".."], "experiment name '..'"),
+    (["record", "fig4", "--store", "s", "--set", "operator.lr"], "write FIELD=VALUE"),
+    (["record", "fig4", "--store", "s", "--set", "operator.rate=1"], "no field 'rate'"),
+    (["record", "fig4", "--store", "s", "--set", "operator.lr=fast"], "operator sgd: lr is 'fast'"),
+    (["record", "fig4", "--store", "s", "--engine", "warp"], "'warp' is not one of"),
+    (["record", "fig4", "--store", "s", "--device", "tpu"], "'tpu' is not one of"),
+    (["record", "fig4", "--store", "s", "--no-such"], "No such option"),
+    (["record"], "Missing argument"),
+    (["record", "fig4", "--store", "a-file"], "is a file"),
+    (["record", "fig4", "--store", "a-file/below"], "cannot write to"),
+    (["record", "fig4", "--store", "/proc/store"], "cannot write to"),
+    (["record", "fig4", "--store", "."], "other things in it"),
+    (["ls", "nowhere"], "there is no store at nowhere"),
+    (["ls", "a-file"], "not a trajstore"),
+    (["ls", "."], "not a trajstore"),
+    (["info", "s.zarr", "nothing"], "no experiment 'nothing'"),
+    (["info", "s.zarr", "../s.zarr"], "no experiment '../s.zarr'"),
+    (["plot", "s.zarr", "quadratic", "fig", "-o", "x.png"], "no figure 'fig'"),
+    (["plot", "s.zarr", "quadratic", "learning-curves", "-o", "x.gif"], "the ending says the format"),
+    (["plot", "s.zarr", "quadratic", "learning-curves", "-o", "no/x.png"], "there is no folder no"),
+    (["plot", "s.zarr", "quadratic", "learning-curves"], "Missing option"),
+    (["sql", "s.zarr", "SELEC 1"], "Parser Error"),
+    (["sql", "s.zarr", "DROP VIEW metrics"], "only SELECT"),
+    (["sql", "s.zarr", "SELECT * FROM read_text('a-file')"], "Permission Error"),
+    (["sql", "s.zarr", "SELECT 1", "--json", "--csv"], "one of --json and --csv"),
+    (["presets", "fig44"], "unknown preset"),
+    (["frobnicate"], "No such command"),
+    (["record", "quadratic", "--store", "s.zarr", "--steps", "5", "--seeds", "0"], "give --resume"),
+    (["record", "quadratic", "--store", "s.zarr", "--steps", "6", "--seeds", "0", "--resume"], "steps: 5 / 6"),
+    (["demo", "-o", "demo.gif"], "the ending says the format"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_a_wrong_request_gets_one_clear_line_and_writes_nothing(trajstore, tmp_path, arguments, says):
+    (tmp_path / "a-file").write_text("x")
+    if "s.zarr" in arguments:
+        ts.run(ts.Experiment.preset("quadratic", {"steps": 5, "seeds": [0]}), tmp_path / "s.zarr")
+        ts.open(tmp_path / "s.zarr").sql("SELECT 1")
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.suffix != ".lock" and f.name != "locks"}
+    code, out, err = trajstore(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("trajstore: ")
+    assert err.count("\n") == 1
+    assert says in err
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.suffix != ".lock" and f.name != "locks"} == before
+
+
+def test_without_arguments_it_shows_its_help(trajstore):
+    code, out, err = trajstore()
+    assert code == 2
+    assert "Usage: trajstore" in out + err
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", [3]), ("0-2", [0, 1, 2]), ("0,4-5, 9", [0, 4, 5, 9])])
+def test_seeds(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+def test_settings():
+    assert parse_settings(["a.b=1", "a.c=[1, 2]", "d=text", 'e="7"']) == {
+        "a": {"b": 1, "c": [1, 2]}, "d": "text", "e": "7"
+    }  # fmt: skip
+    with pytest.raises(ConfigurationError, match="set to a value already"):
+        parse_settings(["a=1", "a.b=2"])
+
+
+def test_ctrl_c_is_one_line_and_what_was_committed_stays(tmp_path):
+    command = [sys.executable, "-m", "trajstore.cli.main", "record", "fig4", "--store", "s.zarr", "--steps", "5000",
+               "--set", "problem.width=4"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("s.zarr/fig4/committed/c/*/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert err == "trajstore: interrupted; what was committed stays, and `record --resume` goes on\n"
+    assert not any(s.complete for s in ts.open(tmp_path / "s.zarr")["fig4"].slabs())
+
+
+def test_progress_is_shown_on_a_terminal_only_and_on_standard_error(tmp_path):
+    command = [sys.executable, "-m", "trajstore.cli.main", "record", "quadratic", "--store", "s.zarr", "--steps", "80"]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=end, stdout=subprocess.PIPE, text=True)
+    os.close(end)
+    shown = b""
+    try:
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    except OSError:
+        pass  # the other end has closed
+    out, _ = process.communicate(timeout=60)
+    os.close(terminal)
+    assert process.returncode == 0
+    assert out == f"quadratic: 10 slabs complete, {out.split('complete, ')[1]}"
+    assert "operator applications" in shown.decode()
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    ts.run(ts.Experiment.preset("quadratic", {"steps": 300, "seeds": [0]}), tmp_path / "s.zarr")
+    shell = f"{sys.executable} -m trajstore.cli.main sql s.zarr 'SELECT * FROM metrics, range(200)' | head -1"
+    told = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    assert told.stderr == ""
+    assert len(told.stdout.splitlines()) == 1

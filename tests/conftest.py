@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trajstore as ts
+
+Record = Callable[..., ts.StoredExperiment]
+
+SMALL_NET = {
+    "name": "net",
+    "problem": {"family": "regression", "width": 8, "depth": 2, "points": 21},
+    "operator": {"family": "sgd", "lr": 0.05},
+    "steps": 12,
+    "seeds": [0, 1],
+}
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    """Record an experiment, given as a preset or a table, into a store of the test's own."""
+
+    def recorded(
+        base: str | dict[str, Any] = SMALL_NET, *, resume: bool = False, **changes: Any
+    ) -> ts.StoredExperiment:
+        if isinstance(base, str):
+            experiment = ts.Experiment.preset(base, changes)
+        else:
+            experiment = ts.Experiment.of({**base, **changes})
+        return ts.run(experiment, tmp_path / "runs.zarr", resume=resume)
+
+    return recorded

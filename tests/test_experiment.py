@@ -1,0 +1,114 @@
+"""Experiments from tables, files and presets; errors that name the field."""
+
+from __future__ import annotations
+
+import pytest
+
+import trajstore as ts
+from trajstore.configuration import build, describe, differences, merge
+from trajstore.errors import ConfigurationError
+from trajstore.experiment import preset_names, read_toml
+from trajstore.operators.adam import Adam
+from trajstore.schedules.cosine import Cosine
+
+PLAIN = {"name": "q", "problem": {"family": "quadratic"}, "operator": {"family": "sgd", "lr": 0.1}, "steps": 5}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_builds_and_describes_itself(name):
+    experiment = ts.Experiment.preset(name)
+    assert experiment.name == name
+    again = ts.Experiment.of(experiment.config())
+    assert again.config() == experiment.config()
+
+
+@pytest.mark.parametrize(
+    ("name", "curve", "lr"), [("fig4", "x^2", 0.05), ("fig5", "cos(10x)", 0.02), ("fig6", "x^3", 0.02)]
+)
+def test_the_papers_presets_have_the_papers_settings(name, curve, lr):
+    config = ts.Experiment.preset(name).config()
+    problem = config["problem"]
+    assert (problem["curve"], config["operator"]["lr"]) == (curve, lr)
+    assert (problem["depth"], problem["width"], problem["points"], problem["batch_size"]) == (3, 300, 101, 1)
+    assert (config["steps"], config["seeds"], config["orders"]) == (1400, [0, 1, 2, 3, 4], ["forward", "backward"])
+
+
+def test_families_nest():
+    operator = build("operator", {"family": "adam", "lr": 0.1, "schedule": {"family": "cosine", "total": 10}})
+    assert operator == Adam(0.1, schedule=Cosine(10))
+    assert build("operator", describe(operator)) == operator
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"problem": {"family": "quadratc"}}, "unknown problem 'quadratc'; did you mean 'quadratic'"),
+        ({"problem": {}}, "problem: say which, as in family = 'regression'"),
+        ({"problem": {"family": "quadratic", "spectrun": [1]}}, "no field 'spectrun'; did you mean 'spectrum'"),
+        ({"problem": {"family": "regression", "width": "wide"}}, "problem regression: width is 'wide'"),
+        ({"problem": {"family": "regression", "curve": "x^4"}}, "curve is 'x\\^4'; input should be 'x\\^2'"),
+        ({"problem": {"family": "quadratic", "spectrum": [1, "a"]}}, r"spectrum\[1\] is 'a'"),
+        ({"operator": {"family": "sgd"}}, "operator sgd needs lr"),
+        ({"operator": {"family": "sgd", "lr": 0.1, "by": "batch"}}, "operator sgd: by is 'batch'"),
+        ({"operator": {"family": "sgd", "lr": 0.1, "schedule": {"family": "cos"}}}, "unknown schedule 'cos'"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1.5}, "experiment: steps is 1.5"),
+        ({"seeds": []}, "seeds must be given"),
+        ({"seeds": [1, 1]}, "each once; got 1, 1"),
+        ({"seeds": [-1]}, "seed -1 must be"),
+        ({"orders": ["forward", "forward"]}, "orders must be given, each once"),
+        ({"orders": ["sideways"]}, "'sideways' at character 1"),
+        ({"orders": ["backward/2?train_accuracy"]}, "no metric 'train_accuracy' to decide on; did you mean|there is"),
+        ({"orders": ["backward+backward@5"]}, "starts at step 5, but the last step is 5"),
+        ({"record": {"every": 0}}, "record: every is 0"),
+        ({"record": {"every": 2, "snapshot_every": 3}}, "a multiple of every = 2"),
+        ({"record": {"sketch": 100}}, "a power of two"),
+        ({"record": {"codec": "gzip"}}, "record: codec is 'gzip'"),
+        ({"name": "a/b"}, "experiment name 'a/b'"),
+        ({"name": "a..b"}, "experiment name 'a..b'"),
+        ({"name": ""}, "experiment name ''"),
+        ({"stepz": 3}, "no field 'stepz'; did you mean 'steps'"),
+        ({"preset": "fig44"}, "unknown preset 'fig44'; did you mean 'fig4'"),
+    ],
+)
+def test_a_wrong_field_is_named(change, says):
+    with pytest.raises(ConfigurationError, match=says) as caught:
+        ts.Experiment.of({**PLAIN, **change})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["name", "problem", "operator", "steps"])
+def test_a_missing_field_is_named(missing):
+    with pytest.raises(ConfigurationError, match=f"an experiment needs {missing}"):
+        ts.Experiment.of({k: v for k, v in PLAIN.items() if k != missing})
+
+
+def test_a_file_may_start_from_a_preset(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('preset = "fig4"\nsteps = 30\n[problem]\nwidth = 10\n[operator]\nfamily = "adam"\n')
+    experiment = ts.Experiment.of(read_toml(file))
+    assert (experiment.name, experiment.steps) == ("mine", 30)
+    assert experiment.config()["problem"]["depth"] == 3
+    assert experiment.config()["operator"]["lr"] == 1e-3  # another family starts from its own defaults
+
+
+@pytest.mark.parametrize(("text", "says"), [("steps = ", "is not TOML"), (None, "cannot read")])
+def test_a_file_that_cannot_be_read_is_named(text, says, tmp_path):
+    file = tmp_path / "x.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigurationError, match=says):
+        read_toml(file)
+
+
+def test_merging_and_differences():
+    base = {"a": {"family": "x", "p": 1, "q": 2}, "b": 3}
+    assert merge(base, {"a": {"p": 5}}) == {"a": {"family": "x", "p": 5, "q": 2}, "b": 3}
+    assert merge(base, {"a": {"family": "y"}}) == {"a": {"family": "y"}, "b": 3}
+    assert differences(base, merge(base, {"a": {"p": 5}, "c": 1})) == ["a.p: 1 / 5", "c: None / 1"]
+    assert differences(base, base) == []
+
+
+def test_what_cannot_be_described_is_refused():
+    with pytest.raises(ConfigurationError, match="cannot describe a builtins:object"):
+        describe({"thing": object()})

@@ -1,0 +1,58 @@
+"""What importing costs: nothing heavy, and torchvision only where images are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+
+def loaded(program: str) -> set[str]:
+    told = subprocess.run(
+        [sys.executable, "-c", f"{program}\nimport sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(told.stdout.split())
+
+
+def test_import_trajstore_loads_nothing_heavy():
+    heavy = {"torch", "torchvision", "zarr", "xarray", "duckdb", "dask", "matplotlib", "numpy", "pydantic"}
+    assert not loaded("import trajstore") & heavy
+
+
+def test_reading_a_store_loads_no_torch():
+    assert "torch" not in loaded("import trajstore as ts; ts.open; import trajstore.dataset, trajstore.sql")
+
+
+def test_the_command_lines_help_loads_nothing_heavy():
+    heavy = {"torch", "zarr", "xarray", "duckdb", "matplotlib", "numpy", "pydantic"}
+    assert not loaded("import trajstore.cli.main") & heavy
+
+
+def test_help_is_quick():
+    def seconds() -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "trajstore.cli.main", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - begin
+
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_a_broken_torchvision_disturbs_nobody(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise ImportError('broken')")
+    program = (
+        "import trajstore as ts; e = ts.Experiment.preset('fig4', {'steps': 2, 'problem': {'width': 4}})\n"
+        "ts.run(e, 'a.zarr'); ts.open('a.zarr')['fig4'].dataset()"
+    )
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True)
+
+
+def test_every_public_name_is_there():
+    import trajstore as ts
+
+    for name in ts.__all__:
+        assert getattr(ts, name) is not None
+    assert set(ts.__all__) <= set(dir(ts))

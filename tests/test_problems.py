@@ -1,0 +1,201 @@
+"""Problems: seeds, purity, the paper's data, modules with buffers and noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trajstore.engine.reference import ReferenceEngine
+from trajstore.errors import ConfigurationError
+from trajstore.operators.sgd import SGD
+from trajstore.orders import Leg
+from trajstore.problems import ModuleProblem, NamesOfModule
+from trajstore.problems.least_squares import LeastSquares
+from trajstore.problems.quadratic import Quadratic
+from trajstore.problems.regression import Regression
+from trajstore.problems.two_constants import TwoConstants
+
+CPU = torch.device("cpu")
+FAMILIES = [Regression(width=5, depth=2), Quadratic((1.0, 2.0)), TwoConstants(), LeastSquares(n=12, d=3)]
+IDS = [type(f).__name__ for f in FAMILIES]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+def test_the_init_seed_alone_decides_the_start(family):
+    one, same, other = (family.build(CPU).initial(seed)[0] for seed in (3, 3, 4))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+def test_building_and_starting_leaves_torchs_generator_alone(family):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    family.build(CPU).initial(5)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("family", [Regression, Quadratic, TwoConstants, LeastSquares])
+def test_every_problem_runs_in_both_precisions(family, dtype):
+    live = family(dtype=dtype).build(CPU)
+    params, buffers = live.initial(0)
+    loss, _ = live.loss(params, buffers, live.batches(0)[1])
+    assert loss.dtype == getattr(torch, dtype)
+    metrics = live.evaluate(params, buffers)
+    assert metrics.keys() == live.examples.keys()
+    assert all(value.dtype == torch.float64 and value.ndim == 0 for value in metrics.values())
+
+
+def test_regression_uses_the_papers_points_and_the_midpoints_between_them():
+    live = Regression(curve="x^3", dtype="float64").build(CPU)
+    assert live.examples == {"train_loss": 101, "test_loss": 100}
+    stream = live.batches(0)
+    seen = {float(stream[i][0]): float(stream[i][1]) for i in range(1, 2001)}
+    grid = [-1 + 2 * i / 100 for i in range(101)]
+    assert sorted(seen) == pytest.approx(grid, abs=1e-15)
+    assert all(y == pytest.approx(x**3, abs=1e-15) for x, y in seen.items())
+
+
+@pytest.mark.parametrize(("curve", "f"), [("x^2", lambda x: x**2), ("cos(10x)", lambda x: np.cos(10 * x))])
+def test_regression_metrics_are_those_of_its_module(curve, f):
+    family = Regression(curve=curve, width=7, depth=3, dtype="float64")
+    params, _ = (live := family.build(CPU)).initial(2)
+    module = family.module()
+    module.load_state_dict(params, strict=True)
+    points = np.linspace(-1, 1, 101)
+    for metric, x in (("train_loss", points), ("test_loss", (points[:-1] + points[1:]) / 2)):
+        outputs = module(torch.from_numpy(x)[:, None])[:, 0].detach().numpy()
+        assert float(live.evaluate(params, {})[metric]) == pytest.approx(np.mean((outputs - f(x)) ** 2), rel=1e-12)
+
+
+def test_the_papers_network_has_its_size():
+    params, _ = Regression().build(CPU).initial(0)
+    assert sum(p.numel() for p in params.values()) == 181_501
+
+
+def test_least_squares_knows_its_minimiser_and_hessian():
+    family = LeastSquares(n=30, d=4, ridge=0.1)
+    live = family.build(CPU)
+    theta = torch.from_numpy(family.minimiser)
+
+    def full_loss(t):
+        return live.evaluate({"theta": t}, {})["train_loss"]
+
+    (gradient,) = torch.autograd.functional.jacobian(full_loss, (theta,))
+    assert float(gradient.abs().max()) < 1e-14
+    hessian = torch.autograd.functional.hessian(full_loss, theta)
+    np.testing.assert_allclose(hessian.numpy(), family.hessian, rtol=1e-12)
+
+
+def test_a_quadratics_hessian_has_the_spectrum_that_was_asked_for():
+    spectrum = (0.1, 1.0, 4.0)
+    rotated = Quadratic(spectrum, rotation_seed=7).hessian
+    assert np.array_equal(rotated, rotated.T)
+    np.testing.assert_allclose(np.linalg.eigvalsh(rotated), spectrum, rtol=1e-12)
+    assert abs(rotated[0, 1]) > 1e-3
+
+
+def test_the_start_is_independent_of_noise_and_data_of_the_same_seed():
+    start = Quadratic().build(CPU).initial(0)[0]["theta"]
+    noise = Quadratic().build(CPU).batches(0)[1][0]
+    assert float(start) != float(noise)
+    X, _ = LeastSquares(n=3, d=1, problem_seed=0).data
+    assert float(start) not in X
+
+
+class TiedBatchNorm(nn.Module):
+    """Tied weights, BatchNorm with its integer counter, a buffer that is not saved, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+        self.outer = nn.Linear(4, 4)
+        self.outer.weight = self.inner.weight
+        self.register_buffer("scratch", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        return self.outer(self.drop(self.norm(self.inner(x)))) * self.scratch
+
+
+def module_problem() -> ModuleProblem:
+    x, y = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 4
+    accuracy = lambda out, y: (out.argmax(-1) == y).double().mean()  # noqa: E731
+    return ModuleProblem(
+        TiedBatchNorm,
+        nn.functional.cross_entropy,
+        (x, y),
+        (x[:7], y[:7]),
+        5,
+        metrics={"accuracy": accuracy},
+        eval_batch=3,
+    )
+
+
+def test_a_module_problem_is_the_module_trained_by_hand():
+    p = module_problem()
+    engine = ReferenceEngine(p.build(CPU), SGD(0.1), 3, 4)
+    *_, last = engine.iterates(Leg("forward"), engine.start(), [5])
+    torch.manual_seed(3)
+    module = TiedBatchNorm()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    stream = p.build(CPU).batches(4)
+    for i in range(1, 6):
+        x, y, key = stream[i]
+        torch.manual_seed(int(key))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    for name, value in {**last.state.params, **last.state.buffers}.items():
+        torch.testing.assert_close(
+            value, module.get_buffer(name) if name in last.state.buffers else module.get_parameter(name)
+        )
+    assert int(last.state.buffers["norm.num_batches_tracked"]) == 5
+    x, y = p.train
+    with torch.no_grad():
+        outputs = module.eval()(x)
+    assert last.metrics["train_loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, y)), rel=1e-5)
+    assert last.metrics["train_accuracy"] == pytest.approx(float((outputs.argmax(-1) == y).double().mean()))
+    assert set(last.metrics) == {"train_loss", "test_loss", "train_accuracy", "test_accuracy"}
+
+
+def test_dropout_is_keyed_by_data_seed_and_index():
+    engine = ReferenceEngine(module_problem().build(CPU), SGD(0.1), 0, 1)
+    chains = [next(engine.iterates(Leg("backward"), engine.start(), [4])).state.params["inner.bias"] for _ in range(2)]
+    assert torch.equal(*chains)
+    other = ReferenceEngine(module_problem().build(CPU), SGD(0.1), 0, 2)
+    assert not torch.equal(
+        chains[0], next(other.iterates(Leg("backward"), other.start(), [4])).state.params["inner.bias"]
+    )
+
+
+def test_a_module_problem_names_tied_and_transient_tensors():
+    live = module_problem().build(CPU)
+    assert isinstance(live, NamesOfModule)
+    assert live.tied == {"outer.weight": "inner.weight"}
+    assert live.transient == {"scratch"}
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Regression(width=0), "width 0"),
+        (lambda: Regression(batch_size=0), "batch_size is 0"),
+        (lambda: Regression(sampling="shuffle", batch_size=102), "larger than an epoch of 101"),
+        (lambda: Quadratic(spectrum=()), "at least one"),
+        (lambda: Quadratic(noise=-1.0), "noise is -1.0"),
+        (lambda: LeastSquares(d=0), "d = 0"),
+        (
+            lambda: ModuleProblem(TiedBatchNorm, nn.functional.mse_loss, (torch.ones(3, 1), torch.ones(2, 1))),
+            "3 inputs and 2",
+        ),
+    ],
+)
+def test_problems_that_make_no_sense_are_refused(make, says):
+    with pytest.raises(ConfigurationError, match=says):
+        make()
