@@ -10,16 +10,13 @@ FITS := from importlib.metadata import version as v; \
 	print("--system-site-packages" * (fits("torch", 2, 9) and fits("torchvision", 0, 24)))
 SITE = $(shell $(PYTHON) -c '$(FITS)' 2>/dev/null)
 
-.PHONY: demo test test-slow check lint types docs clean
+.PHONY: demo test check lint types docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/trajstore demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 check: lint types test
 

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 from trajstore.cli.console import print_table, say
-from trajstore.cli.plotting import _check, save
+from trajstore.cli.plotting import check_output, save
 from trajstore.cli.record import record_with_progress
+
+from trajstore.errors import ConflictError
 
 __all__ = ["demo"]
 
@@ -38,7 +40,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to draw.")] = Path("demo.png"),
 ) -> None:
     """Record forward and backward SGD on a small network, draw both, compare their variance."""
-    _check(output)
+    check_output(output)
     from trajstore.analysis.figures.learning_curves import draw
 
     from trajstore.experiment import Experiment
@@ -47,7 +49,10 @@ def demo(
         "fig4", {"name": "demo", "seeds": [0, 1], "steps": 300, "orders": ["forward", "backward"]}
     )
     say("A 3×300 ReLU network learns y = x² with batch size 1: forward and backward SGD, 300 steps, 2 seeds.")
-    stored = record_with_progress(experiment, store, resume=True)
+    try:
+        stored = record_with_progress(experiment, store, resume=True)
+    except ConflictError:
+        raise ConflictError(f"{store} holds another experiment named 'demo'; choose another --store") from None
     save(draw(stored.dataset()), output)
     verdict = stored.store.sql(VERDICT)
     say(f"Variance of the test loss over the last {WINDOW} steps, forward over backward:\n")

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from trajstore.cli.console import human_bytes, print_csv, print_json, print_table, say
-from trajstore.cli.options import JSON, StorePath, _complete_experiment
+from trajstore.cli.options import JSON, StorePath, complete_experiment
 
-from trajstore.errors import ConfigurationError
+from trajstore.errors import ConfigurationError, FormatError
 
 __all__ = ["info", "ls", "sql"]
 
@@ -19,14 +19,19 @@ def ls(store: StorePath, json: JSON = False) -> None:
 
     opened = ts.open(store)
     rows: list[dict[str, Any]] = []
+    damaged: list[FormatError] = []
     for name in opened:
-        experiment = opened[name]
-        complete = [slab.complete for slab in experiment.slabs()]
+        try:
+            experiment = opened[name]
+            complete = [slab.complete for slab in experiment.slabs()]
+        except FormatError as error:  # the others can be read all the same
+            damaged.append(error)
+            continue
         rows.append(
             {
                 "experiment": name,
-                "problem": _kind(experiment.config["problem"]),
-                "operator": _kind(experiment.config["operator"]),
+                "problem": experiment.problem,
+                "operator": experiment.operator,
                 "orders": list(experiment.schema.orders),
                 "seeds": len(experiment.schema.seeds),
                 "steps": experiment.schema.steps,
@@ -43,11 +48,13 @@ def ls(store: StorePath, json: JSON = False) -> None:
         for row in rows:
             row["orders"], row["bytes"] = ", ".join(row["orders"]), human_bytes(row["bytes"])
         print_table(list(rows[0]), [list(row.values()) for row in rows])
+    if damaged:
+        raise FormatError("; ".join(map(str, damaged)))
 
 
 def info(
     store: StorePath,
-    exp: Annotated[str | None, typer.Argument(metavar="[EXP]", autocompletion=_complete_experiment)] = None,
+    exp: Annotated[str | None, typer.Argument(metavar="[EXP]", autocompletion=complete_experiment)] = None,
     json: JSON = False,
 ) -> None:
     """Tell everything about an experiment: configuration, slabs, where it was recorded."""
@@ -58,7 +65,7 @@ def info(
         return
     experiment = ts.open(store)[exp]
     slabs, schema = experiment.slabs(), experiment.schema
-    raw = int(experiment.commits().snapshots.sum()) * schema.layout.size("params") * schema.layout.dtype.itemsize
+    raw = int(experiment.commits().snapshots.sum()) * schema.layout.row_bytes
     if json:
         print_json(
             {
@@ -99,11 +106,12 @@ def sql(
 ) -> None:
     """Ask a store in SQL: tables `experiments`, `runs`, `metrics`; `"order"` needs its quotes."""
     import trajstore as ts
+    from trajstore.sql import rows_of
 
     if json and csv:
         raise ConfigurationError("choose one of --json and --csv")
     relation = ts.open(store).sql(query)
-    columns, rows = list(relation.columns), relation.fetchall()
+    columns, rows = list(relation.columns), rows_of(relation)
     if json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
     elif csv:
@@ -119,10 +127,6 @@ def _examples(number: int | None) -> str:
 def _fill_line(fill: dict[str, Any]) -> str:
     where = f"{fill['device']}, {fill['threads']} threads, torch {fill['versions'].get('torch')}"
     return f"{fill['began']} to {fill['ended']}, {fill['engine']} engine, {where}"
-
-
-def _kind(table: dict[str, Any]) -> str:
-    return str(table.get("function") or table.get("family") or table.get("object"))
 
 
 def _one_line(table: dict[str, Any]) -> str:

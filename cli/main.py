@@ -55,6 +55,10 @@ def main() -> None:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except MemoryError:
         code = _fail("out of memory", 1)
+    except RuntimeError as error:
+        if "allocate" not in str(error) and "out of memory" not in str(error):
+            raise
+        code = _fail(f"out of memory ({error})", 1)  # torch's way of saying so
     sys.exit(code)
 
 

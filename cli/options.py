@@ -12,7 +12,17 @@ import typer
 
 from trajstore.errors import ConfigurationError
 
-__all__ = ["JSON", "ExperimentName", "StorePath", "parse_seeds", "parse_settings"]
+__all__ = [
+    "JSON",
+    "ExperimentName",
+    "FigureName",
+    "PresetName",
+    "StorePath",
+    "WhatToRecord",
+    "complete_experiment",
+    "parse_seeds",
+    "parse_settings",
+]
 
 
 def _complete_preset(incomplete: str) -> list[str]:
@@ -23,7 +33,8 @@ def _complete_preset(incomplete: str) -> list[str]:
     return []
 
 
-def _complete_experiment(ctx: typer.Context, incomplete: str) -> list[str]:
+def complete_experiment(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Offer the experiments of the store that was given."""
     store = Path(ctx.params.get("store") or "")
     return [f.parent.name for f in sorted(store.glob("*/zarr.json")) if f.parent.name.startswith(incomplete)]
 
@@ -35,7 +46,7 @@ def _complete_figure(incomplete: str) -> list[str]:
 
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
-ExperimentName = Annotated[str, typer.Argument(metavar="EXP", autocompletion=_complete_experiment)]
+ExperimentName = Annotated[str, typer.Argument(metavar="EXP", autocompletion=complete_experiment)]
 FigureName = Annotated[str, typer.Argument(metavar="FIGURE", autocompletion=_complete_figure)]
 PresetName = Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_preset)]
 WhatToRecord = Annotated[

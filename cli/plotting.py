@@ -11,7 +11,7 @@ from trajstore.cli.options import ExperimentName, FigureName, StorePath
 
 from trajstore.errors import ConfigurationError
 
-__all__ = ["plot", "save"]
+__all__ = ["check_output", "plot", "save"]
 
 
 def plot(
@@ -25,7 +25,7 @@ def plot(
 
     import trajstore as ts
 
-    _check(output)
+    check_output(output)
     save(figures.draw(figure, ts.open(store)[exp].dataset()), output)
     say(str(output))
 
@@ -38,7 +38,8 @@ def save(figure: object, output: Path) -> None:
     figure.savefig(output)
 
 
-def _check(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Refuse a file that no figure can be written to."""
     known = (".png", ".pdf", ".svg")
     if output.suffix.lower() not in known:
         raise ConfigurationError(f"-o {output}: the ending says the format; use {', '.join(known)}")

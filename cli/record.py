@@ -64,13 +64,13 @@ def record(
         what,
         {
             "name": name, "seeds": parse_seeds(seeds) if seeds is not None else None, "init_seed": init_seed,
-            "orders": orders.split(",") if orders is not None else None, "steps": steps,
+            "orders": orders, "steps": steps,
         },
         {"every": record_every, "snapshot_every": snapshot_every},
         parse_settings(set_ or []),
     )  # fmt: skip
     if dry_run:
-        _dry_run(experiment, device, json)
+        _dry_run(experiment, store, resume, device, json)
         return
     if store is None:
         raise ConfigurationError("say where to record: --store PATH (or --dry-run to see what it takes)")
@@ -116,25 +116,30 @@ def _experiment(what: str, fields: dict[str, Any], recorded: dict[str, Any], set
 def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
     from trajstore.configuration import merge
     from trajstore.experiment import Experiment
-    from trajstore.problems.factory import load_object
+    from trajstore.problems.factory import call
 
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
-    made = load_object(reference)()
+    problem = changes.get("problem", {})
+    arguments = problem.get("arguments", {}) if isinstance(problem, dict) else {}
+    made = call(reference, arguments)
     if isinstance(made, Experiment):
-        if isinstance(made.problem, object) and "problem" in changes:
+        if problem:
             raise ConfigurationError(f"{reference!r} makes the whole experiment; change its problem there")
-        plain = made.config() | {"problem": made.problem, "operator": made.operator}
-        return Experiment.of(merge(plain, changes)) if changes else made
-    name = reference.rpartition(":")[2].replace("_", "-")
+        return Experiment.of(merge(made.config() | {"problem": made.problem}, changes))
+    name = reference.rpartition(":")[2].strip("_").replace("_", "-")
     return Experiment.of(merge({"name": name, "problem": {"family": "factory", "function": reference}}, changes))
 
 
-def _dry_run(experiment: Experiment, device: Literal["auto", "cpu", "cuda"], json: bool) -> None:
+def _dry_run(
+    experiment: Experiment, store: Path | None, resume: bool, device: Literal["auto", "cpu", "cuda"], json: bool
+) -> None:
     from dataclasses import asdict
 
-    from trajstore.recording import cost
+    from trajstore.recording import cost, refuse_conflict
 
+    if store is not None and store.exists():
+        refuse_conflict(experiment, store, resume)
     takes = cost(experiment, device)
     if json:
         print_json({"experiment": experiment.name, **asdict(takes)})
@@ -143,5 +148,6 @@ def _dry_run(experiment: Experiment, device: Literal["auto", "cpu", "cuda"], jso
     say(f"{experiment.name}: {len(experiment.orders)} orders × {len(experiment.seeds)} seeds, {experiment.steps} steps")
     say(f"operator applications  {bound}{takes.applications:,}")
     say(f"iterates measured      {takes.iterates:,}")
-    say(f"states stored          {takes.snapshots:,}, {human_bytes(takes.raw_bytes)} before lossless compression")
+    say(f"states stored          {takes.snapshots:,}")
+    say(f"disk                   {human_bytes(takes.raw_bytes)} before lossless compression")
     say(f"time                   {bound}about {human_seconds(takes.seconds)} here, with the reference engine")

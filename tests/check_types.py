@@ -8,6 +8,7 @@ checked must be the number of modules that exist.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +22,13 @@ def main() -> int:
     """Return mypy's exit code, or 1 if it saw fewer files than there are."""
     modules = [f for package in ("trajstore", "analysis", "cli") for f in (ROOT / package).rglob("*.py")]
     with tempfile.TemporaryDirectory() as folder:
-        wheels = Path(folder, "wheels")
+        tree, wheels = Path(folder, "tree"), Path(folder, "wheels")
+        for name in ("trajstore", "analysis", "cli"):  # a copy, since building leaves files that a later wheel takes in
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, tree)
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ROOT], check=True)
+        subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, tree], check=True)
         installed = Path(folder, "installed")
         with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
             wheel.extractall(installed)

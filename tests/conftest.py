@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 import trajstore as ts
+from trajstore.engine import Engine, Iterate, Work
+from trajstore.orders import Leg
 
 Record = Callable[..., ts.StoredExperiment]
 
@@ -33,3 +35,9 @@ def record(tmp_path: Path) -> Record:
         return ts.run(experiment, tmp_path / "runs.zarr", resume=resume)
 
     return recorded
+
+
+def last_of(engine: Engine, leg: Leg, step: int) -> Iterate:
+    """The iterate of a leg at one step, for the engine's first seed."""
+    ((_, iterate),) = engine.run([Work(0, leg, engine.start(0), [step])])
+    return iterate

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import torch
 
 import trajstore as ts
 from trajstore.configuration import build, describe, differences, merge
@@ -43,7 +46,19 @@ def test_families_nest():
     ("change", "says"),
     [
         ({"problem": {"family": "quadratc"}}, "unknown problem 'quadratc'; did you mean 'quadratic'"),
-        ({"problem": {}}, "problem: say which, as in family = 'regression'"),
+        ({"problem": {}}, "problem: {} does not say which; write family = 'regression'"),
+        ({"problem": 5}, "problem: 5 does not say which"),
+        ({"operator": [1]}, r"operator: \[1\] does not say which"),
+        ({"operator": "sgd"}, "operator sgd needs lr"),
+        ({"operator": {"family": "adam", "schedule": 5}}, "schedule: 5 does not say which"),
+        ({"operator": {"family": "adam", "schedule": "cosine"}}, "schedule cosine needs total"),
+        ({"record": 5}, "record is 5"),
+        ({"orders": 5}, "orders is 5"),
+        ({"preset": 5}, "unknown preset 5"),
+        ({"problem": {"family": "two-constants", "x0": float("nan")}}, "x0 is nan; input should be a finite number"),
+        ({"steps": 10**20}, "steps is 100000000000000000000; it"),
+        ({"steps": 10**9}, "from 1 to 100,000,000"),
+        ({"name": "zarr.json"}, "experiment name 'zarr.json'"),
         ({"problem": {"family": "quadratic", "spectrun": [1]}}, "no field 'spectrun'; did you mean 'spectrum'"),
         ({"problem": {"family": "regression", "width": "wide"}}, "problem regression: width is 'wide'"),
         ({"problem": {"family": "regression", "curve": "x^4"}}, "curve is 'x\\^4'; input should be 'x\\^2'"),
@@ -52,7 +67,7 @@ def test_families_nest():
         ({"operator": {"family": "sgd", "lr": 0.1, "by": "batch"}}, "operator sgd: by is 'batch'"),
         ({"operator": {"family": "sgd", "lr": 0.1, "schedule": {"family": "cos"}}}, "unknown schedule 'cos'"),
         ({"steps": 0}, "steps is 0"),
-        ({"steps": 1.5}, "experiment: steps is 1.5"),
+        ({"steps": 1.5}, "an experiment: steps is 1.5"),
         ({"seeds": []}, "seeds must be given"),
         ({"seeds": [1, 1]}, "each once; got 1, 1"),
         ({"seeds": [-1]}, "seed -1 must be"),
@@ -112,3 +127,31 @@ def test_merging_and_differences():
 def test_what_cannot_be_described_is_refused():
     with pytest.raises(ConfigurationError, match="cannot describe a builtins:object"):
         describe({"thing": object()})
+
+
+def test_orders_may_be_one_text():
+    experiment = ts.Experiment.of({**PLAIN, "orders": "forward, backward/2"})
+    assert [str(order) for order in experiment.orders] == ["forward", "backward/2"]
+
+
+def closing_over(width):
+    return lambda: width
+
+
+def test_functions_are_told_apart_by_what_they_close_over():
+    assert describe(closing_over(3)) == describe(closing_over(3))
+    assert describe(closing_over(3)) != describe(closing_over(4))
+    assert describe(lambda x=1: x) != describe(lambda x=2: x)
+    assert describe(functools.partial(closing_over, 3)) == describe(functools.partial(closing_over, 3))
+    assert describe(functools.partial(closing_over, 3)) != describe(functools.partial(closing_over, 4))
+    one, two = (torch.nn.Linear(1, 1) for _ in range(2))
+    assert describe(one) == describe(one) != describe(two)
+    bf16 = torch.ones(3, dtype=torch.bfloat16)
+    assert describe(bf16) == describe(bf16.clone()) != describe(bf16.float())
+
+
+def test_functions_typed_at_a_prompt_are_told_apart():
+    made = [eval(text) for text in ("lambda x: x + 1", "lambda x: x + 1", "lambda x: x + 2", "lambda x: x * 1")]
+    first, same, *others = map(describe, made)
+    assert first == same
+    assert all(other != first for other in others)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import last_of
+from trajstore.engine import Work
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Operator
@@ -33,8 +35,8 @@ def problem(dtype: torch.dtype) -> ModuleProblem:
 
 
 def ours(operator: Operator, dtype: torch.dtype) -> State:
-    engine = ReferenceEngine(problem(dtype).build(torch.device("cpu")), operator, 5, 9)
-    *_, last = engine.iterates(Leg("forward"), engine.start(), [STEPS])
+    engine = ReferenceEngine(problem(dtype).build(torch.device("cpu")), operator, [(5, 9)])
+    last = last_of(engine, Leg("forward"), STEPS)
     return last.state
 
 
@@ -156,10 +158,10 @@ def test_bias_corrections_follow_position_or_index():
 
 
 def test_operators_change_nothing_in_place():
-    engine = ReferenceEngine(problem(torch.float64).build(torch.device("cpu")), SGD(0.1, momentum=0.9), 0, 0)
-    start = engine.start()
+    engine = ReferenceEngine(problem(torch.float64).build(torch.device("cpu")), SGD(0.1, momentum=0.9), [(0, 0)])
+    start = engine.start(0)
     before = {name: p.clone() for name, p in start.state.params.items()}
-    list(engine.iterates(Leg("forward"), start, [3]))
+    list(engine.run([Work(0, Leg("forward"), start, [3])]))
     assert all(torch.equal(start.state.params[name], p) for name, p in before.items())
     assert all(not m.any() for m in start.state.memory["momentum_buffer"].values())
 

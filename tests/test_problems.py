@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import last_of
+from trajstore.batches import generator
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.errors import ConfigurationError
+from trajstore.noise import keyed_uniform
 from trajstore.operators.sgd import SGD
 from trajstore.orders import Leg
 from trajstore.problems import ModuleProblem, NamesOfModule
@@ -137,24 +140,32 @@ def module_problem() -> ModuleProblem:
     )
 
 
+class Masked(nn.Module):
+    """Dropout written by hand: the mask of the key that is set."""
+
+    key = torch.tensor(0)
+
+    def forward(self, x):
+        return torch.where(keyed_uniform(self.key, 0, tuple(x.shape)) >= 0.5, 2 * x, 0) if self.training else x
+
+
 def test_a_module_problem_is_the_module_trained_by_hand():
     p = module_problem()
-    engine = ReferenceEngine(p.build(CPU), SGD(0.1), 3, 4)
-    *_, last = engine.iterates(Leg("forward"), engine.start(), [5])
+    engine = ReferenceEngine(p.build(CPU), SGD(0.1), [(3, 4)])
+    last = last_of(engine, Leg("forward"), 5)
     torch.manual_seed(3)
     module = TiedBatchNorm()
+    module.drop = Masked()
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     stream = p.build(CPU).batches(4)
     for i in range(1, 6):
-        x, y, key = stream[i]
-        torch.manual_seed(int(key))
+        x, y, module.drop.key = stream[i]
         optimizer.zero_grad()
         nn.functional.cross_entropy(module(x), y).backward()
         optimizer.step()
+    by_hand = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in {**last.state.params, **last.state.buffers}.items():
-        torch.testing.assert_close(
-            value, module.get_buffer(name) if name in last.state.buffers else module.get_parameter(name)
-        )
+        torch.testing.assert_close(value, by_hand[name].detach())
     assert int(last.state.buffers["norm.num_batches_tracked"]) == 5
     x, y = p.train
     with torch.no_grad():
@@ -164,14 +175,60 @@ def test_a_module_problem_is_the_module_trained_by_hand():
     assert set(last.metrics) == {"train_loss", "test_loss", "train_accuracy", "test_accuracy"}
 
 
+def linear(module, **changes):
+    x = torch.linspace(-1, 1, 12).reshape(6, 2)
+    return ModuleProblem(module, nn.functional.mse_loss, **({"train": (x, x.sum(1, keepdim=True))} | changes))
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.layer(x), 0.5, self.training)
+
+
+def test_functional_dropout_is_keyed_too():
+    steps = []
+    for _ in range(2):
+        torch.rand(3)  # whatever else the process draws
+        engine = ReferenceEngine(linear(FunctionalDropout, batch_size=4).build(CPU), SGD(0.1), [(0, 1)])
+        steps.append(last_of(engine, Leg("backward"), 5).state.params["layer.weight"])
+    assert torch.equal(*steps)
+
+
+def test_frozen_and_unused_parameters_are_left_alone():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.used, self.unused = (nn.Linear(2, 1) for _ in range(3))
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x):
+            return self.frozen(x) + self.used(x)
+
+    engine = ReferenceEngine(linear(Partly).build(CPU), SGD(0.1, momentum=0.9), [(0, 0)])
+    start, end = engine.start(0).state, last_of(engine, Leg("forward"), 4).state
+    assert torch.equal(start.buffers["frozen.weight"], end.buffers["frozen.weight"])
+    assert torch.equal(start.params["unused.weight"], end.params["unused.weight"])
+    assert not torch.equal(start.params["used.weight"], end.params["used.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_module_problem_can_be_cast(dtype):
+    live = linear(lambda: nn.Linear(2, 1), dtype=dtype).build(CPU)
+    params, buffers = live.initial(0)
+    assert params["weight"].dtype == getattr(torch, dtype)
+    assert live.loss(params, buffers, live.batches(0)[1])[0].dtype == getattr(torch, dtype)
+
+
 def test_dropout_is_keyed_by_data_seed_and_index():
-    engine = ReferenceEngine(module_problem().build(CPU), SGD(0.1), 0, 1)
-    chains = [next(engine.iterates(Leg("backward"), engine.start(), [4])).state.params["inner.bias"] for _ in range(2)]
+    engine = ReferenceEngine(module_problem().build(CPU), SGD(0.1), [(0, 1)])
+    chains = [last_of(engine, Leg("backward"), 4).state.params["inner.bias"] for _ in range(2)]
     assert torch.equal(*chains)
-    other = ReferenceEngine(module_problem().build(CPU), SGD(0.1), 0, 2)
-    assert not torch.equal(
-        chains[0], next(other.iterates(Leg("backward"), other.start(), [4])).state.params["inner.bias"]
-    )
+    other = ReferenceEngine(module_problem().build(CPU), SGD(0.1), [(0, 2)])
+    assert not torch.equal(chains[0], last_of(other, Leg("backward"), 4).state.params["inner.bias"])
 
 
 def test_a_module_problem_names_tied_and_transient_tensors():
@@ -190,6 +247,16 @@ def test_a_module_problem_names_tied_and_transient_tensors():
         (lambda: Quadratic(spectrum=()), "at least one"),
         (lambda: Quadratic(noise=-1.0), "noise is -1.0"),
         (lambda: LeastSquares(d=0), "d = 0"),
+        (lambda: Quadratic(rotation_seed=-1).build(CPU), "seed -1 must be"),
+        (lambda: linear(nn.Identity).build(CPU), "no parameter to train"),
+        (lambda: linear(lambda: nn.LazyLinear(1)).build(CPU), "lazy layers"),
+        (lambda: linear(lambda: nn.Linear(3, 1)).build(CPU), "fails on its first batch: RuntimeError"),
+        (lambda: linear(lambda: nn.Linear(2, 1), eval_batch=0), "eval_batch is 0"),
+        (lambda: linear(lambda: nn.Linear(2, 1), train=torch.ones(3, 2)), "give a pair"),
+        (
+            lambda: linear(lambda: nn.Linear(2, 1), metrics={"each": lambda out, y: (out - y)[:, 0]}).build(CPU),
+            "'each' gives",
+        ),
         (
             lambda: ModuleProblem(TiedBatchNorm, nn.functional.mse_loss, (torch.ones(3, 1), torch.ones(2, 1))),
             "3 inputs and 2",
@@ -199,3 +266,14 @@ def test_a_module_problem_names_tied_and_transient_tensors():
 def test_problems_that_make_no_sense_are_refused(make, says):
     with pytest.raises(ConfigurationError, match=says):
         make()
+
+
+def test_keyed_noise_is_uniform_and_independent_of_its_neighbours():
+    keys = generator(0, "noise").integers(2**62, size=200)
+    draws = torch.stack([keyed_uniform(torch.tensor(int(k)), 1, (500,)) for k in keys]).double().numpy()
+    counts = np.histogram(draws, bins=20, range=(0, 1))[0]
+    assert ((counts - 5000) ** 2 / 5000).sum() < 43.8  # 99.9% of χ² with 19 degrees of freedom
+    centred = draws - 0.5
+    for other in (np.roll(centred, 1, axis=0), np.roll(centred, 1, axis=1)):  # the next key, the next position
+        assert abs((centred * other).mean() * 12) < 4 / np.sqrt(draws.size)
+    assert not torch.equal(keyed_uniform(torch.tensor(1), 0, (8,)), keyed_uniform(torch.tensor(1), 1, (8,)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -186,7 +188,9 @@ def test_provenance_tells_where_a_recording_comes_from(record):
     attributes = record().attributes
     assert attributes["format"] == 1
     assert attributes["config"]["operator"]["lr"] == 0.05
-    (fill,) = attributes["fills"]
+    fill, other = attributes["fills"]
+    assert fill["slabs"] == [["forward", 0], ["backward", 0]]
+    assert other["slabs"] == [["forward", 1], ["backward", 1]]
     assert fill["versions"]["torch"] == torch.__version__.split("+")[0]
     assert fill["threads"] == torch.get_num_threads()
     assert fill["began"] <= fill["ended"]
@@ -220,7 +224,7 @@ def test_resume_skips_what_is_complete_and_does_the_rest_again(record, tmp_path,
     assert filled == [(1, 1)]
     assert all(s.complete for s in experiment.slabs())
     assert contents(store) == whole
-    assert len(experiment.attributes["fills"]) == 2
+    assert [fill["slabs"] for fill in experiment.attributes["fills"]][2:] == [[["backward", 1]]]
     record(resume=True)
     assert filled == [(1, 1)]
     assert committed.attrs["trajstore"]["config"] == experiment.config
@@ -347,5 +351,97 @@ def test_the_cost_counts_applications_exactly_and_raw_bytes(record):
     assert cost.applications == 2 * (20 + 20 * 21 // 2)
     assert cost.exact
     assert cost.snapshots == 4 * 21
-    assert cost.raw_bytes == 4 * 21 * parameters * 4
+    a_step = 8 * (2 + 97 + 2)  # metrics, sketch (no wider than the parameters), leg and mask
+    assert cost.raw_bytes == 4 * 21 * (parameters * 4 + a_step) + 2 * 20 * 8
     assert 0 < cost.seconds < 60
+
+
+def make_problem(width):
+    x = torch.linspace(-1, 1, 6)[:, None]
+    return ts.ModuleProblem(lambda: nn.Linear(1, width), lambda out, y: (out - y).square().mean(), (x, x))
+
+
+def test_resuming_with_another_problem_in_the_same_words_is_refused(tmp_path):
+    rest = {"name": "a", "operator": {"family": "sgd", "lr": 0.1}, "steps": 2}
+    ts.run(ts.Experiment.of({**rest, "problem": make_problem(2)}), tmp_path / "s.zarr")
+    with pytest.raises(ConflictError, match=r"differs in problem\.module\.bound"):
+        ts.run(ts.Experiment.of({**rest, "problem": make_problem(3)}), tmp_path / "s.zarr", resume=True)
+
+
+def test_what_others_keep_in_the_store_is_left_alone(record, tmp_path):
+    record()
+    root = ts.store.open_root(tmp_path / "runs.zarr")
+    root.create_group("mine").create_array("data", data=np.arange(3))
+    with pytest.raises(ConflictError, match="is there and is no experiment"):
+        record(name="mine")
+    assert root["mine"]["data"][...].tolist() == [0, 1, 2]
+    assert list(ts.open(tmp_path / "runs.zarr")) == ["net"]
+    (tmp_path / "runs.zarr" / "net" / "zarr.json").unlink()
+    with pytest.raises(ConflictError, match=r"has lost its zarr\.json"):
+        record()
+    assert (tmp_path / "runs.zarr" / "net" / "params").exists()
+
+
+def test_a_declaration_that_died_is_done_again(record, tmp_path, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trajstore.storage.schema.config_digest", die)
+        with pytest.raises(KeyboardInterrupt):
+            record()
+    assert list(ts.open(tmp_path / "runs.zarr")) == []
+    assert all(slab.complete for slab in record().slabs())
+
+
+def test_an_interrupted_recording_has_its_provenance(record, tmp_path):
+    def interrupt(done: int, where: str) -> None:
+        if where.startswith("seed 1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ts.run(ts.Experiment.of(SMALL_NET), tmp_path / "runs.zarr", progress=interrupt)
+    first, second = ts.open(tmp_path / "runs.zarr")["net"].attributes["fills"]
+    assert first["ended"] is not None
+    assert second["ended"] is None
+
+
+@pytest.mark.parametrize("damage", ["junk in zarr.json", "junk in a chunk", "array deleted"])
+def test_damage_is_one_line_that_names_the_experiment(record, tmp_path, damage):
+    record(name="sound")
+    record()
+    group = tmp_path / "runs.zarr" / "net"
+    if damage == "junk in zarr.json":
+        (group / "zarr.json").write_text("{ junk")
+    elif damage == "junk in a chunk":
+        (group / "committed" / "c" / "0" / "0" / "0" / "0").write_bytes(b"junk")
+    else:
+        shutil.rmtree(group / "leg")
+    store = ts.open(tmp_path / "runs.zarr")
+    assert list(store) == ["net", "sound"]
+    with pytest.raises(FormatError, match=r"'net'.*damaged"):
+        store["net"].slabs()
+    assert all(slab.complete for slab in store["sound"].slabs())
+    with pytest.raises(FormatError, match=r"'net'.*damaged"):
+        record(resume=True)
+
+
+@pytest.mark.parametrize("metric", ["a/b", "top 5", "params", "Step", "train_LOSS", "seed", ""])
+def test_metrics_must_be_names_for_arrays_and_columns(tmp_path, metric):
+    p = dataclasses.replace(make_problem(1), metrics={})
+    live = p.build(torch.device("cpu"))
+    live.examples = {"train_loss": 1, metric: 1}
+
+    class Named:
+        def build(self, device):
+            return live
+
+        def describe(self):
+            return {}
+
+    experiment = ts.Experiment.of(
+        {"name": "a", "problem": Named(), "operator": {"family": "sgd", "lr": 0.1}, "steps": 2}
+    )
+    with pytest.raises(ConfigurationError, match=f"metric {metric!r}"):
+        ts.run(experiment, tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()

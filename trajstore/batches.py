@@ -26,6 +26,8 @@ PURPOSES = {"examples": 1, "shuffle": 2, "noise": 3, "start": 4, "problem": 5}
 
 def generator(seed: int, purpose: str, i: int = 0) -> np.random.Generator:
     """Return the generator for draw `i` of one purpose under one seed."""
+    if not 0 <= seed < 2**63:
+        raise ConfigurationError(f"seed {seed} must be a whole number from 0 to 2^63 − 1")
     key = np.array([seed, PURPOSES[purpose]], dtype=np.uint64)
     counter = np.array([0, 0, i, 0], dtype=np.uint64)  # a draw may use 2^128 numbers before it meets the next
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -8,6 +8,7 @@ descriptions mean the same declaration.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Mapping
@@ -19,20 +20,22 @@ from trajstore.families import family, family_name
 
 __all__ = ["build", "check_fields", "describe", "differences", "merge"]
 
-_PACKAGES = {
-    "problem": "trajstore.problems",
-    "operator": "trajstore.operators",
-    "schedule": "trajstore.schedules",
-}
+_PACKAGES = {"problem": "trajstore.problems", "operator": "trajstore.operators", "schedule": "trajstore.schedules"}
+_DOES = {"problem": "build", "operator": "apply", "schedule": "factor"}
+_EXAMPLE = {"problem": "regression", "operator": "sgd", "schedule": "cosine"}
 _FACTORY = "trajstore.problems.factory"
 
 
 def build(kind: str, table: Any) -> Any:  # noqa: ANN401
-    """Build the declaration of a kind (problem, operator, schedule) from its table."""
-    if not isinstance(table, Mapping):
+    """Build the declaration of a kind (problem, operator, schedule) from its table, or from a family's name."""
+    if callable(getattr(table, _DOES[kind], None)):
         return table  # already a declaration
-    if not isinstance(name := table.get("family"), str):
-        raise ConfigurationError(f"{kind}: say which, as in family = {_example(kind)!r}")
+    if isinstance(table, str):
+        table = {"family": table}
+    if not isinstance(table, Mapping) or not isinstance(name := table.get("family"), str):
+        raise ConfigurationError(
+            f"{kind}: {table!r} does not say which; write family = {_EXAMPLE[kind]!r} and its fields"
+        )
     declared = family(_PACKAGES[kind], name)
     given = {key: value for key, value in table.items() if key != "family"}
     return declared(**check_fields(f"{kind} {name}", declared, given))
@@ -55,13 +58,15 @@ def check_fields(what: str, declared: type[Any], given: Mapping[str, Any]) -> di
 
 
 def _validated(what: str, hint: Any, value: Any) -> Any:  # noqa: ANN401
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
+        return value
     try:
-        return TypeAdapter(hint).validate_python(value)
+        return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"[{part}]" for part in first["loc"])
+        where = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
         raise ConfigurationError(f"{what}{where} is {first['input']!r}; {first['msg'].lower()}") from None
 
 
@@ -78,17 +83,42 @@ def describe(value: Any) -> Any:  # noqa: ANN401
         head = {"family": name} if name else {"object": _reference(type(value))}
         table = head | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
         return table | ({"made": describe(cast(Any, value).made)} if type(value).__module__ == _FACTORY else {})
-    if callable(value):
-        return {"callable": _reference(value), "source": _source_digest(value)}
-    if (numpy := getattr(value, "numpy", None)) is not None:  # a tensor
-        array = numpy(force=True)
-        return {"tensor": str(value.dtype), "shape": list(array.shape), "sha256": _sha256(array.tobytes())}
+    if isinstance(value, functools.partial):
+        return {"partial": describe(value.func), "args": describe(value.args), "kwargs": describe(value.keywords)}
+    if inspect.ismodule(value) or isinstance(value, type) or inspect.isbuiltin(value):
+        return {"name": _reference(value)}
+    if inspect.isfunction(value) or inspect.ismethod(value):
+        return _describe_function(value)
+    if callable(tensors := getattr(value, "state_dict", None)):
+        return {"module": repr(value), "state": describe(dict(tensors()))}
+    if callable(getattr(value, "numpy", None)):
+        return _describe_tensor(value)
     if callable(own := getattr(value, "describe", None)):
         return {"object": _reference(type(value)), "describes_itself": describe(own())}
     raise ConfigurationError(
         f"cannot describe a {_reference(type(value))} for the record: make it a dataclass, "
         "or give it describe() that returns plain data"
     )
+
+
+def _describe_function(function: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Name a function, and fingerprint its source and what it closes over."""
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    try:
+        code = inspect.getsource(plain).encode()
+    except (OSError, TypeError):  # typed at a prompt
+        code = plain.__code__.co_code + repr(plain.__code__.co_consts).encode()
+    cells = [cell.cell_contents for cell in plain.__closure__ or ()]
+    bound = [*([function.__self__] if inspect.ismethod(function) else []), *cells, *(plain.__defaults__ or ())]
+    bound += (plain.__kwdefaults__ or {}).values()
+    return {"callable": _reference(plain), "source": _sha256(code)} | ({"bound": describe(bound)} if bound else {})
+
+
+def _describe_tensor(tensor: Any) -> dict[str, Any]:  # noqa: ANN401
+    import torch
+
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {"tensor": str(tensor.dtype), "shape": list(tensor.shape), "sha256": _sha256(data)}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> list[str]:
@@ -116,19 +146,9 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _example(kind: str) -> str:
-    return {"problem": "regression", "operator": "sgd", "schedule": "cosine"}[kind]
-
-
 def _reference(thing: Any) -> str:  # noqa: ANN401
-    return f"{getattr(thing, '__module__', '?')}:{getattr(thing, '__qualname__', repr(thing))}"
-
-
-def _source_digest(function: Any) -> str | None:  # noqa: ANN401
-    try:
-        return _sha256(inspect.getsource(function).encode())
-    except (OSError, TypeError):
-        return None
+    name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", repr(thing))
+    return f"{getattr(thing, '__module__', '')}:{name}"
 
 
 def _sha256(data: bytes) -> str:

@@ -28,6 +28,9 @@ from trajstore.storage.codecs import Codec
 __all__ = ["Experiment", "Record", "check_name", "preset_names", "preset_table", "read_toml"]
 
 
+_MOST_STEPS = 100_000_000
+
+
 @dataclass(frozen=True)
 class Record:
     """What is recorded. Step 0 and the last step always are."""
@@ -70,8 +73,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        if self.steps < 1:
-            raise ConfigurationError(f"steps is {self.steps}; it must be at least 1")
+        if not 1 <= self.steps <= _MOST_STEPS:
+            raise ConfigurationError(f"steps is {self.steps}; it must be from 1 to {_MOST_STEPS:,}")
         for what, values in (("orders", self.orders), ("seeds", self.seeds)):
             if not values or len(set(values)) != len(values):
                 raise ConfigurationError(
@@ -91,23 +94,12 @@ class Experiment:
         """
         if "preset" in table:
             table = merge(preset_table(table["preset"]), {k: v for k, v in table.items() if k != "preset"})
-        given = {key: value for key, value in table.items() if key not in ("orders", "record", "about")}
-        if "orders" in table:
-            given["orders"] = tuple(o if isinstance(o, Order) else Order.parse(str(o)) for o in table["orders"])
-        if isinstance(record := table.get("record"), Mapping):
-            given["record"] = Record(**check_fields("record", Record, record))
-        elif record is not None:
-            given["record"] = record
-        plain = {k: v for k, v in given.items() if k in ("name", "steps", "seeds", "init_seed", "problem", "operator")}
-        unchecked = {k: v for k, v in given.items() if k in ("orders", "record")}
-        for name in given.keys() - plain.keys() - unchecked.keys():
-            raise ConfigurationError(
-                f"an experiment has no field {name!r}; {choices(name, [f.name for f in fields(cls)])}"
-            )
-        for name in ("name", "problem", "operator", "steps"):
-            if name not in given:
-                raise ConfigurationError(f"an experiment needs {name}")
-        return cls(**check_fields("experiment", cls, plain), **unchecked)
+        given = {key: value for key, value in table.items() if key != "about"}
+        if "orders" in given:
+            given["orders"] = _orders(given["orders"])
+        if not isinstance(given.get("record", {}), Record):
+            given["record"] = _record(given.get("record", {}))
+        return cls(**check_fields("an experiment", cls, given))
 
     @classmethod
     def preset(cls, name: str, changes: Mapping[str, Any] | None = None) -> Experiment:
@@ -155,7 +147,7 @@ class Experiment:
 
 def check_name(name: str) -> None:
     """Refuse an experiment name that could leave its place in the store."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or ".." in name:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or ".." in name or name == "zarr.json":
         raise ConfigurationError(
             f"experiment name {name!r}: use up to 100 letters, digits, '-', '_' and single '.', "
             "beginning with a letter or digit"
@@ -173,8 +165,8 @@ def preset_names() -> list[str]:
 
 def preset_table(name: str) -> dict[str, Any]:
     """Return a preset as plain data."""
-    if name not in preset_names():
-        raise ConfigurationError(f"unknown preset {name!r}; {choices(name, preset_names())}")
+    if not isinstance(name, str) or name not in preset_names():
+        raise ConfigurationError(f"unknown preset {name!r}; {choices(str(name), preset_names())}")
     return {"name": name} | tomllib.loads((resources.files("trajstore.presets") / f"{name}.toml").read_text("utf-8"))
 
 
@@ -186,6 +178,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
+
+
+def _orders(given: Any) -> tuple[Order, ...]:  # noqa: ANN401
+    labels = given.split(",") if isinstance(given, str) else given
+    if not isinstance(labels, list | tuple) or not all(isinstance(label, str | Order) for label in labels):
+        raise ConfigurationError(f"orders is {given!r}; it must be a list of labels such as 'backward'")
+    return tuple(Order.parse(label.strip()) if isinstance(label, str) else label for label in labels)
+
+
+def _record(given: Any) -> Record:  # noqa: ANN401
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"record is {given!r}; it must be a table such as {{ every = 10 }}")
+    return Record(**check_fields("record", Record, given))
 
 
 def _every(k: int, steps: int) -> tuple[int, ...]:

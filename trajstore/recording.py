@@ -6,8 +6,9 @@ The one place where `engine` and `storage` meet.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,24 +19,24 @@ import zarr
 from numpy.typing import NDArray
 
 from trajstore.configuration import differences
-from trajstore.engine import Engine, Iterate
+from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.reference import ReferenceEngine
-from trajstore.engine.walk import applications, walk
+from trajstore.engine.walk import Slab, applications, walk
 from trajstore.errors import ConfigurationError, ConflictError
 from trajstore.experiment import Experiment
-from trajstore.orders import Leg, Order
-from trajstore.problems import NamesOfModule
+from trajstore.orders import Leg
+from trajstore.problems import LiveProblem, NamesOfModule
 from trajstore.provenance import now, provenance
-from trajstore.state import State
+from trajstore.state import State, beginning
 from trajstore.storage.layout import Entry, Layout
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
-from trajstore.storage.schema import Schema, declare, segment_length
+from trajstore.storage.schema import Schema, check_metric_names, declare, segment_length
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import SlabWriter
-from trajstore.store import Store, StoredExperiment, check_writable, open_root
+from trajstore.store import Store, StoredExperiment, check_writable, open_root, standing
 
-__all__ = ["Cost", "Device", "cost", "run"]
+__all__ = ["Cost", "Device", "cost", "refuse_conflict", "run"]
 
 Device = Literal["auto", "cpu", "cuda"]
 Progress = Callable[[int, str], None]
@@ -52,7 +53,7 @@ class Cost:
     iterates: int
     snapshots: int
     raw_bytes: int
-    """Stored states before compression."""
+    """Everything stored, before compression."""
     seconds: float
 
 
@@ -70,34 +71,40 @@ def run(
     complete are skipped, others done again.
     """
     where = _device(device)
-    store = Store(path)
-    config = experiment.config()
+    live, config, store = experiment.problem.build(where), experiment.config(), Store(path)
+    schema = _schema(experiment, live)  # everything that can be wrong with the request comes before the first byte
     check_writable(store)
     with lock(store.locks / "declare.lock", f"store {path}", patience=60):
         root = open_root(path)
-        existing = root.get(experiment.name)
-        if isinstance(existing, zarr.Group) and "trajstore" in existing.attrs:
-            _refuse_unless_same(existing, experiment.name, config, resume)
-            group, schema = existing, Schema.of(existing)
+        _refuse_foreign(store, experiment.name)
+        if experiment.name in store:
+            _refuse_unless_same(store[experiment.name], config, schema, resume)
         else:
-            live = experiment.problem.build(where)
-            schema = _schema(experiment, live)
             streams = [live.batches(seed) for seed in schema.data_seeds] if schema.batch_size else []
             indices = [np.stack([s.examples(i) for i in range(1, experiment.steps + 1)]) for s in streams]
-            group = declare(root, experiment.name, schema, config, indices)
+            declare(root, experiment.name, schema, config, indices)
+    group = zarr.open_group(root.store, path=experiment.name, mode="r+")
     stored = StoredExperiment(store, group)
     complete = Commits.of(group, schema).complete
-    missing = [
-        (position, [order for k, order in enumerate(experiment.orders) if not complete[k, position]])
-        for position in range(len(experiment.seeds))
-    ]
-    if any(orders for _, orders in missing):
-        began = now()
-        for position, orders in missing:
-            if orders:
-                _fill(stored, group, schema, experiment, position, orders, where, progress)
-        _note_fill(store, group, {"began": began, "ended": now(), "engine": "reference", **provenance(where)})
-    return stored
+    engine: Engine = ReferenceEngine(
+        live, experiment.operator, list(zip(schema.init_seeds, schema.data_seeds, strict=True))
+    )
+    if progress is not None:
+        engine = _Metered(engine, progress, schema.seeds)
+    for k in range(len(experiment.seeds)):
+        slabs = [Slab(order, k) for i, order in enumerate(experiment.orders) if not complete[i, k]]
+        if slabs:
+            with _noted(stored, slabs, {"engine": "reference", **provenance(where)}):
+                _fill(stored, experiment, slabs, engine)
+    return store[experiment.name]
+
+
+def refuse_conflict(experiment: Experiment, path: Path, resume: bool) -> None:
+    """Raise what `run` would raise because of what is stored already."""
+    store = Store(path)
+    if experiment.name in store:
+        schema = _schema(experiment, experiment.problem.build(torch.device("cpu")))
+        _refuse_unless_same(store[experiment.name], experiment.config(), schema, resume)
 
 
 def cost(experiment: Experiment, device: Device = "auto") -> Cost:
@@ -107,7 +114,7 @@ def cost(experiment: Experiment, device: Device = "auto") -> Cost:
     slabs = len(experiment.orders) * len(experiment.seeds)
     total = applications(experiment.orders, experiment.steps, experiment.grid) * len(experiment.seeds)
     iterates = len(experiment.grid) * slabs
-    engine = ReferenceEngine(live, experiment.operator, experiment.init_seeds[0], experiment.seeds[0])
+    engine = ReferenceEngine(live, experiment.operator, [(experiment.init_seeds[0], experiment.seeds[0])])
     per_application, per_iterate = _timings(engine)
     states = len(experiment.snapshots) * slabs
     return Cost(
@@ -115,21 +122,22 @@ def cost(experiment: Experiment, device: Device = "auto") -> Cost:
         exact=not any(order.metrics for order in experiment.orders),
         iterates=iterates,
         snapshots=states,
-        raw_bytes=states * schema.layout.size("params") * schema.layout.dtype.itemsize,
+        raw_bytes=states * schema.layout.size("params") * schema.layout.dtype.itemsize
+        + schema.series_bytes(len(experiment.grid)),
         seconds=total * per_application + iterates * per_iterate,
     )
 
 
 def _timings(engine: Engine, seconds: float = 1.0) -> tuple[float, float]:
     """Return seconds per application and per evaluated iterate: chains of length 1 against chains of 21."""
-    origin, leg = engine.start(), Leg("backward")
-    list(engine.iterates(leg, origin, [1, 2, 3]))  # warm up
+    origin = engine.start(0)
+    list(engine.run([Work(0, Leg("backward"), origin, [1, 2, 3])]))  # warm up
 
     def timed(n: int) -> float:
         best, end = float("inf"), time.perf_counter() + seconds / 2
         while time.perf_counter() < end or best == float("inf"):
             begin = time.perf_counter()
-            list(engine.iterates(leg, origin, [n]))
+            list(engine.run([Work(0, Leg("backward"), origin, [n])]))
             best = min(best, time.perf_counter() - begin)
         return best
 
@@ -138,41 +146,28 @@ def _timings(engine: Engine, seconds: float = 1.0) -> tuple[float, float]:
     return per_application, max(short - per_application, 0.0)
 
 
-def _fill(
-    stored: StoredExperiment,
-    group: zarr.Group,
-    schema: Schema,
-    experiment: Experiment,
-    position: int,
-    orders: Sequence[Order],
-    device: torch.device,
-    progress: Progress | None,
-) -> None:
-    """Record the given orders of one seed."""
-    seed = schema.seeds[position]
+def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab], engine: Engine) -> None:
+    """Record slabs, together."""
+    schema = stored.schema
     with ExitStack() as locks:
-        for order in orders:
+        for order, position in slabs:
+            seed = schema.seeds[position]
             what = f"experiment {experiment.name!r}, order {str(order)!r}, seed {seed}"
             locks.enter_context(lock(stored.slab_lock(str(order), seed), what))
-        writers = {order: SlabWriter(group, schema, schema.orders.index(str(order)), position) for order in orders}
-        live = experiment.problem.build(device)
-        engine: Engine = ReferenceEngine(
-            live, experiment.operator, schema.init_seeds[position], schema.data_seeds[position]
-        )
-        if progress is not None:
-            engine = _Metered(engine, progress, seed)
+        writers = {
+            slab: SlabWriter(stored.group, schema, schema.orders.index(str(slab.order)), slab.seed) for slab in slabs
+        }
         flatten = _Flatten(schema.layout)
         sketch = Sketch(schema.layout.parameters, experiment.record.sketch, schema.sketch_seed)
         snapshots = frozenset(schema.snapshots)
-        origin: NDArray[np.float64] | None = None
-        for visit in walk(orders, experiment.steps, experiment.grid, engine):
+        origin: dict[int, NDArray[np.float64]] = {}
+        for visit in walk(slabs, experiment.steps, experiment.grid, engine):
             n, state, metrics = visit.iterate
             vector, counters = flatten(state)
             theta = vector[: schema.layout.parameters].astype(np.float64)
-            origin = theta if origin is None else origin
-            projection = sketch(theta - origin)
-            for order in visit.orders:
-                writers[order].append(
+            projection = sketch(theta - origin.setdefault(visit.slabs[0].seed, theta))
+            for slab in visit.slabs:
+                writers[slab].append(
                     n, visit.leg_start, metrics, projection, (vector, counters) if n in snapshots else None
                 )
         for writer in writers.values():
@@ -182,19 +177,18 @@ def _fill(
 class _Metered:
     """An engine that tells how far it is."""
 
-    def __init__(self, engine: Engine, progress: Progress, seed: int) -> None:
-        self._engine, self._progress, self._seed = engine, progress, seed
+    def __init__(self, engine: Engine, progress: Progress, seeds: Sequence[int]) -> None:
+        self._engine, self._progress, self._seeds = engine, progress, seeds
         self.start = engine.start
 
-    def iterates(self, leg: Leg, last: Iterate, steps: Sequence[int]) -> Iterator[Iterate]:
-        done = last.step
-        for iterate in self._engine.iterates(leg, last, steps):
-            self._progress(
-                leg.applications([iterate.step], done),
-                f"seed {self._seed}, {leg.kind} to step {iterate.step}",
-            )
-            done = iterate.step
-            yield iterate
+    def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
+        done = [work.last.step for work in works]
+        for k, iterate in self._engine.run(works):
+            leg = works[k].leg
+            where = f"seed {self._seeds[works[k].seed]}, {leg.kind} to step {iterate.step}"
+            self._progress(leg.applications([iterate.step], done[k]), where)
+            done[k] = iterate.step
+            yield k, iterate
 
 
 class _Flatten:
@@ -227,8 +221,9 @@ def _tensors(
     yield "position", "position", state.position
 
 
-def _schema(experiment: Experiment, live: Any) -> Schema:  # noqa: ANN401
-    engine = ReferenceEngine(live, experiment.operator, experiment.init_seeds[0], experiment.seeds[0])
+def _schema(experiment: Experiment, live: LiveProblem) -> Schema:
+    params, buffers = live.initial(experiment.init_seeds[0])
+    start = beginning(params, buffers, experiment.operator.memory(params))
     tied, transient = (live.tied, live.transient) if isinstance(live, NamesOfModule) else ({}, frozenset())
     entries = [
         Entry(
@@ -238,10 +233,10 @@ def _schema(experiment: Experiment, live: Any) -> Schema:  # noqa: ANN401
             str(t.dtype).removeprefix("torch."),
             in_state_dict=name not in transient,
         )
-        for role, name, t in _tensors(engine.start().state, experiment.record.optimizer_state)
+        for role, name, t in _tensors(start, experiment.record.optimizer_state)
     ]
     layout = Layout.of(entries, tied)
-    return Schema(
+    schema = Schema(
         orders=tuple(map(str, experiment.orders)),
         seeds=experiment.seeds,
         init_seeds=experiment.init_seeds,
@@ -255,6 +250,8 @@ def _schema(experiment: Experiment, live: Any) -> Schema:  # noqa: ANN401
         codec=experiment.record.codec,
         snapshots_per_segment=segment_length(layout),
     )
+    check_metric_names(schema)
+    return schema
 
 
 def _device(device: Device) -> torch.device:
@@ -263,21 +260,44 @@ def _device(device: Device) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _refuse_unless_same(group: zarr.Group, name: str, config: dict[str, Any], resume: bool) -> None:
-    stored: Any = group.attrs["trajstore"]
-    if found := differences(stored["config"], config):
+def _refuse_foreign(store: Store, name: str) -> None:
+    if standing(store.path / name) == "foreign":
         raise ConflictError(
-            f"experiment {name!r} is stored already and differs in {'; '.join(found)} (stored / asked for); "
-            "choose another --name"
+            f"{store.path / name} is there and is no experiment, or has lost its zarr.json; "
+            "move it away, or choose another name"
+        )
+
+
+def _refuse_unless_same(stored: StoredExperiment, config: dict[str, Any], schema: Schema, resume: bool) -> None:
+    found = differences(stored.config, config)
+    found += differences(stored.schema.to_json(), schema.to_json(), "schema.")  # a function's globals may have changed
+    if found:
+        raise ConflictError(
+            f"experiment {stored.name!r} is stored already and differs in {'; '.join(found)} (stored / asked for); "
+            "choose another name"
         )
     if not resume:
         raise ConflictError(
-            f"experiment {name!r} is stored already with this configuration; "
+            f"experiment {stored.name!r} is stored already with this configuration; "
             "give --resume to go on with it, or another --name"
         )
 
 
-def _note_fill(store: Store, group: zarr.Group, fill: dict[str, Any]) -> None:
+@contextmanager
+def _noted(stored: StoredExperiment, slabs: Sequence[Slab], where: dict[str, Any]) -> Iterator[None]:
+    """Write down who records these slabs, before and after."""
+    schema = stored.schema
+    named = [[str(order), schema.seeds[position]] for order, position in slabs]
+    fill = {"id": uuid.uuid4().hex, "slabs": named, "began": now(), "ended": None, **where}
+    _note_fill(stored, fill)
+    yield
+    _note_fill(stored, fill | {"ended": now()})
+
+
+def _note_fill(stored: StoredExperiment, fill: dict[str, Any]) -> None:
+    store = stored.store
     with lock(store.locks / "declare.lock", f"store {store.path}", patience=60):
-        attributes: Any = dict(zarr.open_group(group.store, path=group.path, mode="r").attrs)["trajstore"]
-        group.attrs["trajstore"] = attributes | {"fills": [*attributes["fills"], fill]}
+        group = zarr.open_group(stored.group.store, path=stored.name, mode="r+")
+        attributes: Any = group.attrs["trajstore"]
+        others = [other for other in attributes["fills"] if other["id"] != fill["id"]]
+        group.attrs["trajstore"] = attributes | {"fills": [*others, fill]}

@@ -14,8 +14,10 @@ import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,10 @@ from numpy.typing import NDArray
 from trajstore.errors import QueryError
 from trajstore.store import Store, StoredExperiment
 
-__all__ = ["query_store"]
+__all__ = ["query_store", "rows_of"]
 
 _INDEX_VERSION = 1
+_KEEP_SECONDS = 24 * 3600.0
 _METRICS_COLUMNS = {
     "experiment": "VARCHAR",
     "order": "VARCHAR",
@@ -45,7 +48,7 @@ _METRICS_COLUMNS = {
 def query_store(store: Store, query: str) -> duckdb.DuckDBPyRelation:
     """Run one SELECT on a store's tables."""
     _ = store.root  # a clear error, if this is no store
-    connection = _confined(_refresh(store))
+    connection = _confined(*_refresh(store))
     _refuse_unless_reading(query)
     try:
         relation = connection.sql(query)
@@ -54,6 +57,14 @@ def query_store(store: Store, query: str) -> duckdb.DuckDBPyRelation:
     if relation is None:
         raise QueryError("the statement gives no rows; ask with SELECT")
     return relation
+
+
+def rows_of(relation: duckdb.DuckDBPyRelation) -> list[tuple[Any, ...]]:
+    """Fetch a relation's rows; what goes wrong only then is a QueryError too."""
+    try:
+        return [tuple(row) for row in relation.fetchall()]
+    except duckdb.Error as error:
+        raise _wrong(error, "") from None
 
 
 def _refuse_unless_reading(query: str) -> None:
@@ -66,7 +77,9 @@ def _refuse_unless_reading(query: str) -> None:
     kind = statements[0].type
     if kind == duckdb.StatementType.EXPLAIN:
         # EXPLAIN ANALYZE runs what it explains, so that has to be a SELECT as well.
-        explained = re.sub(r"(?is)^\s*explain\s+(analyze\s+)?(\([^)]*\)\s*)?", "", statements[0].query)
+        explained = re.sub(r"(?is)^\s*explain(\s+analyze)?\b", "", statements[0].query)
+        if re.match(r"(?is)\s*\((?!\s*(select|from|with|values|\())", explained):
+            explained = re.sub(r"(?s)^\s*\([^)]*\)", "", explained)  # options, as in EXPLAIN (FORMAT json)
         _refuse_unless_reading(explained)
     elif kind != duckdb.StatementType.SELECT:
         raise QueryError(f"only SELECT is possible here, not {kind.name}; a store is changed by recording")
@@ -74,28 +87,29 @@ def _refuse_unless_reading(query: str) -> None:
 
 def _wrong(error: duckdb.Error, query: str) -> QueryError:
     text = " ".join(str(error).split("\n\nLINE")[0].split())
+    if "pytz" in text:  # DuckDB would turn such values into Python with a package that nothing else needs
+        return QueryError("a column is a TIMESTAMP WITH TIME ZONE; cast it to TIMESTAMP or VARCHAR")
     if isinstance(error, duckdb.ParserException) and re.search(r'(?i)(?<!["\w])order(?!["\w]|\s+by\b)', query):
         text += '; order is a word of SQL: write the column as "order"'
     return QueryError(text)
 
 
-def _confined(index: Path) -> duckdb.DuckDBPyConnection:
+def _confined(folder: Path, index: Mapping[str, set[Path]]) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
-    for table in ("experiments", "runs", "metrics"):
-        files = sorted(str(f) for f in (index / table).rglob("*.parquet"))
-        listed = ", ".join(_literal(f) for f in files)
+    for table, files in index.items():
+        listed = ", ".join(_literal(str(f)) for f in sorted(files))
         connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet([{listed}], union_by_name = true)")
-    connection.execute(f"SET allowed_directories = [{_literal(str(index))}]")
+    connection.execute(f"SET allowed_directories = [{_literal(str(folder))}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
 
 
-def _refresh(store: Store) -> Path:
-    """Bring the index up to date, and return its folder."""
+def _refresh(store: Store) -> tuple[Path, dict[str, set[Path]]]:
+    """Bring the index up to date, and return its folder and the files of each table."""
     index = _index_folder(store)
     experiments = [store[name] for name in store]
-    wanted: set[Path] = set()
+    tables: dict[str, set[Path]] = {"experiments": set(), "runs": set(), "metrics": set()}
     parts: list[tuple[StoredExperiment, list[dict[str, Any]]]] = []
     for experiment in experiments:
         commits = experiment.commits()
@@ -104,7 +118,7 @@ def _refresh(store: Store) -> Path:
             for k, seed in enumerate(experiment.schema.seeds):
                 stamp = _stamp(experiment.attributes["config_digest"], commits.records[i, k].tobytes())
                 file = index / "metrics" / experiment.name / f"{quote(order, safe='')}.{seed}.{stamp}.parquet"
-                wanted.add(file)
+                tables["metrics"].add(file)
                 if not file.exists():
                     _write_slab(file, experiment, order, seed, i, k, commits.steps[i, k])
                 rows.append(
@@ -118,18 +132,19 @@ def _refresh(store: Store) -> Path:
     for table, records in _tables(parts).items():
         text = json.dumps(records, sort_keys=True)
         file = index / table / f"{_stamp(text)}.parquet"
-        wanted.add(file)
+        tables[table].add(file)
         if not file.exists():
             _write_records(file, records, _EMPTY[table])
     empty = index / "metrics" / "empty.parquet"  # gives the columns, when nothing is recorded yet
-    wanted.add(empty)
+    tables["metrics"].add(empty)
     if not empty.exists():
         columns = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in _METRICS_COLUMNS.items())
         _copy(duckdb.connect(), f"SELECT {columns} WHERE false", empty)
-    for file in index.rglob("*.parquet"):
-        if file not in wanted:
-            file.unlink(missing_ok=True)
-    return index
+    for file in set(index.rglob("*.parquet")).difference(*tables.values()):
+        with suppress(FileNotFoundError):  # another process tidies up as well
+            if time.time() - file.stat().st_mtime > _KEEP_SECONDS:  # a relation made before may still want it
+                file.unlink()
+    return index, tables
 
 
 def _write_slab(
@@ -173,8 +188,8 @@ def _tables(
         config = experiment.config
         row = {
             "experiment": experiment.name,
-            "problem": _kind(config["problem"]),
-            "operator": _kind(config["operator"]),
+            "problem": experiment.problem,
+            "operator": experiment.operator,
             "steps": config["steps"],
             "orders": config["orders"],
             "seeds": config["seeds"],
@@ -211,17 +226,14 @@ def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in table.items():
+        name = f"{prefix}{key}".lower()  # SQL does not tell upper case from lower
         if isinstance(value, Mapping):
             if "family" in value:
-                leaves[prefix + key] = value["family"]
-            leaves |= _leaves(value, f"{prefix}{key}_")
+                leaves[name] = value["family"]
+            leaves |= _leaves(value, f"{name}_")
         elif key != "family":
-            leaves[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+            leaves[name] = json.dumps(value) if isinstance(value, list) else value
     return leaves
-
-
-def _kind(table: Mapping[str, Any]) -> str:
-    return str(table.get("function") or table.get("family") or table.get("object"))
 
 
 def _write_records(file: Path, records: list[dict[str, Any]], declared: str) -> None:
@@ -245,6 +257,8 @@ def _write_records(file: Path, records: list[dict[str, Any]], declared: str) -> 
 
 def _wider(kind: str | None, value: Any) -> str:  # noqa: ANN401
     own = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE"}.get(type(value), "VARCHAR")
+    if own == "BIGINT" and not -(2**63) <= value < 2**63:
+        own = "VARCHAR"
     if kind is None or kind == own:
         return own
     return "DOUBLE" if {kind, own} == {"BIGINT", "DOUBLE"} else "VARCHAR"

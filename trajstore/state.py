@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Memory", "State", "Tensors", "move"]
+__all__ = ["Memory", "State", "Tensors", "beginning"]
 
 Tensors = dict[str, Tensor]
 Memory = dict[str, Tensors]
@@ -27,11 +27,7 @@ class State(NamedTuple):
     """0-dimensional int64: the position in the chain. Schedules and bias corrections follow it."""
 
 
-def move(state: State, device: torch.device) -> State:
-    """Return the state on a device."""
-    return State(
-        {name: t.to(device) for name, t in state.params.items()},
-        {name: t.to(device) for name, t in state.buffers.items()},
-        {slot: {name: t.to(device) for name, t in ts.items()} for slot, ts in state.memory.items()},
-        state.position.to(device),
-    )
+def beginning(params: Tensors, buffers: Tensors, memory: Memory) -> State:
+    """Return the state before any operator was applied."""
+    device = next(iter(params.values())).device
+    return State(params, buffers, memory, torch.zeros((), dtype=torch.int64, device=device))

@@ -6,19 +6,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import numpy as np
 import zarr
 from zarr.errors import GroupNotFoundError
 
-from trajstore.errors import ConfigurationError, FormatError, NotFoundError, choices
+from trajstore.errors import ConfigurationError, FormatError, NotFoundError, TrajstoreError, choices
 from trajstore.storage.local import DurableStore
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import FORMAT, Schema, check_format
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     import xarray as xr
 
-__all__ = ["SlabStatus", "Store", "StoredExperiment", "check_writable", "open", "open_root"]
+__all__ = ["SlabStatus", "Store", "StoredExperiment", "check_writable", "open", "open_root", "standing"]
 
 
 def open(path: str | Path) -> Store:
@@ -62,6 +64,9 @@ def open_root(path: str | Path) -> zarr.Group:
     if "trajstore" not in group.attrs:
         group.attrs["trajstore"] = {"format": FORMAT}
     return group
+
+
+Standing = Literal["nothing", "foreign", "half declared", "experiment", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -109,17 +114,22 @@ class Store:
         return group
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(name for name, group in self.root.groups() if "trajstore" in group.attrs))
+        """Yield the names of the experiments, damaged ones too: a store that hides them would look sound."""
+        _ = self.root
+        return iter(sorted(f.name for f in self.path.iterdir() if standing(f) in ("experiment", "damaged")))
 
     def __contains__(self, name: object) -> bool:
         return name in list(self)
 
     def __getitem__(self, name: str) -> StoredExperiment:
-        group = self.root.get(name) if name and "/" not in name else None
-        if not isinstance(group, zarr.Group) or "trajstore" not in group.attrs:
+        if name not in self:
             raise NotFoundError(f"no experiment {name!r} in {self.path}; {choices(name, self)}")
-        attributes: Any = group.attrs["trajstore"]
-        check_format(attributes, f"experiment {name!r} in {self.path}")
+        where = f"experiment {name!r} in {self.path}"
+        with _damage_told(where):
+            group = self.root[name]
+            assert isinstance(group, zarr.Group)
+            attributes: Any = group.attrs["trajstore"]
+        check_format(attributes, where)
         return StoredExperiment(self, group)
 
     def __repr__(self) -> str:
@@ -151,19 +161,26 @@ class StoredExperiment:
         """The configuration."""
         return dict(self.attributes["config"])
 
+    @property
+    def problem(self) -> str:
+        """The name of the problem: its family, or the function that makes it."""
+        return _name_of(self.config["problem"])
+
+    @property
+    def operator(self) -> str:
+        """The name of the operator's family."""
+        return _name_of(self.config["operator"])
+
     @cached_property
     def schema(self) -> Schema:
         """The shapes, labels and layout."""
-        try:
+        with _damage_told(f"experiment {self.name!r} in {self.store.path}"):
             return Schema.of(self.group)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FormatError(
-                f"experiment {self.name!r} in {self.store.path}: its attributes are damaged ({error!r})"
-            ) from None
 
     def commits(self) -> Commits:
         """Read the commit records as they are now."""
-        return Commits.of(self.group, self.schema)
+        with _damage_told(f"experiment {self.name!r} in {self.store.path}"):
+            return Commits.of(self.group, self.schema)
 
     def slabs(self) -> list[SlabStatus]:
         """Return the status of every (order, seed)."""
@@ -222,6 +239,38 @@ class StoredExperiment:
     def __repr__(self) -> str:
         done = [slab.complete for slab in self.slabs()]
         return f"<experiment {self.name!r}: {len(done)} slabs, {sum(done)} complete, {self.schema.steps} steps>"
+
+
+@contextmanager
+def _damage_told(where: str) -> Iterator[None]:
+    """Turn what zarr raises on damaged files into one line."""
+    try:
+        yield
+    except TrajstoreError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError, FileNotFoundError) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise FormatError(f"{where} is damaged ({told}); move its folder away, or restore it") from None
+
+
+def standing(folder: Path) -> Standing:
+    """Tell what is at an experiment's place."""
+    if not folder.exists():
+        return "nothing"
+    try:
+        stored = json.loads((folder / "zarr.json").read_bytes())
+        mark = stored.get("attributes", {}).get("trajstore")
+    except (FileNotFoundError, NotADirectoryError):
+        return "foreign"
+    except (ValueError, AttributeError):
+        return "damaged"
+    if not isinstance(mark, dict):
+        return "foreign"
+    return "half declared" if "declaring" in mark else "experiment"
+
+
+def _name_of(table: dict[str, Any]) -> str:
+    return str(table.get("function") or table.get("family") or table.get("object"))
 
 
 def _position(experiment: str, what: str, value: str | int, known: tuple[str, ...] | tuple[int, ...]) -> int:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.test_orders import orders
 from trajstore.engine import Iterate
-from trajstore.engine.walk import applications, walk
+from trajstore.engine.walk import Slab, applications, walk
 from trajstore.orders import Leg, Order
 from trajstore.state import State
 
@@ -23,21 +23,22 @@ class Recorder:
         self.applied = 0
         self._losses = losses
 
-    def start(self):
+    def start(self, seed):
         return self._iterate(0, ())
 
-    def iterates(self, leg, last, steps):
-        chain, done = chain_of(last), last.step
-        for n in steps:
-            if leg.kind == "forward":
-                new = tuple(range(done + 1, n + 1))
-                chain, done = (*chain, *new), n
-                here = chain
-            else:
-                new = tuple(leg.chain(n))
-                here = (*chain, *new)
-            self.applied += len(new)
-            yield self._iterate(n, here)
+    def run(self, works):
+        for k, (_, leg, last, steps) in enumerate(works):
+            chain, done = chain_of(last), last.step
+            for n in steps:
+                if leg.kind == "forward":
+                    new = tuple(range(done + 1, n + 1))
+                    chain, done = (*chain, *new), n
+                    here = chain
+                else:
+                    new = tuple(leg.chain(n))
+                    here = (*chain, *new)
+                self.applied += len(new)
+                yield k, self._iterate(n, here)
 
     def _iterate(self, step, chain):
         return Iterate(step, State({}, {}, {}, torch.tensor([len(chain), *chain])), {"train_loss": self._losses(chain)})
@@ -70,14 +71,16 @@ grids = st.sets(st.integers(1, STEPS)).map(lambda s: sorted({0, STEPS} | s))
 @given(st.lists(unconditional, min_size=1, max_size=4, unique=True), grids)
 def test_every_order_gets_the_chains_of_its_definition(several, grid):
     engine = Recorder()
-    seen: dict[Order, list[int]] = {order: [] for order in several}
-    for visit in walk(several, STEPS, grid, engine):
-        for order in visit.orders:
-            seen[order].append(visit.iterate.step)
+    slabs = [Slab(order, seed) for order in several for seed in (0, 1)]
+    seen: dict[Slab, list[int]] = {slab: [] for slab in slabs}
+    for visit in walk(slabs, STEPS, grid, engine):
+        assert len({slab.seed for slab in visit.slabs}) == 1
+        for slab in visit.slabs:
+            seen[slab].append(visit.iterate.step)
             if visit.iterate.step:
-                assert chain_of(visit.iterate) == chain_by_definition(order, visit.iterate.step)
+                assert chain_of(visit.iterate) == chain_by_definition(slab.order, visit.iterate.step)
     assert all(steps == grid for steps in seen.values())
-    assert applications(several, STEPS, grid) == engine.applied
+    assert 2 * applications(several, STEPS, grid) == engine.applied
 
 
 def test_backward_costs_a_triangle_and_every_kth_costs_a_kth():
@@ -99,7 +102,7 @@ def test_orders_share_the_legs_they_have_in_common():
 
 def test_a_turn_is_computed_even_if_it_is_not_recorded():
     engine = Recorder()
-    visits = list(walk([Order.parse("backward+backward@7")], 20, [0, 10, 20], engine))
+    visits = list(walk([Slab(Order.parse("backward+backward@7"), 0)], 20, [0, 10, 20], engine))
     assert [v.iterate.step for v in visits] == [0, 10, 20]
     assert chain_of(visits[1].iterate) == (7, 6, 5, 4, 3, 2, 1, 10, 9, 8)
     assert [v.leg_start for v in visits] == [0, 7, 7]
@@ -110,7 +113,8 @@ def test_a_turn_is_computed_even_if_it_is_not_recorded():
 def test_conditional_legs_cost_at_most_what_was_said(better):
     engine = Recorder(lambda chain: -len(chain) if better else 0.0)
     several = [Order.parse("backward"), Order.parse("backward/10?train_loss")]
-    starts = {v.leg_start for v in walk(several, STEPS, range(STEPS + 1), engine) if several[1] in v.orders}
+    slabs = [Slab(order, 0) for order in several]
+    starts = {v.leg_start for v in walk(slabs, STEPS, range(STEPS + 1), engine) if slabs[1] in v.slabs}
     assert starts == ({0, 10, 20, 30} if better else {0})
     assert engine.applied <= applications(several, STEPS, range(STEPS + 1))
     if not better:  # then it goes the way of `backward`, and is shared whole

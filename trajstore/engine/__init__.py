@@ -1,7 +1,8 @@
 """Engines compute iterates. They know problems and operators, and nothing of disks.
 
-`walk` takes all orders of one seed through time together, so that legs they share are computed once; an
-`Engine` computes the iterates of one leg. `reference` is the definition written plainly.
+`walk` takes all orders of all seeds through time together, so that legs they share are computed once; an
+`Engine` computes the work that it is handed. `reference` is the definition written plainly; `wavefront` advances
+many chains at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple, Protocol
 from trajstore.orders import Leg
 from trajstore.state import State
 
-__all__ = ["Engine", "Iterate"]
+__all__ = ["Engine", "Iterate", "Work"]
 
 
 class Iterate(NamedTuple):
@@ -23,15 +24,27 @@ class Iterate(NamedTuple):
     metrics: dict[str, float]
 
 
+class Work(NamedTuple):
+    """Iterates to compute: increasing steps of one leg of one seed."""
+
+    seed: int
+    """Position among the engine's seeds."""
+    leg: Leg
+    last: Iterate
+    """Where to start from: the leg's start for a backward leg, any earlier iterate for a forward leg."""
+    steps: Sequence[int]
+
+    @property
+    def applications(self) -> int:
+        """How many operator applications that takes."""
+        return self.leg.applications(self.steps, self.last.step)
+
+
 class Engine(Protocol):
-    """Computes the iterates of one seed."""
+    """Computes the iterates of several seeds."""
 
-    def start(self) -> Iterate:
-        """Return θ₀."""
+    def start(self, seed: int) -> Iterate:
+        """Return θ₀ of a seed."""
 
-    def iterates(self, leg: Leg, last: Iterate, steps: Sequence[int]) -> Iterator[Iterate]:
-        """Yield the iterates of a leg at increasing steps.
-
-        `last` is where the work starts from: the leg's start for a backward leg, and for a forward leg any
-        earlier iterate of it.
-        """
+    def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
+        """Yield (position of the work, iterate), for each work by increasing step."""

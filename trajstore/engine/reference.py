@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from trajstore.engine import Iterate
+from trajstore.engine import Iterate, Work
 from trajstore.operators import Batch, Operator
-from trajstore.orders import Leg
-from trajstore.problems import LiveProblem
-from trajstore.state import State, Tensors
+from trajstore.problems import Batches, LiveProblem
+from trajstore.state import State, Tensors, beginning
 
 __all__ = ["ReferenceEngine"]
 
@@ -22,42 +21,41 @@ __all__ = ["ReferenceEngine"]
 class ReferenceEngine:
     """Computes iterates one operator application at a time."""
 
-    def __init__(self, problem: LiveProblem, operator: Operator, init_seed: int, data_seed: int) -> None:
+    def __init__(self, problem: LiveProblem, operator: Operator, seeds: Sequence[tuple[int, int]]) -> None:
+        """Take the (init seed, data seed) of each seed."""
         self._problem = problem
         self._operator = operator
-        self._init_seed = init_seed
-        self._batches = problem.batches(data_seed)
+        self._init_seeds = [init for init, _ in seeds]
+        self._batches = [problem.batches(data) for _, data in seeds]
 
-    def start(self) -> Iterate:
-        """Return θ₀."""
-        params, buffers = self._problem.initial(self._init_seed)
-        device = next(iter(params.values())).device
-        position = torch.zeros((), dtype=torch.int64, device=device)
-        return self._measure(0, State(params, buffers, self._operator.memory(params), position))
+    def start(self, seed: int) -> Iterate:
+        """Return θ₀ of a seed."""
+        params, buffers = self._problem.initial(self._init_seeds[seed])
+        return self._measure(0, beginning(params, buffers, self._operator.memory(params)))
 
-    def iterates(self, leg: Leg, last: Iterate, steps: Sequence[int]) -> Iterator[Iterate]:
-        """Yield the iterates of a leg at increasing steps."""
-        if leg.kind == "forward":
+    def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
+        """Yield (position of the work, iterate), one work after the other."""
+        for k, (seed, leg, last, steps) in enumerate(works):
             state, done = last.state, last.step
             for n in steps:
-                state = self._compose(range(done + 1, n + 1), state)
-                done = n
-                yield self._measure(n, state)
-        else:
-            for n in steps:
-                yield self._measure(n, self._compose(leg.chain(n), last.state))
+                if leg.kind == "forward":
+                    iterate = self._measure(n, self._compose(range(done + 1, n + 1), state, self._batches[seed]))
+                    state, done = iterate.state, n
+                else:
+                    iterate = self._measure(n, self._compose(leg.chain(n), state, self._batches[seed]))
+                yield k, iterate
 
-    def _compose(self, indices: range, state: State) -> State:
+    def _compose(self, indices: range, state: State, batches: Batches) -> State:
         for i in indices:
             with torch.no_grad():
-                state = self._operator.apply(self._gradient, state, self._batches[i], torch.tensor(i))
+                state = self._operator.apply(self._gradient, state, batches[i], torch.tensor(i))
         return state
 
     def _gradient(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
         with torch.enable_grad():
             leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
             loss, after = self._problem.loss(leaves, buffers, batch)
-            gradients = torch.autograd.grad(loss, list(leaves.values()))
+            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, gradients, strict=True)), {name: b.detach() for name, b in after.items()}
 
     def _measure(self, step: int, state: State) -> Iterate:

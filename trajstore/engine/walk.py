@@ -1,41 +1,51 @@
-"""Take all orders of one seed through time together.
+"""Take all orders of all seeds through time together.
 
-Time is cut where any order turns into a new leg. Within a cut, orders that came the same way (the same legs
-from the same starts) want the same iterates: these are computed once and handed to each. An order whose legs
+Time is cut where any order turns into a new leg. Within a cut, orders of a seed that came the same way (the same
+legs from the same starts) want the same iterates: these are computed once and handed to each. An order whose legs
 depend on a metric decides at its turns, when the iterate there is known; until it decides differently it
 shares too.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
-from trajstore.engine import Engine, Iterate
+from trajstore.engine import Engine, Iterate, Work
 from trajstore.orders import Leg, Order
 from trajstore.state import State
 
-__all__ = ["Visit", "applications", "walk"]
+__all__ = ["Slab", "Visit", "applications", "walk"]
 
 Way = tuple[tuple[str, int], ...]
 """How an order came to where it is: (kind, start) of each leg so far."""
 
 
+class Slab(NamedTuple):
+    """One order of one seed."""
+
+    order: Order
+    seed: int
+    """Position among the engine's seeds."""
+
+
 @dataclass(frozen=True)
 class Visit:
-    """An iterate, the orders that it belongs to, and the start step of the leg that made it."""
+    """An iterate, the slabs that it belongs to, and the start step of the leg that made it."""
 
-    orders: tuple[Order, ...]
+    slabs: tuple[Slab, ...]
     leg_start: int
     iterate: Iterate
 
 
 @dataclass(frozen=True)
 class _Traveller:
-    order: Order
+    slab: Slab
     leg: Leg
     way: Way
     anchor: Iterate
@@ -43,78 +53,79 @@ class _Traveller:
     last: Iterate
     """What the next work starts from: the anchor, or for a forward leg the latest iterate."""
 
-    def onto(self, leg: Leg, here: Iterate) -> _Traveller:
-        return replace(self, leg=leg, way=(*self.way, (leg.kind, leg.start)), anchor=here, last=here)
 
-
-def walk(orders: Sequence[Order], steps: int, grid: Sequence[int], engine: Engine) -> Iterator[Visit]:
-    """Yield every wanted iterate of every order, for each order by increasing step, θ₀ first.
+def walk(slabs: Sequence[Slab], steps: int, grid: Sequence[int], engine: Engine) -> Iterator[Visit]:
+    """Yield every wanted iterate of every slab, for each slab by increasing step, θ₀ first.
 
     `grid` holds the wanted steps in increasing order, 0 among them. Iterates at turns are computed in any
     case, and yielded only if wanted.
     """
-    origin = engine.start()
-    yield Visit(tuple(orders), 0, origin)
-    travellers = [_Traveller(o, o.legs[0], ((o.legs[0].kind, 0),), origin, origin) for o in orders]
-    turns = {order: order.turns(steps) for order in orders}
-    for begin, end in pairwise(_cuts(orders, steps)):
-        wanted = [n for n in grid if begin < n <= end]
-        moved: list[_Traveller] = []
-        for together in _by_way(travellers):
-            needs_end = end < steps and (
-                together[0].leg.kind == "forward" or any(end in turns[t.order] for t in together)
-            )
-            lead, arrived = together[0], together[0].last
-            for arrived in engine.iterates(lead.leg, lead.last, _with(wanted, end) if needs_end else wanted):
-                if arrived.step in wanted:
-                    yield Visit(tuple(t.order for t in together), lead.leg.start, arrived)
-            for t in together:
-                moved.append(_turn(t, turns[t.order].get(end), arrived))
-        travellers = moved
+    travellers: list[_Traveller] = []
+    for seed in dict.fromkeys(slab.seed for slab in slabs):
+        origin = engine.start(seed)
+        here = tuple(slab for slab in slabs if slab.seed == seed)
+        yield Visit(here, 0, origin)
+        for slab in here:
+            leg = slab.order.legs[0]
+            travellers.append(_Traveller(slab, leg, ((leg.kind, 0),), origin, origin))
+    turns = {slab.order: slab.order.turns(steps) for slab in slabs}
+    for begin, end in pairwise(sorted({0, steps}.union(*turns.values()))):
+        wanted = list(grid[bisect_right(grid, begin) : bisect_right(grid, end)])
+        groups = _by_way(travellers)
+        works = [_work(group, wanted, end, any(end in turns[t.slab.order] for t in group)) for group in groups]
+        arrived = [group[0].last for group in groups]
+        visible = frozenset(wanted)
+        for k, iterate in engine.run(works):
+            if iterate.step == end:
+                arrived[k] = iterate
+            if iterate.step in visible:
+                yield Visit(tuple(t.slab for t in groups[k]), works[k].leg.start, iterate)
+        travellers = [
+            _turned(t, turns[t.slab.order].get(end), here)
+            for group, here in zip(groups, arrived, strict=True)
+            for t in group
+        ]
 
 
 def applications(orders: Sequence[Order], steps: int, grid: Sequence[int]) -> int:
-    """Count the operator applications of a walk.
+    """Count the operator applications of one seed.
 
     Exact, unless legs depend on a metric: then it is an upper bound, since a chain that is not reset is the
     longest.
     """
-    plain = [order for order in orders if not order.metrics]
+    plain = [Slab(order, 0) for order in orders if not order.metrics]
     counter = _Counter()
-    for _ in walk(plain, steps, grid, counter):
-        pass
-    for order in orders:
-        if order.metrics:
-            for _ in walk([order], steps, grid, counter):
-                pass
+    for together in (plain, *([Slab(order, 0)] for order in orders if order.metrics)):
+        for _ in walk(together, steps, grid, counter):
+            pass
     return counter.total
 
 
-def _turn(t: _Traveller, leg: Leg | None, here: Iterate) -> _Traveller:
+def _work(group: Sequence[_Traveller], wanted: list[int], end: int, turning: bool) -> Work:
+    """Return what a group wants, and the end of the cut where something goes on from it."""
+    lead = group[0]
+    needs_end = turning or lead.leg.kind == "forward"
+    reached = bool(wanted) and wanted[-1] == end
+    return Work(lead.slab.seed, lead.leg, lead.last, wanted if reached or not needs_end else [*wanted, end])
+
+
+def _turned(t: _Traveller, leg: Leg | None, here: Iterate) -> _Traveller:
     if t.leg.kind == "forward":
         t = replace(t, last=here)
     if leg is None or (leg.metric and not here.metrics[leg.metric] < t.anchor.metrics[leg.metric]):
         return t
-    return t.onto(leg, here)
-
-
-def _cuts(orders: Sequence[Order], steps: int) -> list[int]:
-    return sorted({0, steps}.union(*(order.turns(steps) for order in orders)))
+    return replace(t, leg=leg, way=(*t.way, (leg.kind, leg.start)), anchor=here, last=here)
 
 
 def _by_way(travellers: Sequence[_Traveller]) -> list[list[_Traveller]]:
-    groups: dict[Way, list[_Traveller]] = {}
+    groups: dict[tuple[int, Way], list[_Traveller]] = {}
     for t in travellers:
-        groups.setdefault(t.way, []).append(t)
+        groups.setdefault((t.slab.seed, t.way), []).append(t)
     return list(groups.values())
 
 
-def _with(wanted: list[int], end: int) -> list[int]:
-    return wanted if wanted and wanted[-1] == end else [*wanted, end]
-
-
-class _AnyMetric(dict[str, float]):
-    """Metrics of an iterate nobody computed: never lower, so nothing is reset."""
+class _NoMetric(dict[str, float]):
+    """Metrics of an iterate that nobody computed: never lower, so nothing is reset."""
 
     def __missing__(self, name: str) -> float:
         return 0.0
@@ -125,13 +136,11 @@ class _Counter:
 
     total = 0
 
-    def start(self) -> Iterate:
-        return _placeholder(0)
+    def start(self, seed: int) -> Iterate:
+        return Iterate(0, State({}, {}, {}, torch.tensor(0)), _NoMetric())
 
-    def iterates(self, leg: Leg, last: Iterate, steps: Sequence[int]) -> Iterator[Iterate]:
-        self.total += leg.applications(steps, last.step)
-        return map(_placeholder, steps)
-
-
-def _placeholder(step: int) -> Iterate:
-    return Iterate(step, State({}, {}, {}, torch.tensor(step)), _AnyMetric())
+    def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
+        for k, work in enumerate(works):
+            self.total += work.applications
+            for n in work.steps:
+                yield k, self.start(work.seed)._replace(step=n)

@@ -23,7 +23,10 @@ By = Literal["position", "index"]
 
 
 class Gradient(Protocol):
-    """The gradient of the batch loss, and the buffers after the forward pass that gave it."""
+    """The gradient of the batch loss, and the buffers after the forward pass that gave it.
+
+    A parameter that the loss does not use has gradient zero (so weight decay acts on it).
+    """
 
     def __call__(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
         """Return (gradients by parameter name, new buffers)."""

@@ -12,7 +12,8 @@
 
 and then ``problem = "my_file:make"`` in an experiment. The module is built after seeding torch with the init
 seed, and called through `torch.func.functional_call`, so BatchNorm statistics are part of the state. Modules
-that draw random numbers in training (dropout) are seeded from (data seed, i) at every step.
+that draw random numbers in training are keyed by (data seed, i): dropout modules draw their masks from
+`trajstore.noise`, anything else from torch's generator, seeded at every step.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from trajstore.batches import Sampling, draws, generator
-from trajstore.errors import ConfigurationError
+from trajstore.batches import Sampling, draws
+from trajstore.errors import ConfigurationError, TrajstoreError
+from trajstore.noise import keyed_uniform
 from trajstore.operators import Batch
-from trajstore.problems import Batches, LiveProblem
+from trajstore.problems import Batches, DType, LiveProblem, torch_dtype
 from trajstore.problems._streams import RowBatches
 from trajstore.state import Tensors
 
@@ -47,7 +49,9 @@ class ModuleProblem:
     """θ₀ and the loss of a module on (inputs, targets).
 
     `metrics` are extra scores besides the loss, each a mean over the examples given `(outputs, targets)`;
-    they appear as ``train_<name>`` and ``test_<name>``. `eval_batch` bounds the memory of an evaluation.
+    they appear as ``train_<name>`` and ``test_<name>``. `eval_batch` bounds the memory of an evaluation. `dtype`
+    casts module and data; None leaves them as they are. Frozen parameters (``requires_grad = False``) stay as
+    they are.
     """
 
     module: Callable[[], nn.Module]
@@ -58,60 +62,77 @@ class ModuleProblem:
     sampling: Sampling = "iid"
     metrics: Mapping[str, Score] = field(default_factory=dict)
     eval_batch: int = 1000
+    dtype: DType | None = None
 
     def __post_init__(self) -> None:
-        for name, (x, y) in self.splits.items():
+        for name, pair in self.splits.items():
+            if not (isinstance(pair, tuple | list) and len(pair) == 2):
+                raise ConfigurationError(f"{name} data: give a pair (inputs, targets), not a {type(pair).__name__}")
+            x, y = pair
             if len(x) != len(y) or len(x) == 0:
                 raise ConfigurationError(f"{name} data: {len(x)} inputs and {len(y)} targets; need as many, and some")
+        if self.eval_batch < 1:
+            raise ConfigurationError(f"eval_batch is {self.eval_batch}; it must be at least 1")
         draws(self.sampling, len(self.train[0]), self.batch_size, 0)  # refuses a batch that cannot be drawn
 
     @property
     def splits(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The data sets that metrics are evaluated on."""
-        return {"train": self.train} | ({"test": self.test} if self.test else {})
+        return {"train": self.train} | ({} if self.test is None else {"test": self.test})
 
     def build(self, device: torch.device) -> LiveProblem:
-        """Return the live problem on a device."""
-        return _Live(self, device)
+        """Return the live problem on a device, once its first batch has gone through."""
+        try:
+            return _Live(self, device)
+        except TrajstoreError:
+            raise
+        except Exception as error:
+            message = " ".join(str(error).split())
+            raise ConfigurationError(
+                f"the module fails on its first batch: {type(error).__name__}: {message}"
+            ) from error
 
 
 class _Live:
     def __init__(self, family: ModuleProblem, device: torch.device) -> None:
         self._family = family
         self._device = device
-        self._splits = {k: (x.to(device), y.to(device)) for k, (x, y) in family.splits.items()}
+        self._splits = {k: (self._cast(x), self._cast(y)) for k, (x, y) in family.splits.items()}
         self._scores: dict[str, Score] = {"loss": family.loss, **family.metrics}
         self.examples: dict[str, int | None] = {
             f"{split}_{score}": len(x) for score in self._scores for split, (x, _) in self._splits.items()
         }
-        self._module = seeded(family.module, 0).to(device)
+        self._module = self._build(0)
         stored = dict(self._module.named_parameters()) | dict(self._module.named_buffers())
         names = {id(t): name for name, t in stored.items()}
-        full = self._module.state_dict(keep_vars=True)
+        full = {n: t for n, t in self._module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
         self.tied = {name: names[id(t)] for name, t in full.items() if name not in stored}
         self.transient = frozenset(stored) - frozenset(full)
-        self._stochastic = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self._module.modules())
+        self._dropouts = _key_dropouts(self._module)
+        self._draws = False
+        self._draws = self._first_batch_draws()
 
     def initial(self, init_seed: int) -> tuple[Tensors, Tensors]:
-        module = seeded(self._family.module, init_seed)
-        params = {name: p.detach().clone().to(self._device) for name, p in module.named_parameters()}
-        return params, {name: b.clone().to(self._device) for name, b in module.named_buffers()}
+        module = self._build(init_seed)
+        params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+        return params, frozen | {name: b.clone() for name, b in module.named_buffers()}
 
     def batches(self, data_seed: int) -> Batches:
         f = self._family
-        rows = RowBatches(
-            draws(f.sampling, len(f.train[0]), f.batch_size, data_seed), f.batch_size, self._splits["train"]
-        )
-        return _Keyed(rows, data_seed) if self._stochastic else rows
+        draw = draws(f.sampling, len(f.train[0]), f.batch_size, data_seed)
+        keyed = bool(self._dropouts) or self._draws
+        return RowBatches(draw, f.batch_size, self._splits["train"], data_seed if keyed else None)
 
     def loss(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
         x, y, *key = batch
         self._module.train()
         after = {name: b.clone() for name, b in buffers.items()}  # BatchNorm writes into them
-        if not key:
+        for dropout in self._dropouts:
+            dropout.key = key[0]
+        if not self._draws:
             return self._family.loss(self._call(params, after, x), y), after
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(int(key[0]))
             return self._family.loss(self._call(params, after, x), y), after
 
@@ -134,14 +155,65 @@ class _Live:
         outputs: Tensor = torch.func.functional_call(self._module, (params, buffers), (x,))
         return outputs
 
+    def _build(self, seed: int) -> nn.Module:
+        module = seeded(self._family.module, seed).to(self._device)
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+            raise ConfigurationError("the module has lazy layers; give them their input sizes, so that θ₀ is defined")
+        if not any(p.requires_grad for p in module.parameters()):
+            raise ConfigurationError("the module has no parameter to train")
+        return module if self._family.dtype is None else module.to(torch_dtype(self._family.dtype))
 
-class _Keyed:
-    """A batch stream with the noise key of (data seed, i) behind the rows."""
+    def _cast(self, data: Tensor) -> Tensor:
+        dtype = self._family.dtype
+        return data.to(self._device, torch_dtype(dtype) if dtype and data.is_floating_point() else data.dtype)
 
-    def __init__(self, rows: RowBatches, data_seed: int) -> None:
-        self.batch_size, self.examples = rows.batch_size, rows.examples
-        self._rows, self._seed = rows, data_seed
+    def _first_batch_draws(self) -> bool:
+        """Try a batch, and tell whether it draws from torch's generator besides the dropout modules."""
+        x, y = (t[: self._family.batch_size] for t in self._splits["train"])
+        key = torch.zeros((), dtype=torch.int64, device=self._device)
+        devices = [self._device] if self._device.type == "cuda" else []
+        params, buffers = self.initial(0)
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+            loss, _ = self.loss(params, buffers, (x, y, key))
+            after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+            self._module.eval()
+            for name, score in self._scores.items():
+                value = score(self._call(params, buffers, x), y)
+                if value.ndim:
+                    raise ConfigurationError(
+                        f"metric {name!r} gives a tensor of shape {tuple(value.shape)}; "
+                        "it must give one number, the mean over the examples"
+                    )
+        if loss.ndim:
+            raise ConfigurationError(f"the loss gives a tensor of shape {tuple(loss.shape)}; it must give one number")
+        return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
-    def __getitem__(self, i: int) -> Batch:
-        key = int(generator(self._seed, "noise", i).integers(2**62))
-        return (*self._rows[i], torch.tensor(key))
+
+class _KeyedDropout(nn.Module):
+    """Dropout whose mask is a function of a key, set before each call."""
+
+    key: Tensor
+
+    def __init__(self, p: float, salt: int, channels: bool) -> None:
+        super().__init__()
+        self._p, self._salt, self._channels = p, salt, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self._p == 0:
+            return x
+        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self._channels else tuple(x.shape)
+        kept = keyed_uniform(self.key, self._salt, shape) >= self._p
+        return torch.where(kept, x / (1 - self._p), 0) if self._p < 1 else x * 0
+
+
+def _key_dropouts(module: nn.Module) -> list[_KeyedDropout]:
+    """Replace the dropout modules by keyed ones, and return these."""
+    replaced: list[_KeyedDropout] = []
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
+                keyed = _KeyedDropout(child.p, len(replaced), channels=not isinstance(child, nn.Dropout))
+                setattr(parent, name, keyed)
+                replaced.append(keyed)
+    return replaced

@@ -1,4 +1,4 @@
-"""The two kinds of batch stream that the families share: rows of tensors, and noise vectors."""
+"""The two kinds of batch stream that the families share, and how several batches are stacked."""
 
 from __future__ import annotations
 
@@ -11,8 +11,22 @@ from torch import Tensor
 
 from trajstore.batches import Draw, generator
 from trajstore.operators import Batch
+from trajstore.problems import Batches
 
-__all__ = ["NoiseBatches", "RowBatches", "normal_start"]
+__all__ = ["NoiseBatches", "RowBatches", "normal_start", "stacked"]
+
+
+def stacked(picks: Sequence[tuple[Batches, int]]) -> Batch:
+    """Return several batches, of any streams of one problem, stacked along a new first dimension."""
+    streams = [stream for stream, _ in picks if isinstance(stream, RowBatches)]
+    if len(streams) < len(picks):
+        return tuple(map(torch.stack, zip(*(stream[i] for stream, i in picks), strict=True)))
+    # One gather for all of them.
+    tensors = streams[0].tensors
+    rows = torch.from_numpy(np.stack([stream.examples(i) for stream, i in picks])).to(tensors[0].device)
+    keys = [stream.keys(i) for stream, (_, i) in zip(streams, picks, strict=True)]
+    more = (torch.tensor(k, device=rows.device) for k in zip(*keys, strict=True))
+    return (*(t[rows] for t in tensors), *more)
 
 
 def normal_start(init_seed: int, scale: float, size: int) -> Tensor:
@@ -21,16 +35,21 @@ def normal_start(init_seed: int, scale: float, size: int) -> Tensor:
 
 
 class RowBatches:
-    """B_i as the drawn rows of each of several tensors."""
+    """B_i as the drawn rows of each of several tensors, and where asked for a noise key behind them."""
 
-    def __init__(self, draw: Draw, batch_size: int, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, draw: Draw, batch_size: int, tensors: Sequence[Tensor], key_seed: int | None = None) -> None:
         self.examples = draw
         self.batch_size = batch_size
-        self._tensors = tensors
+        self.tensors = tensors
+        self._key_seed = key_seed
 
     def __getitem__(self, i: int) -> Batch:
-        rows = torch.from_numpy(self.examples(i)).to(self._tensors[0].device)
-        return tuple(t[rows] for t in self._tensors)
+        rows = torch.from_numpy(self.examples(i)).to(self.tensors[0].device)
+        return (*(t[rows] for t in self.tensors), *(torch.tensor(k, device=rows.device) for k in self.keys(i)))
+
+    def keys(self, i: int) -> list[int]:
+        """Return the noise key of (data seed, i), or nothing."""
+        return [] if self._key_seed is None else [int(generator(self._key_seed, "noise", i).integers(2**62))]
 
 
 class NoiseBatches:

@@ -77,6 +77,11 @@ class Layout:
         return sum(e.size for e in self.entries if e.array == array)
 
     @property
+    def row_bytes(self) -> int:
+        """How many bytes one flat state takes."""
+        return self.size("params") * self.dtype.itemsize
+
+    @property
     def parameters(self) -> int:
         """How many of `params` are parameters; they come first."""
         return sum(e.size for e in self.entries if e.role == "parameter")

@@ -78,4 +78,7 @@ def _values(group: zarr.Group, name: str) -> NDArray[Any]:
     array = group.get(name)
     if not isinstance(array, zarr.Array):
         raise FormatError(f"experiment {group.basename!r}: array {name!r} is missing; the store is damaged")
-    return np.asarray(array[...])
+    try:
+        return np.asarray(array[...])
+    except (ValueError, RuntimeError) as error:
+        raise FormatError(f"experiment {group.basename!r}: a chunk of {name!r} is damaged ({error})") from None

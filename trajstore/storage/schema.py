@@ -6,8 +6,9 @@ nothing. The group's ``trajstore`` attribute is written last: a group without it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,12 +17,21 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from trajstore.errors import FormatError
+from trajstore.errors import ConfigurationError, FormatError
 from trajstore.storage.codecs import Codec, chunk_codecs
 from trajstore.storage.digest import SegmentDigest, config_digest
 from trajstore.storage.layout import Layout
 
-__all__ = ["COMMIT_FIELDS", "FORMAT", "ArraySpec", "Schema", "check_format", "declare", "segment_length"]
+__all__ = [
+    "COMMIT_FIELDS",
+    "FORMAT",
+    "ArraySpec",
+    "Schema",
+    "check_format",
+    "check_metric_names",
+    "declare",
+    "segment_length",
+]
 
 FORMAT = 1
 COMMIT_FIELDS = ("steps", "snapshots", *(f"digest_{k}" for k in range(SegmentDigest.WORDS)))
@@ -153,6 +163,11 @@ class Schema:
             "batch": self.steps, "example": self.batch_size,
         }  # fmt: skip
 
+    def series_bytes(self, recorded: int) -> int:
+        """Return the raw bytes of everything but states, for a number of recorded steps in each slab."""
+        a_step = 8 * (len(self.metrics) + self.components + 2)
+        return len(self.seeds) * (len(self.orders) * recorded * a_step + 8 * self.steps * self.batch_size)
+
     def to_json(self) -> dict[str, Any]:
         """Return what a reader needs beyond the arrays themselves."""
         return {
@@ -191,9 +206,8 @@ def segment_length(layout: Layout) -> int:
 
     64; more for small states, up to a chunk of about 4 million numbers; fewer where they would pass 256 MB.
     """
-    row = max(1, layout.size("params"))
-    wanted = min(max(64, _PARAM_CHUNK * 64 // row), 4_096)
-    return max(1, min(wanted, _SEGMENT_BYTES // (row * layout.dtype.itemsize)))
+    wanted = min(max(64, _PARAM_CHUNK * 64 // max(1, layout.size("params"))), 4_096)
+    return max(1, min(wanted, _SEGMENT_BYTES // max(1, layout.row_bytes)))
 
 
 def declare(
@@ -207,7 +221,8 @@ def declare(
 
     `batch_index` has one (batch, example) array for each seed.
     """
-    group = root.create_group(name, overwrite=True)
+    # Marked until it is whole: a group with this mark is what a declaration that died left, and may be replaced.
+    group = root.create_group(name, overwrite=True, attributes={"trajstore": {"declaring": True}})
     lengths = schema.lengths()
     for spec in schema.arrays():
         serializer, compressors = (
@@ -245,6 +260,18 @@ def declare(
         "fills": [],
     }
     return group
+
+
+def check_metric_names(schema: Schema) -> None:
+    """Refuse names that could not be an array, a flag and a column."""
+    own = [spec.name for spec in replace(schema, metrics={}).arrays()]
+    seen = {*own, *schema.coordinates(), *schema.lengths(), "experiment", "recorded", "stored"}
+    for name in schema.metrics:
+        if not re.fullmatch(r"[A-Za-z_]\w{0,99}", name):
+            raise ConfigurationError(f"metric {name!r}: use letters, digits and '_', beginning with a letter")
+        if name.casefold() in seen:
+            raise ConfigurationError(f"metric {name!r}: an array or column has that name, upper case or lower")
+        seen.add(name.casefold())
 
 
 def check_format(attributes: Mapping[str, Any], where: str) -> None:

@@ -44,7 +44,8 @@ class SlabWriter:
         self._segment = 0
         self._begin_segment(0)
         self._uncommitted = 0
-        self._write_records()  # whatever an earlier, unfinished recording left does not count any more
+        for segment in range(0, schema.segments, self._committed.chunks[2]):
+            self._write_record(segment)  # whatever an earlier, unfinished recording left does not count any more
 
     def append(
         self,
@@ -92,7 +93,7 @@ class SlabWriter:
                 write_block(self._counters, (*self._corner, 0, start), self._counts[:width].T[None, None])
         self._store.flush()
         self._records[self._segment] = [self._steps, self._snapshots, *self._digest.words()]
-        self._write_records()
+        self._write_record(self._segment)
         self._uncommitted, self._since = 0, time.monotonic()
 
     def _begin_segment(self, segment: int) -> None:
@@ -103,8 +104,11 @@ class SlabWriter:
         self._digest = SegmentDigest()
         self._since = time.monotonic()
 
-    def _write_records(self) -> None:
-        self._committed[self._corner] = self._records
+    def _write_record(self, segment: int) -> None:
+        """Replace the one chunk that holds a segment's record."""
+        length = self._committed.chunks[2]
+        start = segment // length * length
+        write_block(self._committed, (*self._corner, start, 0), self._records[start : start + length][None, None])
         self._store.flush()
 
 

@@ -1,0 +1,136 @@
+"""The wavefront gives the reference's iterates, whatever the tiling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.test_orders import orders
+from trajstore.engine.reference import ReferenceEngine
+from trajstore.engine.walk import Slab, walk
+from trajstore.engine.wavefront import WavefrontEngine, eager_tick
+from trajstore.operators.adam import Adam
+from trajstore.operators.adamw import AdamW
+from trajstore.operators.sgd import SGD
+from trajstore.problems import ModuleProblem
+from trajstore.problems.least_squares import LeastSquares
+from trajstore.problems.quadratic import Quadratic
+from trajstore.problems.regression import Regression
+from trajstore.problems.two_constants import TwoConstants
+from trajstore.schedules.cosine import Cosine
+from trajstore.schedules.inverse_sqrt import InverseSqrt
+from trajstore.schedules.step import Step
+
+CPU = torch.device("cpu")
+STEPS = 60
+
+
+def normed() -> ModuleProblem:
+    """BatchNorm with running statistics, dropout, tied weights, a convolution."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 3, 3)
+            self.norm = nn.BatchNorm1d(3)
+            self.drop = nn.Dropout(0.2)
+            self.out = nn.Linear(12, 2)
+            self.back = nn.Linear(2, 12)
+            self.tied = nn.Linear(12, 2)
+            self.tied.weight = self.out.weight
+
+        def forward(self, x):
+            hidden = self.drop(torch.tanh(self.norm(self.conv(x)))).flatten(1)
+            return self.tied(torch.tanh(self.back(self.out(hidden))))
+
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 1, 6, generator=g, dtype=torch.float64), torch.randn(30, 2, generator=g, dtype=torch.float64)
+    return ModuleProblem(lambda: Net().double(), nn.functional.mse_loss, (x, y), (x[:9], y[:9]), batch_size=4)
+
+
+PROBLEMS = {
+    "regression": Regression(width=6, depth=2, points=15, batch_size=2, dtype="float64"),
+    "quadratic": Quadratic((0.5, 1.0, 1.5), rotation_seed=1),
+    "two-constants": TwoConstants(),
+    "least-squares": LeastSquares(n=12, d=3, batch_size=2, sampling="shuffle"),
+    "normed": normed(),
+}
+OPERATORS = [
+    SGD(0.05),
+    SGD(0.02, momentum=0.9, dampening=0.1, weight_decay=0.01, schedule=InverseSqrt(warmup=5)),
+    SGD(0.02, momentum=0.8, nesterov=True, schedule=Step(7), by="index"),
+    Adam(0.01, schedule=Cosine(50, 5), by="index"),
+    AdamW(0.01),
+]
+
+
+def close(problem, operator, seeds, slabs, grid, lanes, tolerance=1e-9):
+    live = PROBLEMS[problem].build(CPU)
+    expected = {
+        (slab, v.iterate.step): v.iterate
+        for v in walk(slabs, STEPS, grid, ReferenceEngine(live, operator, seeds))
+        for slab in v.slabs
+    }
+    engine = WavefrontEngine(live, operator, seeds, lanes, eager_tick(live, operator))
+    found: dict[Slab, list[int]] = {slab: [] for slab in slabs}
+    for visit in walk(slabs, STEPS, grid, engine):
+        for slab in visit.slabs:
+            n, state, metrics = visit.iterate
+            found[slab].append(n)
+            reference = expected[slab, n]
+            torch.testing.assert_close(state, reference.state, rtol=tolerance, atol=tolerance)
+            assert metrics == pytest.approx(reference.metrics, rel=100 * tolerance, abs=tolerance)
+    assert all(steps == list(grid) for steps in found.values())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(list(PROBLEMS)),
+    st.sampled_from(OPERATORS),
+    st.lists(orders().filter(lambda o: all(leg.start < STEPS for leg in o.legs)), min_size=1, max_size=2, unique=True),
+    st.sets(st.integers(1, STEPS), max_size=8).map(lambda s: sorted({0, STEPS} | s)),
+    st.integers(1, 9),
+)
+def test_any_orders_operators_widths_and_grids_give_the_references_iterates(problem, operator, several, grid, lanes):
+    if any(metric != "train_loss" for order in several for metric in order.metrics):
+        return
+    seeds = [(3, 3), (0, 8)]
+    close(problem, operator, seeds, [Slab(order, k) for order in several for k in (0, 1)], grid, lanes)
+
+
+def test_the_result_does_not_depend_on_the_width(record):
+    live = PROBLEMS["normed"].build(CPU)
+    operator = SGD(0.05, momentum=0.9)
+    from trajstore.orders import Order
+
+    slabs = [Slab(Order.parse("backward"), 0)]
+    finals = []
+    for lanes in (1, 3, 16):
+        engine = WavefrontEngine(live, operator, [(0, 0)], lanes, eager_tick(live, operator))
+        *_, last = walk(slabs, 40, [0, 10, 40], engine)
+        finals.append(last.iterate.state)
+    for other in finals[1:]:
+        torch.testing.assert_close(other, finals[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_a_chain_that_diverges_leaves_the_others_alone(lanes):
+    from trajstore.orders import Order
+
+    live = Quadratic(dtype="float32").build(CPU)
+    operator = SGD(3.0)
+    seeds = [(0, 0), (1, 1)]
+    slabs = [Slab(Order.parse(label), k) for label in ("forward", "backward") for k in (0, 1)]
+    engine = WavefrontEngine(live, operator, seeds, lanes, eager_tick(live, operator))
+    values = {
+        (s, v.iterate.step): v.iterate.metrics["train_loss"]
+        for v in walk(slabs, 200, range(201), engine)
+        for s in v.slabs
+    }
+    reference = ReferenceEngine(live, operator, seeds)
+    for v in walk(slabs, 200, range(201), reference):
+        for s in v.slabs:
+            assert values[s, v.iterate.step] == pytest.approx(v.iterate.metrics["train_loss"], rel=1e-4, nan_ok=True)
