@@ -125,8 +125,11 @@ def _examples(number: int | None) -> str:
 
 
 def _fill_line(fill: dict[str, Any]) -> str:
+    from trajstore.engine.plan import Plan
+
     where = f"{fill['device']}, {fill['threads']} threads, torch {fill['versions'].get('torch')}"
-    return f"{fill['began']} to {fill['ended']}, {fill['engine']} engine, {where}"
+    when = f"{fill['began']} to {fill['ended'] or '?'}, {len(fill['slabs'])} slabs"
+    return f"{when}, {Plan.from_json(fill['plan'])}, {where}"
 
 
 def _one_line(table: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ written · 130 interrupted.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -40,6 +41,7 @@ app.command("plot")(plotting.plot)
 
 def main() -> None:
     """Run a command; every foreseeable failure is one line on standard error."""
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"trajstore: {message}", err=True)
     try:
         code = typer.main.get_command(app).main(prog_name="trajstore", standalone_mode=False) or 0
         if code == _INTERRUPTED:

@@ -53,7 +53,10 @@ def record(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change any field, as in operator.lr=0.1; repeatable."),
     ] = None,
-    engine: Annotated[Literal["auto", "reference"], typer.Option(help="What computes the iterates.")] = "auto",
+    engine: Annotated[
+        Literal["auto", "reference", "wavefront"], typer.Option(help="What computes the iterates.")
+    ] = "auto",
+    lanes: Annotated[int | None, typer.Option(min=1, max=4096, help="Chains that advance together.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where they are computed.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on: skip complete slabs, redo the others.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will take.")] = False,
@@ -70,11 +73,11 @@ def record(
         parse_settings(set_ or []),
     )  # fmt: skip
     if dry_run:
-        _dry_run(experiment, store, resume, device, json)
+        _dry_run(experiment, store, resume, engine, lanes, device, json)
         return
     if store is None:
         raise ConfigurationError("say where to record: --store PATH (or --dry-run to see what it takes)")
-    stored = record_with_progress(experiment, store, resume=resume, device=device)
+    stored = record_with_progress(experiment, store, resume=resume, engine=engine, lanes=lanes, device=device)
     slabs = stored.slabs()
     if json:
         print_json({"experiment": stored.name, "slabs": len(slabs), "bytes": stored.bytes_on_disk()})
@@ -82,20 +85,14 @@ def record(
         say(f"{stored.name}: {len(slabs)} slabs complete, {human_bytes(stored.bytes_on_disk())} in {store}")
 
 
-def record_with_progress(
-    experiment: Experiment,
-    store: Path,
-    *,
-    resume: bool = False,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> StoredExperiment:
-    """Record, with a bar on a terminal."""
+def record_with_progress(experiment: Experiment, store: Path, **how: Any) -> StoredExperiment:  # noqa: ANN401
+    """Record as `trajstore.run` does, with a bar on a terminal."""
     from trajstore.engine.walk import applications
     from trajstore.recording import run
 
     total = applications(experiment.orders, experiment.steps, experiment.grid) * len(experiment.seeds)
     with progress_bar(total, experiment.name) as progress:
-        return run(experiment, store, resume=resume, device=device, progress=progress)
+        return run(experiment, store, progress=progress, **how)
 
 
 def _experiment(what: str, fields: dict[str, Any], recorded: dict[str, Any], settings: dict[str, Any]) -> Experiment:
@@ -132,7 +129,13 @@ def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
 
 
 def _dry_run(
-    experiment: Experiment, store: Path | None, resume: bool, device: Literal["auto", "cpu", "cuda"], json: bool
+    experiment: Experiment,
+    store: Path | None,
+    resume: bool,
+    engine: Literal["auto", "reference", "wavefront"],
+    lanes: int | None,
+    device: Literal["auto", "cpu", "cuda"],
+    json: bool,
 ) -> None:
     from dataclasses import asdict
 
@@ -140,7 +143,7 @@ def _dry_run(
 
     if store is not None and store.exists():
         refuse_conflict(experiment, store, resume)
-    takes = cost(experiment, device)
+    takes = cost(experiment, device, engine, lanes)
     if json:
         print_json({"experiment": experiment.name, **asdict(takes)})
         return
@@ -150,4 +153,5 @@ def _dry_run(
     say(f"iterates measured      {takes.iterates:,}")
     say(f"states stored          {takes.snapshots:,}")
     say(f"disk                   {human_bytes(takes.raw_bytes)} before lossless compression")
-    say(f"time                   {bound}about {human_seconds(takes.seconds)} here, with the reference engine")
+    say(f"time                   {bound}about {human_seconds(takes.seconds)} here")
+    say(f"plan                   {takes.plan}")

@@ -21,6 +21,12 @@ SMALL_NET = {
 }
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans and indexes of the tests stay out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
     """Record an experiment, given as a preset or a table, into a store of the test's own."""

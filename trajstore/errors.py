@@ -12,6 +12,8 @@
     ├── QueryError (ValueError)             an SQL statement that is wrong or not allowed
     └── StatisticError (ValueError)         too little data for the number that was asked for
 
+    SlowPlanWarning (UserWarning)           a recording runs slower than it could, and why
+
 Each message is one line that says what happened, to which experiment, order, seed and step where
 there are such, and what to do now.
 """
@@ -29,6 +31,7 @@ __all__ = [
     "NotFoundError",
     "OrderError",
     "QueryError",
+    "SlowPlanWarning",
     "StatisticError",
     "TrajstoreError",
     "choices",
@@ -72,6 +75,10 @@ class QueryError(TrajstoreError, ValueError):
 
 class StatisticError(TrajstoreError, ValueError):
     """A statistic that the data cannot support."""
+
+
+class SlowPlanWarning(UserWarning):
+    """A recording runs slower than it could; the message says what is missing."""
 
 
 def choices(name: str, known: Iterable[str]) -> str:

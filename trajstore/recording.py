@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,14 @@ from numpy.typing import NDArray
 
 from trajstore.configuration import differences
 from trajstore.engine import Engine, Iterate, Work
-from trajstore.engine.reference import ReferenceEngine
+from trajstore.engine.compiling import missing_for_compiling
+from trajstore.engine.plan import EngineChoice, Plan, choose, ready
 from trajstore.engine.walk import Slab, applications, walk
-from trajstore.errors import ConfigurationError, ConflictError
+from trajstore.errors import ConfigurationError, ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
+from trajstore.operators import Operator
 from trajstore.orders import Leg
+from trajstore.plans import remembered
 from trajstore.problems import LiveProblem, NamesOfModule
 from trajstore.provenance import now, provenance
 from trajstore.state import State, beginning
@@ -39,6 +43,10 @@ from trajstore.store import Store, StoredExperiment, check_writable, open_root, 
 __all__ = ["Cost", "Device", "cost", "refuse_conflict", "run"]
 
 Device = Literal["auto", "cpu", "cuda"]
+_LITTLE = 5_000
+"""Operator applications that are over before a calibration would be."""
+_BUFFER_BYTES = 2**30
+"""What the unfinished segments of the slabs that are recorded together may take."""
 Progress = Callable[[int, str], None]
 """Called with operator applications done since the last call, and what is being recorded."""
 
@@ -55,6 +63,7 @@ class Cost:
     raw_bytes: int
     """Everything stored, before compression."""
     seconds: float
+    plan: Plan
 
 
 def run(
@@ -62,13 +71,16 @@ def run(
     path: str | Path,
     *,
     resume: bool = False,
+    engine: EngineChoice = "auto",
+    lanes: int | None = None,
     device: Device = "auto",
     progress: Progress | None = None,
 ) -> StoredExperiment:
     """Record an experiment into a store, and return it as stored.
 
     An experiment that exists already needs ``resume=True`` and an equal configuration: slabs that are
-    complete are skipped, others done again.
+    complete are skipped, others done again, by the plan that the recording began with. `lanes` fixes the width of
+    the wave.
     """
     where = _device(device)
     live, config, store = experiment.problem.build(where), experiment.config(), Store(path)
@@ -86,17 +98,76 @@ def run(
     group = zarr.open_group(root.store, path=experiment.name, mode="r+")
     stored = StoredExperiment(store, group)
     complete = Commits.of(group, schema).complete
-    engine: Engine = ReferenceEngine(
-        live, experiment.operator, list(zip(schema.init_seeds, schema.data_seeds, strict=True))
-    )
+    missing = [
+        [Slab(order, k) for i, order in enumerate(experiment.orders) if not complete[i, k]]
+        for k in range(len(experiment.seeds))
+    ]
+    if not any(missing):
+        return store[experiment.name]
+    seeds = list(zip(schema.init_seeds, schema.data_seeds, strict=True))
+    plan = _stored_plan(stored, engine, lanes) or plan_for(experiment, live, schema, engine, lanes)
+    plan, computing = ready(plan, live, experiment.operator, seeds)
+    if plan.slowed:
+        warnings.warn(f"experiment {experiment.name!r}: {plan}", SlowPlanWarning, stacklevel=2)
     if progress is not None:
-        engine = _Metered(engine, progress, schema.seeds)
-    for k in range(len(experiment.seeds)):
-        slabs = [Slab(order, k) for i, order in enumerate(experiment.orders) if not complete[i, k]]
-        if slabs:
-            with _noted(stored, slabs, {"engine": "reference", **provenance(where)}):
-                _fill(stored, experiment, slabs, engine)
+        computing = _Metered(computing, progress, schema.seeds)
+    for together in _waves(plan, experiment, schema, missing):
+        with _noted(stored, together, {"plan": plan.to_json(), **provenance(where)}):
+            _fill(stored, experiment, together, computing)
     return store[experiment.name]
+
+
+def plan_for(
+    experiment: Experiment, live: LiveProblem, schema: Schema, engine: EngineChoice = "auto", lanes: int | None = None
+) -> Plan:
+    """Choose how to compute an experiment here."""
+    seeds = list(zip(schema.init_seeds, schema.data_seeds, strict=True))
+    total = applications(experiment.orders, experiment.steps, experiment.grid) * len(seeds)
+    chains = len(experiment.grid) * len(experiment.orders) * len(seeds)
+
+    def choice() -> Plan:
+        state_bytes = _state_bytes(live, experiment.operator, seeds[0][0])
+        return choose(live, experiment.operator, seeds, total, chains, state_bytes, engine)
+
+    question = {"config": experiment.config() | {"name": None}, "engine": engine}
+    little = engine == "auto" and total <= _LITTLE
+    plan = Plan("reference", reason="little work") if little else remembered(question, choice)
+    return plan if lanes is None or plan.engine == "reference" else replace(plan, lanes=lanes)
+
+
+def _stored_plan(stored: StoredExperiment, engine: EngineChoice, lanes: int | None) -> Plan | None:
+    """Return the plan of the last fill, unless another is asked for."""
+    fills = stored.attributes["fills"]
+    plan = Plan.from_json(fills[-1]["plan"]) if fills else None
+    if plan is None or engine not in ("auto", plan.engine) or lanes not in (None, plan.lanes):
+        return None
+    if plan.compiled and missing_for_compiling():
+        return replace(plan, compiled=False)
+    return plan
+
+
+def _waves(
+    plan: Plan, experiment: Experiment, schema: Schema, missing: Sequence[Sequence[Slab]]
+) -> Iterator[list[Slab]]:
+    """Group slabs to be recorded together: whole seeds, as many as fill the lanes and fit into memory.
+
+    A seed at a time commits earliest, so more of them share a wave only where one would leave lanes idle: a
+    forward leg cannot be split, so its length bounds how soon a wave can end.
+    """
+    a_seed = max(1, applications(experiment.orders, experiment.steps, experiment.grid))
+    enough = 1 if plan.lanes == 1 else -(-8 * plan.lanes * experiment.steps // a_seed)
+    a_slab = schema.layout.row_bytes * min(schema.snapshots_per_segment, len(schema.snapshots))
+    fits = max(1, _BUFFER_BYTES // max(1, a_slab * len(experiment.orders)))
+    together = min(enough, fits)
+    seeds = [slabs for slabs in missing if slabs]
+    for start in range(0, len(seeds), together):
+        yield [slab for slabs in seeds[start : start + together] for slab in slabs]
+
+
+def _state_bytes(live: LiveProblem, operator: Operator, init_seed: int) -> int:
+    params, buffers = live.initial(init_seed)
+    tensors = _tensors(beginning(params, buffers, operator.memory(params)), memory=True)
+    return sum(t.numel() * t.element_size() for _, _, t in tensors)
 
 
 def refuse_conflict(experiment: Experiment, path: Path, resume: bool) -> None:
@@ -107,40 +178,48 @@ def refuse_conflict(experiment: Experiment, path: Path, resume: bool) -> None:
         _refuse_unless_same(store[experiment.name], experiment.config(), schema, resume)
 
 
-def cost(experiment: Experiment, device: Device = "auto") -> Cost:
+def cost(
+    experiment: Experiment, device: Device = "auto", engine: EngineChoice = "auto", lanes: int | None = None
+) -> Cost:
     """Say what a recording will take, after timing a few operator applications here."""
     live = experiment.problem.build(_device(device))
     schema = _schema(experiment, live)
     slabs = len(experiment.orders) * len(experiment.seeds)
     total = applications(experiment.orders, experiment.steps, experiment.grid) * len(experiment.seeds)
     iterates = len(experiment.grid) * slabs
-    engine = ReferenceEngine(live, experiment.operator, [(experiment.init_seeds[0], experiment.seeds[0])])
-    per_application, per_iterate = _timings(engine)
+    plan = plan_for(experiment, live, schema, engine, lanes)
+    seeds = list(zip(schema.init_seeds, schema.data_seeds, strict=True))
+    begin = time.perf_counter()
+    plan, computing = ready(plan, live, experiment.operator, seeds)
+    getting_ready = time.perf_counter() - begin
+    per_application, per_iterate = _timings(computing, plan.lanes)
     states = len(experiment.snapshots) * slabs
     return Cost(
         applications=total,
         exact=not any(order.metrics for order in experiment.orders),
         iterates=iterates,
         snapshots=states,
-        raw_bytes=states * schema.layout.size("params") * schema.layout.dtype.itemsize
-        + schema.series_bytes(len(experiment.grid)),
-        seconds=total * per_application + iterates * per_iterate,
+        raw_bytes=states * schema.layout.row_bytes + schema.series_bytes(len(experiment.grid)),
+        seconds=getting_ready + total * per_application + iterates * per_iterate,
+        plan=plan,
     )
 
 
-def _timings(engine: Engine, seconds: float = 1.0) -> tuple[float, float]:
-    """Return seconds per application and per evaluated iterate: chains of length 1 against chains of 21."""
+def _timings(engine: Engine, lanes: int, seconds: float = 1.0) -> tuple[float, float]:
+    """Return seconds per application and per evaluated iterate, from waves of short and of longer chains."""
     origin = engine.start(0)
-    list(engine.run([Work(0, Leg("backward"), origin, [1, 2, 3])]))  # warm up
 
     def timed(n: int) -> float:
         best, end = float("inf"), time.perf_counter() + seconds / 2
         while time.perf_counter() < end or best == float("inf"):
             begin = time.perf_counter()
-            list(engine.run([Work(0, Leg("backward"), origin, [n])]))
+            # As many chains of the same length as there are lanes.
+            for _ in engine.run([Work(0, Leg("backward"), origin, [n])] * lanes):
+                pass
             best = min(best, time.perf_counter() - begin)
-        return best
+        return best / lanes
 
+    timed(1)
     short, long = timed(1), timed(21)
     per_application = max(long - short, 0.0) / 20
     return per_application, max(short - per_application, 0.0)

@@ -30,6 +30,7 @@ import zarr
 from numpy.typing import NDArray
 
 from trajstore.errors import QueryError
+from trajstore.storage.local import user_cache
 from trajstore.store import Store, StoredExperiment
 
 __all__ = ["query_store", "rows_of"]
@@ -280,8 +281,7 @@ def _index_folder(store: Store) -> Path:
             return own
     except OSError:
         pass  # a read-only place: the user's cache serves as well
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "trajstore" / "index" / _stamp(str(store.path.resolve()))
+    return user_cache() / "index" / _stamp(str(store.path.resolve()))
 
 
 def _stamp(*parts: str | bytes) -> str:

@@ -18,15 +18,17 @@ __all__ = ["NoiseBatches", "RowBatches", "normal_start", "stacked"]
 
 def stacked(picks: Sequence[tuple[Batches, int]]) -> Batch:
     """Return several batches, of any streams of one problem, stacked along a new first dimension."""
-    streams = [stream for stream, _ in picks if isinstance(stream, RowBatches)]
-    if len(streams) < len(picks):
+    first = picks[0][0]
+    if not isinstance(first, RowBatches):
         return tuple(map(torch.stack, zip(*(stream[i] for stream, i in picks), strict=True)))
-    # One gather for all of them.
-    tensors = streams[0].tensors
-    rows = torch.from_numpy(np.stack([stream.examples(i) for stream, i in picks])).to(tensors[0].device)
-    keys = [stream.keys(i) for stream, (_, i) in zip(streams, picks, strict=True)]
-    more = (torch.tensor(k, device=rows.device) for k in zip(*keys, strict=True))
-    return (*(t[rows] for t in tensors), *more)
+    # One gather for all of them, and one more for their rows where they share a stream.
+    if all(stream is first for stream, _ in picks):
+        drawn = first.table([i for _, i in picks])
+    else:
+        drawn = np.stack([stream.examples(i) for stream, i in picks])
+    rows = torch.from_numpy(drawn).to(first.tensors[0].device)
+    keys = [stream.keys(i) for stream, i in picks if isinstance(stream, RowBatches)]
+    return (*(t[rows] for t in first.tensors), *(torch.tensor(k, device=rows.device) for k in zip(*keys, strict=True)))
 
 
 def normal_start(init_seed: int, scale: float, size: int) -> Tensor:
@@ -42,6 +44,16 @@ class RowBatches:
         self.batch_size = batch_size
         self.tensors = tensors
         self._key_seed = key_seed
+        self._table = np.empty((0, batch_size), dtype=np.int64)
+
+    def table(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Return the rows of several batches, one a row of the result."""
+        known = len(self._table)
+        if known < (needed := max(indices)):
+            more = [self.examples(i) for i in range(known + 1, max(needed, 2 * known) + 1)]
+            self._table = np.concatenate([self._table, more])
+        rows: NDArray[np.int64] = self._table[np.asarray(indices) - 1]
+        return rows
 
     def __getitem__(self, i: int) -> Batch:
         rows = torch.from_numpy(self.examples(i)).to(self.tensors[0].device)

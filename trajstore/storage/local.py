@@ -14,7 +14,7 @@ from pathlib import Path
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-__all__ = ["DurableStore"]
+__all__ = ["DurableStore", "user_cache"]
 
 
 class DurableStore(LocalStore):
@@ -55,3 +55,8 @@ class DurableStore(LocalStore):
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def user_cache() -> Path:
+    """Return trajstore's folder in the user's cache, for what can be lost."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trajstore"

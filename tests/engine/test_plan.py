@@ -1,0 +1,169 @@
+"""The plan: what it chooses, that it is remembered, and that it says what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import trajstore as ts
+from trajstore.engine import Work, compiling, plan
+from trajstore.engine.plan import Plan, choose, make_engine, ready
+from trajstore.errors import SlowPlanWarning
+from trajstore.operators.sgd import SGD
+from trajstore.orders import Leg
+from trajstore.problems import ModuleProblem
+from trajstore.problems.quadratic import Quadratic
+from trajstore.problems.regression import Regression
+
+CPU = torch.device("cpu")
+SMALL = Regression(width=8, depth=2, points=21)
+QUADRATIC = {"name": "q", "problem": {"family": "quadratic"}, "operator": {"family": "sgd", "lr": 0.1}, "steps": 120}
+
+
+def iterates(engine, steps=(1, 5, 9)):
+    return [it for _, it in engine.run([Work(0, Leg("backward"), engine.start(0), steps)])]
+
+
+def test_a_compiled_wave_gives_the_references_iterates():
+    if missing := compiling.missing_for_compiling():
+        pytest.skip(f"this machine lacks {missing}")
+    live, operator = dataclasses.replace(SMALL, dtype="float64").build(CPU), SGD(0.05, momentum=0.5)
+    reference = make_engine(Plan("reference"), live, operator, [(0, 0)])
+    done, wave = ready(Plan("wavefront", 4, compiled=True), live, operator, [(0, 0)])
+    assert done.compiled
+    for ours, theirs in zip(iterates(wave), iterates(reference), strict=True):
+        torch.testing.assert_close(ours.state, theirs.state, rtol=1e-10, atol=1e-12)
+        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-9)
+
+
+def test_many_compiled_waves_in_one_process_stay_compiled(monkeypatch):
+    """torch stops compiling a function after eight shapes, and would run eagerly with only a warning."""
+    if missing := compiling.missing_for_compiling():
+        pytest.skip(f"this machine lacks {missing}")
+    live = Quadratic().build(CPU)
+    compilations = []
+    original = torch._inductor.compile_fx.compile_fx
+
+    def spy(*arguments, **more):
+        compilations.append(1)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", spy)
+    for lanes in range(1, 11):
+        done, _ = ready(Plan("wavefront", lanes, compiled=True), live, SGD(0.1), [(0, 0)])
+        assert done.compiled
+    assert len(compilations) >= 10
+
+
+def test_where_nothing_can_be_compiled_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(plan, "missing_for_compiling", lambda device: ("a C++ compiler (on Debian: apt install g++)",))
+    chosen = choose(Quadratic().build(CPU), SGD(0.1), [(0, 0)], 10**9, 10**6, 8)
+    assert not chosen.compiled
+    assert chosen.slowed
+    assert "lacks a C++ compiler (on Debian: apt install g++)" in str(chosen)
+
+
+def test_what_is_missing_is_found_without_a_compiler(tmp_path):
+    program = "from trajstore.engine.compiling import missing_for_compiling as m; print(*m(), sep='|')"
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "a C++ compiler" in told.stdout
+
+
+def test_a_compilation_that_fails_runs_eagerly_and_says_so(monkeypatch, tmp_path):
+    def broken(tick):
+        def fail(*_):
+            raise RuntimeError("no\nluck")
+
+        return fail
+
+    monkeypatch.setattr(plan, "compiled", broken)
+    monkeypatch.setattr("trajstore.recording.remembered", lambda *_: Plan("wavefront", 8, compiled=True))
+    experiment = ts.Experiment.of(QUADRATIC)
+    with pytest.warns(SlowPlanWarning, match=r"torch\.compile failed: RuntimeError: no luck"):
+        stored = ts.run(experiment, tmp_path / "s.zarr")
+    assert all(slab.complete for slab in stored.slabs())
+    assert stored.attributes["fills"][0]["plan"]["compiled"] is False
+
+
+def branching() -> ModuleProblem:
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, x):
+            out = self.layer(x)
+            return out if out.sum() > 0 else -out  # depends on the data
+
+    x = torch.linspace(-1, 1, 9)[:, None]
+    return ModuleProblem(Branching, nn.functional.mse_loss, (x, x), batch_size=2)
+
+
+def test_a_problem_that_cannot_be_vectorised_falls_back_and_names_the_reason(tmp_path):
+    experiment = ts.Experiment.of({**QUADRATIC, "problem": branching()})
+    with pytest.warns(SlowPlanWarning) as told:
+        stored = ts.run(experiment, tmp_path / "s.zarr")
+    (message,) = {str(w.message) for w in told if w.category is SlowPlanWarning}
+    assert "\n" not in message
+    assert "one chain at a time (this problem cannot be vectorised: " in message
+    assert "data-dependent control flow" in message
+    assert all(slab.complete for slab in stored.slabs())
+
+
+def test_little_work_is_done_plainly_and_a_choice_is_remembered(tmp_path, monkeypatch):
+    asked = []
+    original = choose
+
+    def spy(*arguments):
+        asked.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr("trajstore.recording.choose", spy)
+    ts.run(ts.Experiment.of({**QUADRATIC, "steps": 20}), tmp_path / "little.zarr")
+    assert not asked
+    for store in ("one.zarr", "two.zarr"):
+        ts.run(ts.Experiment.of(QUADRATIC), tmp_path / store)
+    assert len(asked) == 1
+    plans = [ts.open(tmp_path / s)["q"].attributes["fills"][0]["plan"] for s in ("one.zarr", "two.zarr")]
+    assert plans[0] == plans[1]
+
+
+def test_resume_follows_the_plan_that_the_recording_began_with(tmp_path, monkeypatch):
+    experiment = ts.Experiment.of({**QUADRATIC, "seeds": [0, 1]})
+
+    def interrupt(done: int, where: str) -> None:
+        if where.startswith("seed 1") and "backward" in where:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ts.run(experiment, tmp_path / "s.zarr", engine="wavefront", lanes=2, progress=interrupt)
+    whole = ts.run(experiment, tmp_path / "whole.zarr", engine="wavefront", lanes=2)
+    monkeypatch.setattr("trajstore.recording.choose", lambda *_: Plan("reference"))
+    stored = ts.run(experiment, tmp_path / "s.zarr", resume=True)
+    assert {fill["plan"]["lanes"] for fill in stored.attributes["fills"]} == {2}
+    assert np.array_equal(stored.dataset()["params"].values, whole.dataset()["params"].values)
+    assert np.array_equal(stored.commits().records, whole.commits().records)
+
+
+@pytest.mark.parametrize("steps", [10, 60])
+def test_many_seeds_of_a_small_problem_share_a_wave(tmp_path, steps):
+    experiment = ts.Experiment.of({**QUADRATIC, "steps": steps, "seeds": list(range(12)), "init_seed": 3})
+    stored = ts.run(experiment, tmp_path / "s.zarr", engine="wavefront", lanes=16)
+    assert any(len(fill["slabs"]) > 2 for fill in stored.attributes["fills"])
+    plainly = ts.run(experiment, tmp_path / "plain.zarr", engine="reference")
+    one, other = (s.dataset()["params"].values for s in (stored, plainly))
+    np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_an_engine_that_was_asked_for_is_used(tmp_path):
+    experiment = ts.Experiment.of({**QUADRATIC, "steps": 10})
+    for engine in ("reference", "wavefront"):
+        stored = ts.run(experiment, tmp_path / f"{engine}.zarr", engine=engine)
+        assert stored.attributes["fills"][0]["plan"]["engine"] == engine
