@@ -94,8 +94,12 @@ def info(
         say(f"{label:<12} {text}")
     say("")
     init = [seed for _ in schema.orders for seed in schema.init_seeds]
-    rows = [[s.order, s.seed, i, s.last_step, s.complete] for s, i in zip(slabs, init, strict=True)]
-    print_table(["order", "seed", "init seed", "last step", "complete"], rows)
+    columns = ["order", "seed", "init seed", "last step", "complete"]
+    rows: list[list[Any]] = [[s.order, s.seed, i, s.last_step, s.complete] for s, i in zip(slabs, init, strict=True)]
+    if any(slab.diverged_at is not None for slab in slabs):
+        columns.append("diverged at")
+        rows = [[*row, "" if s.diverged_at is None else s.diverged_at] for row, s in zip(rows, slabs, strict=True)]
+    print_table(columns, rows)
 
 
 def sql(

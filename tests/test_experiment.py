@@ -78,6 +78,11 @@ def test_families_nest():
         ({"record": {"every": 0}}, "record: every is 0"),
         ({"record": {"every": 2, "snapshot_every": 3}}, "a multiple of every = 2"),
         ({"record": {"sketch": 100}}, "a power of two"),
+        ({"record": {"steps": [1, 9]}}, "record: step 9 is beyond the last step 5"),
+        ({"record": {"steps": [-1]}}, "it must hold steps from 0 on"),
+        ({"record": {"steps": []}}, "it must hold steps from 0 on"),
+        ({"record": {"steps": [1], "every": 2}}, "leave every and log_until out"),
+        ({"record": {"log_until": 0}}, "log_until is 0"),
         ({"record": {"codec": "gzip"}}, "record: codec is 'gzip'"),
         ({"name": "a/b"}, "experiment name 'a/b'"),
         ({"name": "a..b"}, "experiment name 'a..b'"),
@@ -155,3 +160,22 @@ def test_functions_typed_at_a_prompt_are_told_apart():
     first, same, *others = map(describe, made)
     assert first == same
     assert all(other != first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("record", "grid", "snapshots"),
+    [
+        ({"every": 30}, (0, 30, 60, 90, 100), (0, 30, 60, 90, 100)),
+        ({"every": 30, "snapshot_every": 60}, (0, 30, 60, 90, 100), (0, 60, 100)),
+        ({"steps": [50, 3, 3]}, (0, 3, 50, 100), (0, 3, 50, 100)),
+        ({"steps": [50, 3], "snapshot_every": 10}, (0, 3, 50, 100), (0, 50, 100)),
+        (
+            {"log_until": 20, "every": 40},
+            (0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 40, 80, 100),
+            (0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 40, 80, 100),
+        ),
+    ],
+)
+def test_grids(record, grid, snapshots):
+    experiment = ts.Experiment.of({**PLAIN, "steps": 100, "record": record})
+    assert (experiment.grid, experiment.snapshots) == (grid, snapshots)

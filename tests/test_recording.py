@@ -148,6 +148,18 @@ def test_grids_say_what_was_computed(record):
     assert np.array_equal(sparse[..., steps], dense[..., steps])
 
 
+@pytest.mark.parametrize("grid", [{"steps": [2, 7]}, {"log_until": 5, "every": 6}])
+def test_other_grids_record_the_same_iterates(record, grid):
+    every = record(name="every").dataset()
+    some = record(name="some", record=grid).dataset()
+    steps = np.flatnonzero(some["recorded"].values[0, 0])
+    assert 3 <= len(steps) < 13
+    assert some["snapshot"].values.tolist() == steps.tolist()
+    for order in ("forward", "backward"):
+        one, other = (ds["params"].sel(order=order, snapshot=steps).values for ds in (every, some))
+        assert np.array_equal(one, other)
+
+
 def test_sketches_are_projections_of_the_distance_to_the_start(record):
     ds = record(record={"sketch": 16}).dataset()
     params = ds["params"].sel(order="backward", seed=0).values.astype(np.float64)
@@ -176,12 +188,15 @@ def test_a_diverged_run_is_recorded_as_it_is(record):
     assert not np.isfinite(loss[-1])
     assert np.isfinite(loss[0])
     assert (ds["measured"].values == 1).all()
+    told = {(slab.order, slab.seed): slab.diverged_at for slab in experiment.slabs()}
+    assert told["forward", 0] == np.flatnonzero(~np.isfinite(loss))[0] > 0
     rows = experiment.store.sql(
         """SELECT count(*), count(train_loss), count(*) FILTER (isnan(train_loss)) FROM metrics
            WHERE "order" = 'forward' AND seed = 0"""
     ).fetchall()
     assert rows[0][:2] == (41, 41)
     assert rows[0][2] == np.isnan(loss).sum() > 0
+    assert {s.diverged_at for s in record("quadratic", name="sound", steps=5).slabs()} == {None}
 
 
 def test_provenance_tells_where_a_recording_comes_from(record):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib import resources
@@ -20,6 +20,7 @@ import torch
 
 from trajstore.configuration import check_fields, describe, merge
 from trajstore.errors import ConfigurationError, choices
+from trajstore.grids import every, exactly, log_then_every
 from trajstore.operators import Operator
 from trajstore.orders import Order
 from trajstore.problems import LiveProblem, Problem
@@ -37,8 +38,12 @@ class Record:
 
     every: int = 1
     """Compute and measure every k-th iterate."""
+    log_until: int | None = None
+    """Up to this step, record at steps evenly spaced in the logarithm, ten a decade, instead."""
+    steps: tuple[int, ...] | None = None
+    """Record exactly these, instead of every k-th."""
     snapshot_every: int | None = None
-    """Store the state of every k-th step, a multiple of `every`; None: of every recorded step."""
+    """Store the state of every k-th step, where it is recorded; None: of every recorded step."""
     optimizer_state: bool = False
     """Store the optimizer's memory with each snapshot."""
     sketch: int = 128
@@ -48,6 +53,12 @@ class Record:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ConfigurationError(f"record: every is {self.every}; it must be at least 1")
+        if self.log_until is not None and self.log_until < 1:
+            raise ConfigurationError(f"record: log_until is {self.log_until}; it must be at least 1")
+        if self.steps is not None and (self.every != 1 or self.log_until is not None):
+            raise ConfigurationError("record: steps is a whole grid; leave every and log_until out")
+        if self.steps is not None and min(self.steps, default=-1) < 0:
+            raise ConfigurationError(f"record: steps is {list(self.steps)}; it must hold steps from 0 on")
         if self.snapshot_every is not None and (self.snapshot_every < 1 or self.snapshot_every % self.every):
             raise ConfigurationError(
                 f"record: snapshot_every is {self.snapshot_every}; it must be a multiple of every = {self.every}, "
@@ -83,6 +94,8 @@ class Experiment:
         for seed in (*self.seeds, self.init_seed or 0):
             if not 0 <= seed < 2**63:
                 raise ConfigurationError(f"seed {seed} must be a whole number from 0 to 2^63 − 1")
+        if self.record.steps and max(self.record.steps) > self.steps:
+            raise ConfigurationError(f"record: step {max(self.record.steps)} is beyond the last step {self.steps}")
         for order in self.orders:
             order.check(self.steps, list(self.metrics) if order.metrics else [])
 
@@ -109,12 +122,17 @@ class Experiment:
     @cached_property
     def grid(self) -> tuple[int, ...]:
         """The recorded steps."""
-        return _every(self.record.every, self.steps)
+        if self.record.steps is not None:
+            return exactly(self.record.steps, self.steps)
+        if self.record.log_until is not None:
+            return log_then_every(self.record.log_until, self.record.every, self.steps)
+        return every(self.record.every, self.steps)
 
     @cached_property
     def snapshots(self) -> tuple[int, ...]:
         """The steps whose state is stored."""
-        return _every(self.record.snapshot_every or self.record.every, self.steps)
+        k = self.record.snapshot_every or 1
+        return exactly((n for n in self.grid if n % k == 0), self.steps)
 
     @property
     def init_seeds(self) -> tuple[int, ...]:
@@ -141,7 +159,7 @@ class Experiment:
             "orders": [str(order) for order in self.orders],
             "seeds": list(self.seeds),
             "init_seed": self.init_seed,
-            "record": {f.name: getattr(self.record, f.name) for f in fields(self.record)},
+            "record": {f.name: describe(getattr(self.record, f.name)) for f in fields(self.record)},
         }
 
 
@@ -191,8 +209,3 @@ def _record(given: Any) -> Record:  # noqa: ANN401
     if not isinstance(given, Mapping):
         raise ConfigurationError(f"record is {given!r}; it must be a table such as {{ every = 10 }}")
     return Record(**check_fields("record", Record, given))
-
-
-def _every(k: int, steps: int) -> tuple[int, ...]:
-    regular: Sequence[int] = range(0, steps + 1, k)
-    return (*regular, steps) if steps % k else tuple(regular)

@@ -78,6 +78,8 @@ class SlabStatus:
     last_step: int
     """−1 where nothing is committed."""
     complete: bool
+    diverged_at: int | None
+    """The first committed step with a metric that is not finite."""
 
 
 class Store:
@@ -186,11 +188,27 @@ class StoredExperiment:
         """Return the status of every (order, seed)."""
         commits = self.commits()
         last, complete = commits.last_step, commits.complete
+        infinite = np.zeros_like(commits.steps)
+        measured = self._values("measured")
+        for bit, metric in enumerate(self.schema.metrics):
+            infinite |= commits.steps & (measured >> bit & 1 > 0) & ~np.isfinite(self._values(metric))
         return [
-            SlabStatus(order, seed, int(last[i, k]), bool(complete[i, k]))
+            SlabStatus(
+                order,
+                seed,
+                int(last[i, k]),
+                bool(complete[i, k]),
+                int(np.argmax(infinite[i, k])) if infinite[i, k].any() else None,
+            )
             for i, order in enumerate(self.schema.orders)
             for k, seed in enumerate(self.schema.seeds)
         ]
+
+    def _values(self, name: str) -> np.ndarray[Any, Any]:
+        with _damage_told(f"experiment {self.name!r} in {self.store.path}"):
+            array = self.group[name]
+            assert isinstance(array, zarr.Array)
+            return np.asarray(array[...])
 
     def slab_lock(self, order: str, seed: int) -> Path:
         """Return the lock file of a slab."""

@@ -76,6 +76,16 @@ def test_a_session_from_recording_to_the_figure(trajstore):
     assert (code, err) == (0, "")
 
 
+def test_info_shows_where_a_run_diverged(trajstore):
+    command = ["record", "quadratic", "--store", "s.zarr", "--steps", "40", "--seeds", "0", "--set", "operator.lr=1e30"]
+    assert trajstore(*command)[0] == 0
+    _, out, _ = trajstore("info", "s.zarr", "quadratic")
+    (heading,) = (line for line in out.splitlines() if line.startswith("order"))
+    assert heading.endswith("diverged at")
+    (forward,) = (line for line in out.splitlines() if line.startswith("forward"))
+    assert int(forward.split()[-1]) > 1
+
+
 def test_presets(trajstore):
     code, out, _ = trajstore("presets")
     assert code == 0
@@ -97,7 +107,8 @@ def test_options_override_the_preset(trajstore):
     assert config["orders"] == ["backward/3", "forward"]
     assert config["init_seed"] == 4
     assert config["record"] == {
-        "every": 2, "snapshot_every": 4, "optimizer_state": False, "sketch": 128, "codec": "portable"
+        "every": 2, "log_until": None, "steps": None, "snapshot_every": 4, "optimizer_state": False, "sketch": 128,
+        "codec": "portable",
     }  # fmt: skip
     assert (config["operator"]["family"], config["operator"]["lr"]) == ("adam", 0.01)
 

@@ -1,0 +1,31 @@
+"""Record grids: which steps are computed. Step 0 and the last step always are.
+
+Only these chains are computed, so a grid of every k-th step costs about a k-th of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["every", "exactly", "log_then_every"]
+
+
+def exactly(wanted: Iterable[int], steps: int) -> tuple[int, ...]:
+    """Return the wanted steps in order, with the first and the last."""
+    return tuple(sorted({0, steps, *wanted}))
+
+
+def every(k: int, steps: int) -> tuple[int, ...]:
+    """Return 0, k, 2k, … and the last step."""
+    return exactly(range(0, steps + 1, k), steps)
+
+
+def log_then_every(until: int, k: int, steps: int, per_decade: int = 10) -> tuple[int, ...]:
+    """Return steps evenly spaced in the logarithm up to `until`, then every k-th.
+
+    >>> log_then_every(10, 20, 60, per_decade=3)
+    (0, 1, 2, 5, 10, 20, 40, 60)
+    """
+    last = min(until, steps)
+    points = {round(10 ** (j / per_decade)) for j in range(per_decade * len(str(last)) + 1)}
+    return exactly({n for n in points if n <= last} | {n for n in range(0, steps + 1, k) if n > last}, steps)
