@@ -112,8 +112,12 @@ def choose(
     quickest = min(one_by_one, in_a_wave)
     if applications * quickest > _WORTH_COMPILING:
         if not (missing := missing_for_compiling(device)):
-            return Plan("wavefront", lanes, compiled=True)
-        reason, slowed = f"not compiled: this machine lacks {' and '.join(missing)}", True
+            plan, engine = ready(Plan("wavefront", lanes, compiled=True), problem, operator, seeds[:1])
+            if choice == "wavefront" or not plan.compiled or _seconds_an_application(engine, lanes) < quickest:
+                return plan
+            reason, slowed = "quicker here than a compiled wave", False
+        else:
+            reason, slowed = f"not compiled: this machine lacks {' and '.join(missing)}", True
     else:
         reason, slowed = "too little work to compile for", False
     if choice == "wavefront" or in_a_wave < one_by_one:
