@@ -41,6 +41,8 @@ def draw(ds: xr.Dataset, metrics: Sequence[str] | None = None) -> Figure:
                 _curves(axes[row, column], ds, metric, row)
             axes[row, 0].set_ylabel(f"seed {seed}")
         for column, metric in enumerate(chosen):
+            if _spans_decades(ds, metric):
+                axes[0, column].set_yscale("log")  # shared by the column
             axes[0, column].set_title(metric.replace("_", " "))
             axes[-1, column].set_xlabel("step $n$")
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -49,11 +51,9 @@ def draw(ds: xr.Dataset, metrics: Sequence[str] | None = None) -> Figure:
 
 
 def _curves(ax: Axes, ds: xr.Dataset, metric: str, row: int) -> None:
-    positive = True
     for position, order in enumerate(map(str, ds["order"].values)):
         here = ds["recorded"].isel(order=position, seed=row).values
         values = ds[metric].isel(order=position, seed=row).values[here]
-        positive &= bool(np.all(values[np.isfinite(values)] > 0))
         ax.plot(
             ds["step"].values[here],
             values,
@@ -63,6 +63,11 @@ def _curves(ax: Axes, ds: xr.Dataset, metric: str, row: int) -> None:
             zorder=2 + position,
             linewidth=0.7 if order == "forward" else 1.1,
         )
-    if positive:
-        ax.set_yscale("log")
     ax.margins(x=0.01)
+
+
+def _spans_decades(ds: xr.Dataset, metric: str) -> bool:
+    """Tell whether a logarithmic axis serves: positive values, and enough range that its ticks are powers of ten."""
+    values = ds[metric].values[ds["recorded"].values]
+    finite = values[np.isfinite(values)]
+    return bool(finite.size and finite.min() > 0 and finite.max() > 10 * finite.min())
