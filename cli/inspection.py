@@ -23,7 +23,7 @@ def ls(store: StorePath, json: JSON = False) -> None:
     for name in opened:
         try:
             experiment = opened[name]
-            complete = [slab.complete for slab in experiment.slabs()]
+            complete = experiment.commits().complete
         except FormatError as error:  # the others can be read all the same
             damaged.append(error)
             continue
@@ -35,8 +35,8 @@ def ls(store: StorePath, json: JSON = False) -> None:
                 "orders": list(experiment.schema.orders),
                 "seeds": len(experiment.schema.seeds),
                 "steps": experiment.schema.steps,
-                "slabs": len(complete),
-                "complete": sum(complete),
+                "slabs": int(complete.size),
+                "complete": int(complete.sum()),
                 "bytes": experiment.bytes_on_disk(),
             }
         )

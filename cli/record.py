@@ -139,7 +139,8 @@ def _dry_run(
 ) -> None:
     from dataclasses import asdict
 
-    from trajstore.recording import cost, refuse_conflict
+    from trajstore.planning import cost
+    from trajstore.recording import refuse_conflict
 
     if store is not None and store.exists():
         refuse_conflict(experiment, store, resume)

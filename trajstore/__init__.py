@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from trajstore.errors import TrajstoreError
     from trajstore.experiment import Experiment, Record
     from trajstore.orders import Order
+    from trajstore.planning import cost
     from trajstore.problems._module import ModuleProblem
-    from trajstore.recording import cost, run
+    from trajstore.recording import run
     from trajstore.store import Store, StoredExperiment, open
 
 __all__ = [
@@ -48,7 +49,7 @@ _HOME = {
     "Store": "store",
     "StoredExperiment": "store",
     "TrajstoreError": "errors",
-    "cost": "recording",
+    "cost": "planning",
     "open": "store",
     "run": "recording",
 }

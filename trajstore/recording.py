@@ -5,14 +5,13 @@ The one place where `engine` and `storage` meet.
 
 from __future__ import annotations
 
-import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,48 +21,26 @@ from numpy.typing import NDArray
 from trajstore.configuration import differences
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compiling import missing_for_compiling
-from trajstore.engine.plan import EngineChoice, Plan, choose, ready
+from trajstore.engine.plan import EngineChoice, Plan, ready
 from trajstore.engine.walk import Slab, applications, walk
-from trajstore.errors import ConfigurationError, ConflictError, SlowPlanWarning
+from trajstore.errors import ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
-from trajstore.operators import Operator
-from trajstore.orders import Leg
-from trajstore.plans import remembered
-from trajstore.problems import LiveProblem, NamesOfModule
+from trajstore.flattening import Flatten, schema_of
+from trajstore.planning import Device, device_of, plan_for, run_seeds
 from trajstore.provenance import now, provenance
-from trajstore.state import State, beginning
-from trajstore.storage.layout import Entry, Layout
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
-from trajstore.storage.schema import Schema, check_metric_names, declare, segment_length
+from trajstore.storage.schema import Schema, declare
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import SlabWriter
 from trajstore.store import Store, StoredExperiment, check_writable, open_root, standing
 
-__all__ = ["Cost", "Device", "cost", "refuse_conflict", "run"]
+__all__ = ["refuse_conflict", "run"]
 
-Device = Literal["auto", "cpu", "cuda"]
-_LITTLE = 5_000
-"""Operator applications that are over before a calibration would be."""
 _BUFFER_BYTES = 2**30
 """What the unfinished segments of the slabs that are recorded together may take."""
 Progress = Callable[[int, str], None]
 """Called with operator applications done since the last call, and what is being recorded."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a recording takes."""
-
-    applications: int
-    """Operator applications over all seeds; an upper bound where legs depend on a metric."""
-    exact: bool
-    iterates: int
-    snapshots: int
-    raw_bytes: int
-    """Everything stored, before compression."""
-    seconds: float
-    plan: Plan
 
 
 def run(
@@ -82,9 +59,9 @@ def run(
     complete are skipped, others done again, by the plan that the recording began with. `lanes` fixes the width of
     the wave.
     """
-    where = _device(device)
+    where = device_of(device)
     live, config, store = experiment.problem.build(where), experiment.config(), Store(path)
-    schema = _schema(experiment, live)  # everything that can be wrong with the request comes before the first byte
+    schema = schema_of(experiment, live)  # everything that can be wrong with the request comes before the first byte
     check_writable(store)
     with lock(store.locks / "declare.lock", f"store {path}", patience=60):
         root = open_root(path)
@@ -104,9 +81,8 @@ def run(
     ]
     if not any(missing):
         return store[experiment.name]
-    seeds = list(zip(schema.init_seeds, schema.data_seeds, strict=True))
-    plan = _stored_plan(stored, engine, lanes) or plan_for(experiment, live, schema, engine, lanes)
-    plan, computing = ready(plan, live, experiment.operator, seeds)
+    plan = _stored_plan(stored, engine, lanes) or plan_for(experiment, live, engine, lanes)
+    plan, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
     if plan.slowed:
         warnings.warn(f"experiment {experiment.name!r}: {plan}", SlowPlanWarning, stacklevel=2)
     if progress is not None:
@@ -115,24 +91,6 @@ def run(
         with _noted(stored, together, {"plan": plan.to_json(), **provenance(where)}):
             _fill(stored, experiment, together, computing)
     return store[experiment.name]
-
-
-def plan_for(
-    experiment: Experiment, live: LiveProblem, schema: Schema, engine: EngineChoice = "auto", lanes: int | None = None
-) -> Plan:
-    """Choose how to compute an experiment here."""
-    seeds = list(zip(schema.init_seeds, schema.data_seeds, strict=True))
-    total = applications(experiment.orders, experiment.steps, experiment.grid) * len(seeds)
-    chains = len(experiment.grid) * len(experiment.orders) * len(seeds)
-
-    def choice() -> Plan:
-        state_bytes = _state_bytes(live, experiment.operator, seeds[0][0])
-        return choose(live, experiment.operator, seeds, total, chains, state_bytes, engine)
-
-    question = {"config": experiment.config() | {"name": None}, "engine": engine}
-    little = engine == "auto" and total <= _LITTLE
-    plan = Plan("reference", reason="little work") if little else remembered(question, choice)
-    return plan if lanes is None or plan.engine == "reference" else replace(plan, lanes=lanes)
 
 
 def _stored_plan(stored: StoredExperiment, engine: EngineChoice, lanes: int | None) -> Plan | None:
@@ -164,65 +122,12 @@ def _waves(
         yield [slab for slabs in seeds[start : start + together] for slab in slabs]
 
 
-def _state_bytes(live: LiveProblem, operator: Operator, init_seed: int) -> int:
-    params, buffers = live.initial(init_seed)
-    tensors = _tensors(beginning(params, buffers, operator.memory(params)), memory=True)
-    return sum(t.numel() * t.element_size() for _, _, t in tensors)
-
-
 def refuse_conflict(experiment: Experiment, path: Path, resume: bool) -> None:
     """Raise what `run` would raise because of what is stored already."""
     store = Store(path)
     if experiment.name in store:
-        schema = _schema(experiment, experiment.problem.build(torch.device("cpu")))
+        schema = schema_of(experiment, experiment.problem.build(torch.device("cpu")))
         _refuse_unless_same(store[experiment.name], experiment.config(), schema, resume)
-
-
-def cost(
-    experiment: Experiment, device: Device = "auto", engine: EngineChoice = "auto", lanes: int | None = None
-) -> Cost:
-    """Say what a recording will take, after timing a few operator applications here."""
-    live = experiment.problem.build(_device(device))
-    schema = _schema(experiment, live)
-    slabs = len(experiment.orders) * len(experiment.seeds)
-    total = applications(experiment.orders, experiment.steps, experiment.grid) * len(experiment.seeds)
-    iterates = len(experiment.grid) * slabs
-    plan = plan_for(experiment, live, schema, engine, lanes)
-    seeds = list(zip(schema.init_seeds, schema.data_seeds, strict=True))
-    begin = time.perf_counter()
-    plan, computing = ready(plan, live, experiment.operator, seeds)
-    getting_ready = time.perf_counter() - begin
-    per_application, per_iterate = _timings(computing, plan.lanes)
-    states = len(experiment.snapshots) * slabs
-    return Cost(
-        applications=total,
-        exact=not any(order.metrics for order in experiment.orders),
-        iterates=iterates,
-        snapshots=states,
-        raw_bytes=states * schema.layout.row_bytes + schema.series_bytes(len(experiment.grid)),
-        seconds=getting_ready + total * per_application + iterates * per_iterate,
-        plan=plan,
-    )
-
-
-def _timings(engine: Engine, lanes: int, seconds: float = 1.0) -> tuple[float, float]:
-    """Return seconds per application and per evaluated iterate, from waves of short and of longer chains."""
-    origin = engine.start(0)
-
-    def timed(n: int) -> float:
-        best, end = float("inf"), time.perf_counter() + seconds / 2
-        while time.perf_counter() < end or best == float("inf"):
-            begin = time.perf_counter()
-            # As many chains of the same length as there are lanes.
-            for _ in engine.run([Work(0, Leg("backward"), origin, [n])] * lanes):
-                pass
-            best = min(best, time.perf_counter() - begin)
-        return best / lanes
-
-    timed(1)
-    short, long = timed(1), timed(21)
-    per_application = max(long - short, 0.0) / 20
-    return per_application, max(short - per_application, 0.0)
 
 
 def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab], engine: Engine) -> None:
@@ -236,7 +141,7 @@ def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab
         writers = {
             slab: SlabWriter(stored.group, schema, schema.orders.index(str(slab.order)), slab.seed) for slab in slabs
         }
-        flatten = _Flatten(schema.layout)
+        flatten = Flatten(schema.layout)
         sketch = Sketch(schema.layout.parameters, experiment.record.sketch, schema.sketch_seed)
         snapshots = frozenset(schema.snapshots)
         origin: dict[int, NDArray[np.float64]] = {}
@@ -268,75 +173,6 @@ class _Metered:
             self._progress(leg.applications([iterate.step], done[k]), where)
             done[k] = iterate.step
             yield k, iterate
-
-
-class _Flatten:
-    """States to the flat vectors of a layout."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._dtype = torch.float64 if layout.dtype == np.float64 else torch.float32
-
-    def __call__(self, state: State) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        parts: dict[str, list[torch.Tensor]] = {"params": [], "counters": []}
-        tensors = {(role, name): tensor for role, name, tensor in _tensors(state, memory=True)}
-        for entry in self._layout.entries:
-            parts[entry.array].append(tensors[entry.role, entry.name].reshape(-1))
-        params = torch.cat([t.to(self._dtype) for t in parts["params"]])
-        counters = torch.cat([t.to(torch.int64) for t in parts["counters"]])
-        return params.numpy(force=True), counters.numpy(force=True)
-
-
-def _tensors(
-    state: State, memory: bool
-) -> Iterator[tuple[Literal["parameter", "buffer", "memory", "position"], str, torch.Tensor]]:
-    for name, tensor in state.params.items():
-        yield "parameter", name, tensor
-    for name, tensor in state.buffers.items():
-        yield "buffer", name, tensor
-    for slot, tensors in state.memory.items() if memory else ():
-        for name, tensor in tensors.items():
-            yield "memory", f"{slot}/{name}", tensor
-    yield "position", "position", state.position
-
-
-def _schema(experiment: Experiment, live: LiveProblem) -> Schema:
-    params, buffers = live.initial(experiment.init_seeds[0])
-    start = beginning(params, buffers, experiment.operator.memory(params))
-    tied, transient = (live.tied, live.transient) if isinstance(live, NamesOfModule) else ({}, frozenset())
-    entries = [
-        Entry(
-            name,
-            role,
-            tuple(t.shape),
-            str(t.dtype).removeprefix("torch."),
-            in_state_dict=name not in transient,
-        )
-        for role, name, t in _tensors(start, experiment.record.optimizer_state)
-    ]
-    layout = Layout.of(entries, tied)
-    schema = Schema(
-        orders=tuple(map(str, experiment.orders)),
-        seeds=experiment.seeds,
-        init_seeds=experiment.init_seeds,
-        data_seeds=experiment.seeds,
-        steps=experiment.steps,
-        snapshots=experiment.snapshots,
-        layout=layout,
-        metrics=live.examples,
-        components=min(experiment.record.sketch, layout.parameters),
-        batch_size=live.batches(experiment.seeds[0]).batch_size,
-        codec=experiment.record.codec,
-        snapshots_per_segment=segment_length(layout),
-    )
-    check_metric_names(schema)
-    return schema
-
-
-def _device(device: Device) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device 'cuda': this torch sees no GPU; use 'cpu' or 'auto'")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _refuse_foreign(store: Store, name: str) -> None:

@@ -255,8 +255,8 @@ class StoredExperiment:
         return sum(f.stat().st_size for f in (self.store.path / self.name).rglob("*") if f.is_file())
 
     def __repr__(self) -> str:
-        done = [slab.complete for slab in self.slabs()]
-        return f"<experiment {self.name!r}: {len(done)} slabs, {sum(done)} complete, {self.schema.steps} steps>"
+        done = self.commits().complete
+        return f"<experiment {self.name!r}: {done.size} slabs, {done.sum()} complete, {self.schema.steps} steps>"
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def test_a_compilation_that_fails_runs_eagerly_and_says_so(monkeypatch, tmp_path
         return fail
 
     monkeypatch.setattr(plan, "compiled", broken)
-    monkeypatch.setattr("trajstore.recording.remembered", lambda *_: Plan("wavefront", 8, compiled=True))
+    monkeypatch.setattr("trajstore.planning.remembered", lambda *_: Plan("wavefront", 8, compiled=True))
     experiment = ts.Experiment.of(QUADRATIC)
     with pytest.warns(SlowPlanWarning, match=r"torch\.compile failed: RuntimeError: no luck"):
         stored = ts.run(experiment, tmp_path / "s.zarr")
@@ -125,7 +125,7 @@ def test_little_work_is_done_plainly_and_a_choice_is_remembered(tmp_path, monkey
         asked.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr("trajstore.recording.choose", spy)
+    monkeypatch.setattr("trajstore.planning.choose", spy)
     ts.run(ts.Experiment.of({**QUADRATIC, "steps": 20}), tmp_path / "little.zarr")
     assert not asked
     for store in ("one.zarr", "two.zarr"):
@@ -145,7 +145,7 @@ def test_resume_follows_the_plan_that_the_recording_began_with(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         ts.run(experiment, tmp_path / "s.zarr", engine="wavefront", lanes=2, progress=interrupt)
     whole = ts.run(experiment, tmp_path / "whole.zarr", engine="wavefront", lanes=2)
-    monkeypatch.setattr("trajstore.recording.choose", lambda *_: Plan("reference"))
+    monkeypatch.setattr("trajstore.planning.choose", lambda *_: Plan("reference"))
     stored = ts.run(experiment, tmp_path / "s.zarr", resume=True)
     assert {fill["plan"]["lanes"] for fill in stored.attributes["fills"]} == {2}
     assert np.array_equal(stored.dataset()["params"].values, whole.dataset()["params"].values)
