@@ -133,7 +133,7 @@ def _fill_line(fill: dict[str, Any]) -> str:
 
     where = f"{fill['device']}, {fill['threads']} threads, torch {fill['versions'].get('torch')}"
     when = f"{fill['began']} to {fill['ended'] or '?'}, {len(fill['slabs'])} slabs"
-    return f"{when}, {Plan.from_json(fill['plan'])}, {where}"
+    return f"{when}, {Plan.from_json(fill['plan']) if 'plan' in fill else fill.get('engine')}, {where}"
 
 
 def _one_line(table: dict[str, Any]) -> str:

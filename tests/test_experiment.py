@@ -83,6 +83,7 @@ def test_families_nest():
         ({"record": {"steps": []}}, "it must hold steps from 0 on"),
         ({"record": {"steps": [1], "every": 2}}, "leave every and log_until out"),
         ({"record": {"log_until": 0}}, "log_until is 0"),
+        ({"record": {"log_until": 6}}, "log_until is 6, beyond the last step 5"),
         ({"record": {"codec": "gzip"}}, "record: codec is 'gzip'"),
         ({"name": "a/b"}, "experiment name 'a/b'"),
         ({"name": "a..b"}, "experiment name 'a..b'"),

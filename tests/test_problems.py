@@ -198,6 +198,43 @@ def test_functional_dropout_is_keyed_too():
     assert torch.equal(*steps)
 
 
+class Shared(nn.Module):
+    """One dropout module used twice, and its rate read by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.drop = nn.Linear(2, 50), nn.Dropout(0.5)
+
+    def forward(self, x):
+        assert self.drop.p == 0.5
+        self.masks = [self.drop(torch.ones(4, 50)) > 0 for _ in range(2)]
+        return (self.drop(self.layer(x))).sum(-1, keepdim=True)
+
+
+def test_a_dropout_module_that_is_used_twice_draws_twice():
+    live = linear(Shared).build(CPU)
+    params, buffers = live.initial(0)
+    live.loss(params, buffers, live.batches(0)[1])
+    first, second = live._module.masks
+    assert not torch.equal(first, second)
+    live.loss(params, buffers, live.batches(0)[1])
+    assert torch.equal(live._module.masks[0], first)
+
+
+def test_a_dropout_of_your_own_stays_your_own():
+    class Louder(nn.Dropout):
+        def forward(self, x):
+            return 100 * x
+
+    plain, louder = (
+        linear(lambda d=d: nn.Sequential(nn.Linear(2, 1), d)).build(CPU) for d in (nn.Identity(), Louder())
+    )
+    params, buffers = plain.initial(0)
+    x, _ = plain.batches(0)[1]
+    outputs = [live._call(params, buffers, x) for live in (plain, louder)]
+    torch.testing.assert_close(outputs[1], 100 * outputs[0])
+
+
 def test_frozen_and_unused_parameters_are_left_alone():
     class Partly(nn.Module):
         def __init__(self):

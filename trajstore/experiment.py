@@ -96,6 +96,8 @@ class Experiment:
                 raise ConfigurationError(f"seed {seed} must be a whole number from 0 to 2^63 − 1")
         if self.record.steps and max(self.record.steps) > self.steps:
             raise ConfigurationError(f"record: step {max(self.record.steps)} is beyond the last step {self.steps}")
+        if (self.record.log_until or 0) > self.steps:
+            raise ConfigurationError(f"record: log_until is {self.record.log_until}, beyond the last step {self.steps}")
         for order in self.orders:
             order.check(self.steps, list(self.metrics) if order.metrics else [])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = ["remembered"]
 def remembered(question: Mapping[str, Any], choose: Callable[[], Plan]) -> Plan:
     """Return the plan that answered a question here before, or choose and remember one."""
     here = {
+        "trajstore": version("trajstore"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -33,6 +35,8 @@ def remembered(question: Mapping[str, Any], choose: Callable[[], Plan]) -> Plan:
         return Plan.from_json(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         plan = choose()
+    if plan.slowed:
+        return plan  # what is missing may be there next time
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")

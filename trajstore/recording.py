@@ -26,14 +26,14 @@ from trajstore.engine.walk import Slab, applications, walk
 from trajstore.errors import ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
 from trajstore.flattening import Flatten, schema_of
-from trajstore.planning import Device, device_of, plan_for, run_seeds
+from trajstore.planning import Device, check_choice, device_of, plan_for, run_seeds
 from trajstore.provenance import now, provenance
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema, declare
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import SlabWriter
-from trajstore.store import Store, StoredExperiment, check_writable, open_root, standing
+from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, standing
 
 __all__ = ["refuse_conflict", "run"]
 
@@ -59,10 +59,14 @@ def run(
     complete are skipped, others done again, by the plan that the recording began with. `lanes` fixes the width of
     the wave.
     """
+    check_choice(engine, lanes)
     where = device_of(device)
     live, config, store = experiment.problem.build(where), experiment.config(), Store(path)
     schema = schema_of(experiment, live)  # everything that can be wrong with the request comes before the first byte
-    check_writable(store)
+    check_place(store)
+    begun = standing(store.path / experiment.name) == "experiment"
+    plan = None if begun else plan_for(experiment, live, where.type, engine, lanes)
+    make_place(store)
     with lock(store.locks / "declare.lock", f"store {path}", patience=60):
         root = open_root(path)
         _refuse_foreign(store, experiment.name)
@@ -81,7 +85,9 @@ def run(
     ]
     if not any(missing):
         return store[experiment.name]
-    plan = _stored_plan(stored, engine, lanes) or plan_for(experiment, live, engine, lanes)
+    plan = (
+        _stored_plan(stored, where.type, engine, lanes) or plan or plan_for(experiment, live, where.type, engine, lanes)
+    )
     plan, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
     if plan.slowed:
         warnings.warn(f"experiment {experiment.name!r}: {plan}", SlowPlanWarning, stacklevel=2)
@@ -93,15 +99,18 @@ def run(
     return store[experiment.name]
 
 
-def _stored_plan(stored: StoredExperiment, engine: EngineChoice, lanes: int | None) -> Plan | None:
-    """Return the plan of the last fill, unless another is asked for."""
+def _stored_plan(stored: StoredExperiment, device: str, engine: EngineChoice, lanes: int | None) -> Plan | None:
+    """Return the plan that the recording began with, unless another engine is asked for."""
     fills = stored.attributes["fills"]
-    plan = Plan.from_json(fills[-1]["plan"]) if fills else None
-    if plan is None or engine not in ("auto", plan.engine) or lanes not in (None, plan.lanes):
+    if not fills or "plan" not in fills[0]:
         return None
-    if plan.compiled and missing_for_compiling():
-        return replace(plan, compiled=False)
-    return plan
+    plan = Plan.from_json(fills[0]["plan"])
+    if engine not in ("auto", plan.engine) or (lanes is not None and plan.engine == "reference"):
+        return None
+    if plan.compiled and (missing := missing_for_compiling(device)):
+        reason = f"not compiled as it was begun: this machine lacks {' and '.join(missing)}"
+        plan = replace(plan, compiled=False, reason=reason, slowed=True)
+    return plan if lanes is None else replace(plan, lanes=lanes)
 
 
 def _waves(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     import xarray as xr
 
-__all__ = ["SlabStatus", "Store", "StoredExperiment", "check_writable", "open", "open_root", "standing"]
+__all__ = ["SlabStatus", "Store", "StoredExperiment", "check_place", "make_place", "open", "open_root", "standing"]
 
 
 def open(path: str | Path) -> Store:
@@ -40,8 +40,8 @@ def open(path: str | Path) -> Store:
     return store
 
 
-def check_writable(store: Store) -> None:
-    """Refuse a path at which no store can be written, before anything is."""
+def check_place(store: Store) -> None:
+    """Refuse a path at which something else than a store is."""
     root = store.path
     if root.exists() and not root.is_dir():
         raise ConfigurationError(f"{root} is a file; a store is a folder")
@@ -49,6 +49,11 @@ def check_writable(store: Store) -> None:
         if not (root / "zarr.json").exists():
             raise FormatError(f"{root} is a folder with other things in it and no trajstore; choose another path")
         _ = store.root
+
+
+def make_place(store: Store) -> None:
+    """Make the store's folder, and refuse where nothing can be written."""
+    root = store.path
     try:
         root.mkdir(parents=True, exist_ok=True)
         refused = next((f for f in (root, root.absolute().parent) if not os.access(f, os.W_OK | os.X_OK)), None)

@@ -14,7 +14,7 @@ from torch import nn
 import trajstore as ts
 from trajstore.engine import Work, compiling, plan
 from trajstore.engine.plan import Plan, choose, make_engine, ready
-from trajstore.errors import SlowPlanWarning
+from trajstore.errors import ConfigurationError, SlowPlanWarning
 from trajstore.operators.sgd import SGD
 from trajstore.orders import Leg
 from trajstore.problems import ModuleProblem
@@ -63,7 +63,7 @@ def test_many_compiled_waves_in_one_process_stay_compiled(monkeypatch):
 
 def test_where_nothing_can_be_compiled_it_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(plan, "missing_for_compiling", lambda device: ("a C++ compiler (on Debian: apt install g++)",))
-    chosen = choose(Quadratic().build(CPU), SGD(0.1), [(0, 0)], 10**9, 10**6, 8)
+    chosen = choose(Quadratic().build(CPU), SGD(0.1), [(0, 0)], 10**9, 10**6, 8, 1000)
     assert not chosen.compiled
     assert chosen.slowed
     assert "lacks a C++ compiler (on Debian: apt install g++)" in str(chosen)
@@ -115,6 +115,9 @@ def test_a_problem_that_cannot_be_vectorised_falls_back_and_names_the_reason(tmp
     assert "one chain at a time (this problem cannot be vectorised: " in message
     assert "data-dependent control flow" in message
     assert all(slab.complete for slab in stored.slabs())
+    with pytest.raises(ConfigurationError, match=r"engine 'wavefront': .*data-dependent.*use engine 'reference'"):
+        ts.run(ts.Experiment.of({**QUADRATIC, "problem": branching()}), tmp_path / "t.zarr", engine="wavefront")
+    assert not (tmp_path / "t.zarr").exists()
 
 
 def test_little_work_is_done_plainly_and_a_choice_is_remembered(tmp_path, monkeypatch):
@@ -167,3 +170,82 @@ def test_an_engine_that_was_asked_for_is_used(tmp_path):
     for engine in ("reference", "wavefront"):
         stored = ts.run(experiment, tmp_path / f"{engine}.zarr", engine=engine)
         assert stored.attributes["fills"][0]["plan"]["engine"] == engine
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"engine": "warp"}, "engine 'warp'"),
+        ({"device": "mps"}, "device 'mps'"),
+        ({"lanes": 0}, "lanes is 0"),
+        ({"lanes": -3}, "lanes is -3"),
+        ({"engine": "reference", "lanes": 4}, "lanes are the wavefront's"),
+    ],
+)
+def test_choices_that_there_are_not_are_refused(tmp_path, how, says):
+    with pytest.raises(ConfigurationError, match=says):
+        ts.run(ts.Experiment.of(QUADRATIC), tmp_path / "s.zarr", **how)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_lanes_ask_for_a_wavefront_and_hold_for_the_rest_of_a_recording(tmp_path):
+    experiment = ts.Experiment.of({**QUADRATIC, "steps": 10})
+    stored = ts.run(experiment, tmp_path / "s.zarr", lanes=4)
+    assert stored.attributes["fills"][0]["plan"]["lanes"] == 4
+    ts.store.open_root(tmp_path / "s.zarr")["q"]["committed"][1, 0] = -1
+    again = ts.run(experiment, tmp_path / "s.zarr", lanes=8, resume=True)
+    assert [fill["plan"]["lanes"] for fill in again.attributes["fills"]] == [4, 8]
+    assert again.attributes["fills"][1]["plan"]["engine"] == "wavefront"
+
+
+def test_a_plan_that_was_slowed_is_chosen_again_when_what_was_missing_is_there(tmp_path, monkeypatch):
+    plans = iter([Plan("wavefront", 2, reason="not compiled: lacks", slowed=True), Plan("wavefront", 4)])
+    monkeypatch.setattr("trajstore.planning.choose", lambda *_: next(plans))
+    with pytest.warns(SlowPlanWarning, match="lacks"):
+        ts.run(ts.Experiment.of(QUADRATIC), tmp_path / "one.zarr")
+    stored = ts.run(ts.Experiment.of(QUADRATIC), tmp_path / "two.zarr")
+    assert stored.attributes["fills"][0]["plan"]["lanes"] == 4
+
+
+def test_a_compiled_recording_goes_on_where_nothing_compiles_and_says_so(tmp_path, monkeypatch):
+    experiment = ts.Experiment.of({**QUADRATIC, "steps": 10})
+    ts.run(experiment, tmp_path / "s.zarr", lanes=2)
+    group = ts.store.open_root(tmp_path / "s.zarr")["q"]
+    group["committed"][1, 0] = -1
+    attributes = dict(group.attrs["trajstore"])
+    attributes["fills"][0]["plan"] |= {"compiled": True, "of a later version": 1}
+    group.attrs["trajstore"] = attributes
+    monkeypatch.setattr("trajstore.recording.missing_for_compiling", lambda device: ("a C++ compiler",))
+    with pytest.warns(SlowPlanWarning, match=r"not compiled as it was begun: this machine lacks a C\+\+ compiler"):
+        stored = ts.run(experiment, tmp_path / "s.zarr", resume=True)
+    assert all(slab.complete for slab in stored.slabs())
+
+
+def test_calibration_asks_for_no_batch_beyond_the_last_step(tmp_path):
+    class Finite:
+        """A stream of exactly as many batches as there are steps."""
+
+        batch_size = 0
+
+        def __init__(self, steps):
+            self._steps = steps
+
+        def __getitem__(self, i):
+            if not 1 <= i <= self._steps:
+                raise IndexError(f"there is no batch {i}")
+            return (torch.full((1,), float(i), dtype=torch.float64),)
+
+    class Own:
+        def build(self, device):
+            live = Quadratic().build(device)
+            live.batches = lambda seed: Finite(15)
+            return live
+
+        def describe(self):
+            return {}
+
+    experiment = ts.Experiment.of({**QUADRATIC, "problem": Own(), "steps": 15, "seeds": list(range(60))})
+    stored = ts.run(experiment, tmp_path / "s.zarr")
+    assert all(slab.complete for slab in stored.slabs())
+    assert not stored.attributes["fills"][0]["plan"]["slowed"]
+    assert ts.cost(experiment).applications == 60 * (15 + 120)

@@ -8,13 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.conftest import last_of
 from tests.test_orders import orders
+from trajstore.engine import Work
+from trajstore.engine.compiling import compiled, missing_for_compiling
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.walk import Slab, walk
 from trajstore.engine.wavefront import WavefrontEngine, eager_tick
 from trajstore.operators.adam import Adam
 from trajstore.operators.adamw import AdamW
 from trajstore.operators.sgd import SGD
+from trajstore.orders import Leg, Order
 from trajstore.problems import ModuleProblem
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.quadratic import Quadratic
@@ -23,6 +27,7 @@ from trajstore.problems.two_constants import TwoConstants
 from trajstore.schedules.cosine import Cosine
 from trajstore.schedules.inverse_sqrt import InverseSqrt
 from trajstore.schedules.step import Step
+from trajstore.state import State
 
 CPU = torch.device("cpu")
 STEPS = 60
@@ -104,8 +109,6 @@ def test_any_orders_operators_widths_and_grids_give_the_references_iterates(prob
 def test_the_result_does_not_depend_on_the_width(record):
     live = PROBLEMS["normed"].build(CPU)
     operator = SGD(0.05, momentum=0.9)
-    from trajstore.orders import Order
-
     slabs = [Slab(Order.parse("backward"), 0)]
     finals = []
     for lanes in (1, 3, 16):
@@ -118,8 +121,6 @@ def test_the_result_does_not_depend_on_the_width(record):
 
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_a_chain_that_diverges_leaves_the_others_alone(lanes):
-    from trajstore.orders import Order
-
     live = Quadratic(dtype="float32").build(CPU)
     operator = SGD(3.0)
     seeds = [(0, 0), (1, 1)]
@@ -134,3 +135,46 @@ def test_a_chain_that_diverges_leaves_the_others_alone(lanes):
     for v in walk(slabs, 90, range(91), reference):
         for s in v.slabs:
             assert values[s, v.iterate.step] == pytest.approx(v.iterate.metrics["train_loss"], rel=1e-4, nan_ok=True)
+
+
+class Delayed:
+    """Heavy ball that remembers the last parameters themselves, handed through from the state."""
+
+    def memory(self, params):
+        return {"previous": dict(params)}
+
+    def apply(self, gradient, state, batch, index):
+        gradients, buffers = gradient(state.params, state.buffers, batch)
+        previous = state.memory["previous"]
+        params = {n: p + 0.5 * (p - previous[n]) - 0.05 * gradients[n] for n, p in state.params.items()}
+        return State(params, buffers, {"previous": state.params}, state.position + 1)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_an_operator_may_hand_its_parameters_through_as_memory(lanes, compile_it):
+    if compile_it and (missing := missing_for_compiling()):
+        pytest.skip(f"this machine lacks {missing}")
+    live, operator = PROBLEMS["least-squares"].build(CPU), Delayed()
+    tick = eager_tick(live, operator)
+    wave = WavefrontEngine(live, operator, [(0, 0)], lanes, compiled(tick) if compile_it else tick)
+    expected = last_of(ReferenceEngine(live, operator, [(0, 0)]), Leg("backward"), 20)
+    torch.testing.assert_close(last_of(wave, Leg("backward"), 20).state, expected.state, rtol=1e-10, atol=1e-12)
+
+
+def test_a_compiled_wave_has_the_references_dropout_and_batchnorm():
+    if missing := missing_for_compiling():
+        pytest.skip(f"this machine lacks {missing}")
+    live, operator = PROBLEMS["normed"].build(CPU), Adam(0.01)
+    wave = WavefrontEngine(live, operator, [(0, 0)], 3, compiled(eager_tick(live, operator)))
+    expected = last_of(ReferenceEngine(live, operator, [(0, 0)]), Leg("backward"), 12)
+    found = last_of(wave, Leg("backward"), 12)
+    torch.testing.assert_close(found.state, expected.state, rtol=1e-9, atol=1e-11)
+    assert found.metrics == pytest.approx(expected.metrics, rel=1e-8)
+
+
+def test_the_consumer_of_iterates_keeps_its_gradients():
+    live = PROBLEMS["quadratic"].build(CPU)
+    engine = WavefrontEngine(live, SGD(0.1), [(0, 0)], 2, eager_tick(live, SGD(0.1)))
+    for _ in engine.run([Work(0, Leg("backward"), engine.start(0), range(1, 6))]):
+        assert torch.is_grad_enabled()

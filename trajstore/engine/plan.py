@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from trajstore.engine import Engine, Work
 from trajstore.engine.compiling import compiled, missing_for_compiling
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.wavefront import WavefrontEngine, eager_tick
+from trajstore.errors import ConfigurationError
 from trajstore.operators import Operator
 from trajstore.orders import Leg
 from trajstore.problems import LiveProblem
@@ -52,8 +53,9 @@ class Plan:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Plan:
-        """Read a stored plan."""
-        return cls(**stored)
+        """Read a stored plan, also of a version that stored more."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in stored.items() if name in known})
 
 
 def make_engine(plan: Plan, problem: LiveProblem, operator: Operator, seeds: Sequence[tuple[int, int]]) -> Engine:
@@ -90,9 +92,10 @@ def choose(
     applications: int,
     chains: int,
     state_bytes: int,
+    steps: int,
     choice: EngineChoice = "auto",
 ) -> Plan:
-    """Choose a plan for so many operator applications in so many chains.
+    """Choose a plan for so many operator applications in so many chains of at most so many steps.
 
     Times are measured for chains of this problem on this machine, for about a second.
     """
@@ -100,22 +103,22 @@ def choose(
         return Plan("reference", reason="asked for")
     device = next(iter(problem.initial(seeds[0][0])[0].values())).device.type
     lanes = _lanes(state_bytes, chains, device)
-    one_by_one = _seconds_an_application(ReferenceEngine(problem, operator, seeds[:1]), 1)
+    one_by_one = _seconds_an_application(ReferenceEngine(problem, operator, seeds[:1]), 1, steps)
     try:
         eager = Plan("wavefront", lanes)
-        in_a_wave = _seconds_an_application(make_engine(eager, problem, operator, seeds[:1]), lanes)
+        in_a_wave = _seconds_an_application(make_engine(eager, problem, operator, seeds[:1]), lanes, steps)
     except Exception as error:
+        told = " ".join(f"this problem cannot be vectorised: {type(error).__name__}: {error}".split())[:300]
         if choice == "wavefront":
-            raise
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        return Plan("reference", reason=f"this problem cannot be vectorised: {told[:300]}", slowed=True)
+            raise ConfigurationError(f"engine 'wavefront': {told}; use engine 'reference'") from error
+        return Plan("reference", reason=told, slowed=True)
     quickest = min(one_by_one, in_a_wave)
     if applications * quickest > _WORTH_COMPILING:
         if not (missing := missing_for_compiling(device)):
             plan, engine = ready(Plan("wavefront", lanes, compiled=True), problem, operator, seeds[:1])
-            if choice == "wavefront" or not plan.compiled or _seconds_an_application(engine, lanes) < quickest:
+            if plan.compiled and (choice == "wavefront" or _seconds_an_application(engine, lanes, steps) < quickest):
                 return plan
-            reason, slowed = "quicker here than a compiled wave", False
+            reason, slowed = (plan.reason, True) if plan.slowed else ("quicker here than a compiled wave", False)
         else:
             reason, slowed = f"not compiled: this machine lacks {' and '.join(missing)}", True
     else:
@@ -135,7 +138,7 @@ def _lanes(state_bytes: int, chains: int, device: str) -> int:
     return 1 << (lanes.bit_length() - 1)
 
 
-def _seconds_an_application(engine: Engine, lanes: int, seconds: float = 0.4) -> float:
+def _seconds_an_application(engine: Engine, lanes: int, most: int, seconds: float = 0.4) -> float:
     """Time full waves: as many chains as lanes, of lengths that differ by one."""
     origin = engine.start(0)
 
@@ -146,8 +149,8 @@ def _seconds_an_application(engine: Engine, lanes: int, seconds: float = 0.4) ->
             pass
         return (time.perf_counter() - begin) / sum(steps)
 
-    timed(2)  # first calls are slow
+    timed(min(2, most))  # first calls are slow
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
-        best = min(best, timed(lanes + 20))
+        best = min(best, timed(min(lanes + 20, most)))
     return best

@@ -88,31 +88,31 @@ class WavefrontEngine:
         picks = [(self._streams[first.seed], first.index)] * self._lanes  # idle lanes go on with their last pick
         shown: list[tuple[int, int, State]] = []
         waiting: _Chain | None = first
-        with torch.no_grad():
-            while True:
-                for k, chain in enumerate(lanes):
-                    if chain is None and waiting is not None:
-                        lanes[k] = waiting
-                        _put(wave, k, waiting.start)
-                        waiting = next(queue, None)
-                busy = [(k, chain) for k, chain in enumerate(lanes) if chain is not None]
-                if not busy:
-                    break
-                for k, chain in busy:
-                    picks[k] = (self._streams[chain.seed], chain.index)
-                indices = torch.tensor([i for _, i in picks]).to(device)
+        while True:
+            for k, chain in enumerate(lanes):
+                if chain is None and waiting is not None:
+                    lanes[k] = waiting
+                    _put(wave, k, waiting.start)
+                    waiting = next(queue, None)
+            busy = [(k, chain) for k, chain in enumerate(lanes) if chain is not None]
+            if not busy:
+                break
+            for k, chain in busy:
+                picks[k] = (self._streams[chain.seed], chain.index)
+            indices = torch.tensor([i for _, i in picks]).to(device)
+            with torch.no_grad():
                 self._tick(wave, stacked(picks), indices)
-                for k, chain in busy:
-                    chain.applied += 1
-                    if chain.shows and chain.applied == _count(chain):
-                        shown.append((chain.work, chain.shows[0], _take(wave, k)))
-                        chain.shows = chain.shows[1:]
-                    if chain.ended:
-                        lanes[k] = None
-                if len(shown) >= self._lanes:
-                    yield from self._shown(shown)
-                    shown = []
-            yield from self._shown(shown)
+            for k, chain in busy:
+                chain.applied += 1
+                if chain.shows and chain.applied == _count(chain):
+                    shown.append((chain.work, chain.shows[0], _take(wave, k)))
+                    chain.shows = chain.shows[1:]
+                if chain.ended:
+                    lanes[k] = None
+            if len(shown) >= self._lanes:
+                yield from self._shown(shown)
+                shown = []
+        yield from self._shown(shown)
 
     def _shown(self, shown: Sequence[tuple[int, int, State]]) -> Iterator[tuple[int, Iterate]]:
         if shown:
@@ -122,7 +122,10 @@ class WavefrontEngine:
 
     def _measure(self, states: State, count: int) -> list[dict[str, float]]:
         with torch.no_grad():
-            values: Tensors = torch.vmap(self._problem.evaluate)(states.params, states.buffers)
+            # A few large states at a time: an evaluation holds the activations of all its examples for each.
+            together = None if sum(t[0].numel() for t in states.params.values()) < 10_000 else 8
+            evaluate = torch.vmap(self._problem.evaluate, chunk_size=together)
+            values: Tensors = evaluate(states.params, states.buffers)
         columns = {name: value.tolist() for name, value in values.items()}
         return [{name: column[k] for name, column in columns.items()} for k in range(count)]
 
@@ -141,12 +144,22 @@ def eager_tick(problem: LiveProblem, operator: Operator) -> Tick:
         return operator.apply(gradient, state, batch, index)
 
     def tick(states: State, batches: Batch, indices: Tensor) -> None:
-        after = torch.vmap(apply)(states, batches, indices)
+        after = _apart(torch.vmap(apply)(states, batches, indices), states)
         # In place: fresh memory for every tick would cost up to half as much again in page faults.
         for old, new in zip(pytree.tree_leaves(states), pytree.tree_leaves(after), strict=True):
             old.copy_(new)
 
     return tick
+
+
+def _apart(after: State, before: State) -> State:
+    """Copy what an operator hands through, such as the last parameters kept as memory, before it is written over."""
+    if torch.compiler.is_compiling():  # the compiler leaves out what is not needed
+        copied: State = pytree.tree_map(torch.clone, after)
+        return copied
+    held = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(before)}
+    apart: State = pytree.tree_map(lambda t: t.clone() if t.untyped_storage().data_ptr() in held else t, after)
+    return apart
 
 
 def _chains(works: Sequence[Work]) -> Iterator[_Chain]:

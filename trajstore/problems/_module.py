@@ -108,7 +108,7 @@ class _Live:
         full = {n: t for n, t in self._module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
         self.tied = {name: names[id(t)] for name, t in full.items() if name not in stored}
         self.transient = frozenset(stored) - frozenset(full)
-        self._dropouts = _key_dropouts(self._module)
+        self._dropouts = _key_dropouts(self._module, device)
         self._draws = False
         self._draws = self._first_batch_draws()
 
@@ -128,13 +128,15 @@ class _Live:
         x, y, *key = batch
         self._module.train()
         after = {name: b.clone() for name, b in buffers.items()}  # BatchNorm writes into them
-        for dropout in self._dropouts:
-            dropout.key = key[0]
+        keys: Tensors = {}
+        for name, dropout in self._dropouts.items():
+            keys[f"{name}.key" if name else "key"] = key[0]
+            dropout.calls = 0
         if not self._draws:
-            return self._family.loss(self._call(params, after, x), y), after
+            return self._family.loss(self._call(params, after | keys, x), y), after
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(int(key[0]))
-            return self._family.loss(self._call(params, after, x), y), after
+            return self._family.loss(self._call(params, after | keys, x), y), after
 
     def evaluate(self, params: Tensors, buffers: Tensors) -> Tensors:
         self._module.eval()
@@ -190,30 +192,42 @@ class _Live:
         return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-class _KeyedDropout(nn.Module):
-    """Dropout whose mask is a function of a key, set before each call."""
+class _KeyedDropout(nn.Dropout):
+    """Dropout whose mask is a function of a key, of which dropout it is, and of how often it was called.
+
+    The key is a buffer, so that `functional_call` can set it, for a stack of chains too.
+    """
 
     key: Tensor
 
     def __init__(self, p: float, salt: int, channels: bool) -> None:
-        super().__init__()
-        self._p, self._salt, self._channels = p, salt, channels
+        super().__init__(p)
+        self._salt, self._channels, self.calls = salt, channels, 0
+        self.register_buffer("key", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self._p == 0:
-            return x
-        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self._channels else tuple(x.shape)
-        kept = keyed_uniform(self.key, self._salt, shape) >= self._p
-        return torch.where(kept, x / (1 - self._p), 0) if self._p < 1 else x * 0
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return input
+        # Channels are the first dimension after the examples.
+        shape = (*input.shape[:2], *(1 for _ in input.shape[2:])) if self._channels else tuple(input.shape)
+        kept = keyed_uniform(self.key, 1024 * self._salt + self.calls, shape) >= self.p
+        self.calls += 1
+        return torch.where(kept, input / (1 - self.p), 0) if self.p < 1 else input * 0
 
 
-def _key_dropouts(module: nn.Module) -> list[_KeyedDropout]:
-    """Replace the dropout modules by keyed ones, and return these."""
-    replaced: list[_KeyedDropout] = []
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def _key_dropouts(module: nn.Module, device: torch.device) -> dict[str, _KeyedDropout]:
+    """Replace torch's dropout modules by keyed ones, and return these by name.
+
+    Subclasses keep what they do; they draw from torch's generator.
+    """
+    salt = 0
     for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
-                keyed = _KeyedDropout(child.p, len(replaced), channels=not isinstance(child, nn.Dropout))
-                setattr(parent, name, keyed)
-                replaced.append(keyed)
-    return replaced
+        for name, child in list(parent.named_children()):
+            if type(child) in _DROPOUTS:
+                assert isinstance(child, nn.modules.dropout._DropoutNd)
+                setattr(parent, name, _KeyedDropout(child.p, salt, type(child) is not nn.Dropout).to(device))
+                salt += 1
+    return {name: m for name, m in module.named_modules() if isinstance(m, _KeyedDropout)}
