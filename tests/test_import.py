@@ -47,7 +47,14 @@ def test_a_broken_torchvision_disturbs_nobody(tmp_path):
         "ts.run(e, 'a.zarr'); ts.open('a.zarr')['fig4'].dataset()"
     )
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    broken = subprocess.run(
+        [sys.executable, "-c", "import torchvision"], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert b"ImportError: broken" in broken.stderr
 
 
 def test_every_public_name_is_there():

@@ -85,9 +85,8 @@ def run(
     ]
     if not any(missing):
         return store[experiment.name]
-    plan = (
-        _stored_plan(stored, where.type, engine, lanes) or plan or plan_for(experiment, live, where.type, engine, lanes)
-    )
+    plan = _stored_plan(stored, where.type, engine, lanes) or plan
+    plan = plan or plan_for(experiment, live, where.type, engine, lanes)
     plan, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
     if plan.slowed:
         warnings.warn(f"experiment {experiment.name!r}: {plan}", SlowPlanWarning, stacklevel=2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -72,7 +74,7 @@ OPERATORS = [
 ]
 
 
-def close(problem, operator, seeds, slabs, grid, lanes, tolerance=1e-9):
+def assert_close_to_reference(problem, operator, seeds, slabs, grid, lanes, tolerance=1e-9):
     live = PROBLEMS[problem].build(CPU)
     expected = {
         (slab, v.iterate.step): v.iterate
@@ -100,13 +102,14 @@ def close(problem, operator, seeds, slabs, grid, lanes, tolerance=1e-9):
     st.integers(1, 9),
 )
 def test_any_orders_operators_widths_and_grids_give_the_references_iterates(problem, operator, several, grid, lanes):
-    if any(metric != "train_loss" for order in several for metric in order.metrics):
-        return
+    assume(all(order.metrics <= {"train_loss"} for order in several))
     seeds = [(3, 3), (0, 8)]
-    close(problem, operator, seeds, [Slab(order, k) for order in several for k in (0, 1)], grid, lanes)
+    assert_close_to_reference(
+        problem, operator, seeds, [Slab(order, k) for order in several for k in (0, 1)], grid, lanes
+    )
 
 
-def test_the_result_does_not_depend_on_the_width(record):
+def test_the_result_does_not_depend_on_the_width():
     live = PROBLEMS["normed"].build(CPU)
     operator = SGD(0.05, momentum=0.9)
     slabs = [Slab(Order.parse("backward"), 0)]
@@ -122,19 +125,20 @@ def test_the_result_does_not_depend_on_the_width(record):
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_a_chain_that_diverges_leaves_the_others_alone(lanes):
     live = Quadratic(dtype="float32").build(CPU)
-    operator = SGD(3.0)
+    operator = SGD(1e3)  # grows a thousandfold a step: float32 overflows within 15
     seeds = [(0, 0), (1, 1)]
-    slabs = [Slab(Order.parse(label), k) for label in ("forward", "backward") for k in (0, 1)]
-    engine = WavefrontEngine(live, operator, seeds, lanes, eager_tick(live, operator))
-    values = {
-        (s, v.iterate.step): v.iterate.metrics["train_loss"]
-        for v in walk(slabs, 90, range(91), engine)
-        for s in v.slabs
-    }
-    reference = ReferenceEngine(live, operator, seeds)
-    for v in walk(slabs, 90, range(91), reference):
-        for s in v.slabs:
-            assert values[s, v.iterate.step] == pytest.approx(v.iterate.metrics["train_loss"], rel=1e-4, nan_ok=True)
+    slabs = [Slab(Order.parse(label), k) for label in ("forward", "backward", "backward/5") for k in (0, 1)]
+
+    def losses(engine):
+        visits = walk(slabs, 40, range(41), engine)
+        return {(str(s), v.iterate.step): v.iterate.metrics["train_loss"] for v in visits for s in v.slabs}
+
+    expected = losses(ReferenceEngine(live, operator, seeds))
+    finite = [math.isfinite(loss) for loss in expected.values()]
+    assert any(finite)
+    assert not all(finite)
+    found = losses(WavefrontEngine(live, operator, seeds, lanes, eager_tick(live, operator)))
+    assert found == pytest.approx(expected, rel=1e-4, nan_ok=True)
 
 
 class Delayed:
