@@ -16,7 +16,7 @@ from trajstore.engine import Work
 from trajstore.engine.compiling import compiled, missing_for_compiling
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.walk import Slab, walk
-from trajstore.engine.wavefront import WavefrontEngine, eager_tick
+from trajstore.engine.wavefront import WavefrontEngine, eager, tick_of
 from trajstore.operators.adam import Adam
 from trajstore.operators.adamw import AdamW
 from trajstore.operators.sgd import SGD
@@ -81,7 +81,7 @@ def assert_close_to_reference(problem, operator, seeds, slabs, grid, lanes, tole
         for v in walk(slabs, STEPS, grid, ReferenceEngine(live, operator, seeds))
         for slab in v.slabs
     }
-    engine = WavefrontEngine(live, operator, seeds, lanes, eager_tick(live, operator))
+    engine = WavefrontEngine(live, operator, seeds, lanes, eager(tick_of(live, operator, lanes)))
     found: dict[Slab, list[int]] = {slab: [] for slab in slabs}
     for visit in walk(slabs, STEPS, grid, engine):
         for slab in visit.slabs:
@@ -115,7 +115,7 @@ def test_the_result_does_not_depend_on_the_width():
     slabs = [Slab(Order.parse("backward"), 0)]
     finals = []
     for lanes in (1, 3, 16):
-        engine = WavefrontEngine(live, operator, [(0, 0)], lanes, eager_tick(live, operator))
+        engine = WavefrontEngine(live, operator, [(0, 0)], lanes, eager(tick_of(live, operator, lanes)))
         *_, last = walk(slabs, 40, [0, 10, 40], engine)
         finals.append(last.iterate.state)
     for other in finals[1:]:
@@ -137,7 +137,7 @@ def test_a_chain_that_diverges_leaves_the_others_alone(lanes):
     finite = [math.isfinite(loss) for loss in expected.values()]
     assert any(finite)
     assert not all(finite)
-    found = losses(WavefrontEngine(live, operator, seeds, lanes, eager_tick(live, operator)))
+    found = losses(WavefrontEngine(live, operator, seeds, lanes, eager(tick_of(live, operator, lanes))))
     assert found == pytest.approx(expected, rel=1e-4, nan_ok=True)
 
 
@@ -160,17 +160,18 @@ def test_an_operator_may_hand_its_parameters_through_as_memory(lanes, compile_it
     if compile_it and (missing := missing_for_compiling()):
         pytest.skip(f"this machine lacks {missing}")
     live, operator = PROBLEMS["least-squares"].build(CPU), Delayed()
-    tick = eager_tick(live, operator)
-    wave = WavefrontEngine(live, operator, [(0, 0)], lanes, compiled(tick) if compile_it else tick)
+    tick = tick_of(live, operator, lanes)
+    wave = WavefrontEngine(live, operator, [(0, 0)], lanes, compiled(tick) if compile_it else eager(tick))
     expected = last_of(ReferenceEngine(live, operator, [(0, 0)]), Leg("backward"), 20)
     torch.testing.assert_close(last_of(wave, Leg("backward"), 20).state, expected.state, rtol=1e-10, atol=1e-12)
 
 
-def test_a_compiled_wave_has_the_references_dropout_and_batchnorm():
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_compiled_wave_has_the_references_dropout_and_batchnorm(lanes):
     if missing := missing_for_compiling():
         pytest.skip(f"this machine lacks {missing}")
     live, operator = PROBLEMS["normed"].build(CPU), Adam(0.01)
-    wave = WavefrontEngine(live, operator, [(0, 0)], 3, compiled(eager_tick(live, operator)))
+    wave = WavefrontEngine(live, operator, [(0, 0)], lanes, compiled(tick_of(live, operator, lanes)))
     expected = last_of(ReferenceEngine(live, operator, [(0, 0)]), Leg("backward"), 12)
     found = last_of(wave, Leg("backward"), 12)
     torch.testing.assert_close(found.state, expected.state, rtol=1e-9, atol=1e-11)
@@ -179,6 +180,6 @@ def test_a_compiled_wave_has_the_references_dropout_and_batchnorm():
 
 def test_the_consumer_of_iterates_keeps_its_gradients():
     live = PROBLEMS["quadratic"].build(CPU)
-    engine = WavefrontEngine(live, SGD(0.1), [(0, 0)], 2, eager_tick(live, SGD(0.1)))
+    engine = WavefrontEngine(live, SGD(0.1), [(0, 0)], 2, eager(tick_of(live, SGD(0.1), 2)))
     for _ in engine.run([Work(0, Leg("backward"), engine.start(0), range(1, 6))]):
         assert torch.is_grad_enabled()

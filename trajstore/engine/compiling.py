@@ -1,7 +1,8 @@
 """Compiling a tick, or saying what is missing.
 
-One wave has one shape, so one compilation serves it. Guards are not evaluated again once the first tick has
-run (the shapes cannot change), which also means that torch cannot fall back to eager silently later on.
+A wave lies in tensors that never move. So the compiled code is called once through torch.compile, and from then
+on directly with the arguments that it was given then: no guards, no wrappers, and no way to fall back to eager
+silently. On a CPU the call is one C++ function; on a GPU it is captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import os
 import shutil
 import sysconfig
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._inductor import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils import _pytree as pytree
 
-from trajstore.engine.wavefront import Tick
+from trajstore.engine.wavefront import Advance, Tick
 from trajstore.operators import Batch
 from trajstore.state import State
 
@@ -41,48 +45,113 @@ def missing_for_compiling(device: str = "cpu") -> tuple[str, ...]:
     return tuple(missing)
 
 
-class _MatvecsByBlas(CustomGraphPass):
-    """Leave batched matrix-vector products on a CPU to BLAS.
+class _SmallProducts(CustomGraphPass):
+    """Matrix products in which one side is a vector, on a CPU.
 
-    With batch size 1 a wave is made of them. Inductor would write them as loops of its own, which compute the
-    layer before anew for every output: a tenth to a fifth slower. It leaves `baddbmm` alone.
+    With batch size 1 a wave is made of them. Inductor would write batched matrix-vector products as loops of its
+    own, which compute the layer before anew for every output; it leaves `baddbmm` to BLAS. An outer product it
+    would leave to BLAS, writing the whole gradient; as a product of numbers it melts into the update.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):
+        aten = torch.ops.aten
+        for node in [*graph.find_nodes(op="call_function", target=aten.bmm.default),
+                     *graph.find_nodes(op="call_function", target=aten.mm.default)]:  # fmt: skip
             one, other = (argument.meta["val"] for argument in node.args[:2])
-            if one.device.type == "cpu" and one.is_floating_point() and 1 in (one.shape[1], other.shape[2]):
-                with graph.inserting_before(node):
-                    zero = graph.call_function(torch.ops.aten.full.default, ([1, 1, 1], 0.0), {"dtype": one.dtype})
+            if one.device.type != "cpu" or not one.is_floating_point():
+                continue
+            with graph.inserting_before(node):
+                if one.ndim == 2 and one.shape[1] == 1:
+                    instead = graph.call_function(aten.mul.Tensor, node.args[:2])
+                elif one.ndim == 3 and 1 in (one.shape[1], other.shape[2]):
+                    zero = graph.call_function(aten.full.default, ([1, 1, 1], 0.0), {"dtype": one.dtype})
                     zero.meta["val"] = one.new_zeros((1, 1, 1))
-                    blas = graph.call_function(torch.ops.aten.baddbmm.default, (zero, *node.args[:2]), {"beta": 0})
-                blas.meta.update(node.meta)
-                node.replace_all_uses_with(blas)
-                graph.erase_node(node)
+                    instead = graph.call_function(aten.baddbmm.default, (zero, *node.args[:2]), {"beta": 0})
+                else:
+                    continue
+            instead.meta.update(node.meta)
+            node.replace_all_uses_with(instead)
+            graph.erase_node(node)
 
     def uuid(self) -> str:
-        return "trajstore: matrix-vector products by BLAS, 1"
+        return "trajstore: small products, 2"
 
 
-def compiled(tick: Tick) -> Tick:
-    """Return a tick that is compiled when it first runs."""
-    function = cast(types.FunctionType, tick)
+def compiled(tick: Tick) -> Advance:
+    """Return what runs the ticks of a block by a tick that is compiled when it first runs."""
+    known: tuple[State, Callable[[], None], Tensor] | None = None
+
+    def step(states: State, batches: Batch, indices: Tensor, cursor: Tensor) -> None:
+        *batch, index = (t.index_select(0, cursor)[0] for t in (*batches, indices))
+        tick(states, tuple(batch), index)
+        cursor.add_(1)
+
+    def advance(states: State, batches: Batch, indices: Tensor, ticks: int) -> None:
+        nonlocal known
+        if known is None or known[0] is not states:
+            cursor = torch.zeros(1, dtype=torch.int64, device=indices.device)
+            known = states, _replayed(step, states, batches, indices, cursor), cursor
+        _, again, cursor = known
+        cursor.zero_()
+        for _ in range(ticks):
+            again()
+
+    return advance
+
+
+def _replayed(step: Callable[..., None], *tensors: Any) -> Callable[[], None]:  # noqa: ANN401
+    """Compile a step on tensors that stay where they are, and return what takes it again and again."""
+    calls: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
+
+    def inner(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[[list[Any]], Any]:  # noqa: ANN401
+        code: Callable[[list[Any]], Any] = compile_fx.compile_fx_inner(graph, inputs, **options)
+
+        def noting(arguments: list[Any]) -> Any:  # noqa: ANN401
+            calls.append((code, list(arguments)))
+            return code(arguments)
+
+        noting._boxed_call = True  # type: ignore[attr-defined]
+        return noting
+
+    leaves = pytree.tree_leaves(tensors)
+    on_cpu = leaves[0].device.type == "cpu"
+    patches = {"post_grad_custom_post_pass": _SmallProducts(), "cpp_wrapper": on_cpu}
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:  # noqa: ANN401
+        return compile_fx.compile_fx(graph, inputs, inner_compile=inner, config_patches=patches)
+
+    before = [t.clone() for t in leaves]
+
+    def restore() -> None:
+        for tensor, value in zip(leaves, before, strict=True):
+            tensor.copy_(value)
+
+    function = cast(types.FunctionType, step)
     # torch keeps compilations by code object, and stops at eight; a copy gives every wave its own.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     name, code = function.__name__, function.__code__.replace()
     own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    run: Callable[[State, Batch, Tensor], None] = torch.compile(
-        own, fullgraph=True, dynamic=False, options={"post_grad_custom_post_pass": _MatvecsByBlas()}
-    )
-    warm = False
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
+    with functorch_config.patch(enable_autograd_cache=False):  # it would keep `inner` from being asked
+        torch.compile(own, fullgraph=True, dynamic=False, backend=backend)(*tensors)
+    ((code_of_step, arguments),) = calls
+    once = [t.clone() for t in leaves]
 
-    def checked(states: State, batches: Batch, indices: Tensor) -> None:
-        nonlocal warm
-        if warm:
-            with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
-                run(states, batches, indices)
-        else:
-            run(states, batches, indices)
-            warm = True
+    def again() -> None:
+        code_of_step(list(arguments))
 
-    return checked
+    restore()
+    again()
+    if not all(map(_same, leaves, once)):
+        raise RuntimeError("the compiled step works on copies of the wave, so it cannot be replayed")
+    if not on_cpu:
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            again()
+        again = recorded.replay
+    restore()
+    return again
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are equal, a NaN to a NaN too."""
+    return torch.allclose(one, other, equal_nan=True)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from trajstore.engine import Engine, Work
 from trajstore.engine.compiling import compiled, missing_for_compiling
 from trajstore.engine.reference import ReferenceEngine
-from trajstore.engine.wavefront import WavefrontEngine, eager_tick
+from trajstore.engine.wavefront import WavefrontEngine, eager, tick_of
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Operator
 from trajstore.orders import Leg
@@ -62,8 +62,8 @@ def make_engine(plan: Plan, problem: LiveProblem, operator: Operator, seeds: Seq
     """Return the engine of a plan."""
     if plan.engine == "reference":
         return ReferenceEngine(problem, operator, seeds)
-    tick = eager_tick(problem, operator)
-    return WavefrontEngine(problem, operator, seeds, plan.lanes, compiled(tick) if plan.compiled else tick)
+    tick = tick_of(problem, operator, plan.lanes)
+    return WavefrontEngine(problem, operator, seeds, plan.lanes, compiled(tick) if plan.compiled else eager(tick))
 
 
 def ready(

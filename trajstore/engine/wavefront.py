@@ -4,7 +4,11 @@ A wave has a fixed number of lanes, so there is one compiled shape. Each lane ho
 walks through that chain's operator indices; what the lanes do in a tick need not agree in seed, leg, index or
 position. A lane whose chain has ended takes the next one from the queue. So no application is spent on waiting
 for other chains, sparse record grids keep the lanes full, forward legs ride along with backward ones, and many
-seeds of a small problem share a wave.
+seeds of a small problem share a wave. With one lane it is a plain loop over chains, without `vmap`.
+
+States, batches and indices lie in tensors that never move. The operators of the coming ticks, until the next
+chain ends, are laid out in a block, and then applied one after the other without a look back: a compiled tick is
+replayed, and on a GPU nothing waits for the host in between.
 
 Chains of one leg begin in increasing step and are longer the later they begin, so they also end in
 increasing step, as the `Engine` protocol wants.
@@ -14,7 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -25,10 +31,15 @@ from trajstore.problems import LiveProblem
 from trajstore.problems._streams import stacked
 from trajstore.state import State, Tensors, beginning
 
-__all__ = ["Tick", "WavefrontEngine", "eager_tick"]
+__all__ = ["Advance", "Tick", "WavefrontEngine", "eager", "tick_of"]
 
 Tick = Callable[[State, Batch, Tensor], None]
-"""Advance a stack of states in place: (states, batches, indices), each with the lanes as first dimension."""
+"""Advance a stack of states in place by one operator each: (states, batches, indices), lanes first."""
+Advance = Callable[[State, Batch, Tensor, int], None]
+"""Advance a stack of states in place by a block: batches and indices have ticks first, so many of which count."""
+
+_BLOCK_TICKS = 64
+_BLOCK_BYTES = 2**24
 
 
 @dataclass
@@ -46,20 +57,30 @@ class _Chain:
     applied: int = field(default=0, init=False)
 
     @property
-    def index(self) -> int:
-        """The operator that comes next."""
-        return self.indices[self.applied]
+    def until_shown(self) -> int:
+        """How many applications until the next step to show."""
+        return self.shows[0] - self.first - self.applied
 
     @property
     def ended(self) -> bool:
         return self.applied == len(self.indices)
 
 
+class _Wave(NamedTuple):
+    """The tensors that never move."""
+
+    states: State
+    batches: Batch
+    """(ticks, lanes, …)"""
+    indices: Tensor
+    """(ticks, lanes)"""
+
+
 class WavefrontEngine:
     """Computes iterates many at a time."""
 
     def __init__(
-        self, problem: LiveProblem, operator: Operator, seeds: Sequence[tuple[int, int]], lanes: int, tick: Tick
+        self, problem: LiveProblem, operator: Operator, seeds: Sequence[tuple[int, int]], lanes: int, advance: Advance
     ) -> None:
         """Take the (init seed, data seed) of each seed, the width of the wave, and how it advances."""
         self._problem = problem
@@ -67,71 +88,98 @@ class WavefrontEngine:
         self._init_seeds = [init for init, _ in seeds]
         self._streams = [problem.batches(data) for _, data in seeds]
         self._lanes = lanes
-        self._tick = tick
+        self._advance = advance
+        self._wave: _Wave | None = None
 
     def start(self, seed: int) -> Iterate:
         """Return θ₀ of a seed."""
         params, buffers = self._problem.initial(self._init_seeds[seed])
         state = beginning(params, buffers, self._operator.memory(params))
-        (metrics,) = self._measure(_stack([state]), 1)
+        (metrics,) = self._measure([state])
         return Iterate(0, state, metrics)
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
         """Yield (position of the work, iterate) as chains end."""
         queue = _chains(works)
-        first = next(queue, None)
-        if first is None:
+        waiting = next(queue, None)
+        if waiting is None:
             return
-        wave = _stack([first.start] * self._lanes)
-        device = wave.position.device
+        if self._wave is None:
+            self._wave = self._room(waiting)
+        wave = self._wave
         lanes: list[_Chain | None] = [None] * self._lanes
-        picks = [(self._streams[first.seed], first.index)] * self._lanes  # idle lanes go on with their last pick
+        # Idle lanes repeat an operator that there is; what comes out of it is never looked at.
+        seeds, at, stride = (np.full(self._lanes, v) for v in (waiting.seed, waiting.indices[0], 0))
         shown: list[tuple[int, int, State]] = []
-        waiting: _Chain | None = first
         while True:
             for k, chain in enumerate(lanes):
                 if chain is None and waiting is not None:
                     lanes[k] = waiting
-                    _put(wave, k, waiting.start)
+                    _put(wave.states, k, waiting.start)
+                    seeds[k], at[k], stride[k] = waiting.seed, waiting.indices.start, waiting.indices.step
                     waiting = next(queue, None)
             busy = [(k, chain) for k, chain in enumerate(lanes) if chain is not None]
             if not busy:
                 break
-            for k, chain in busy:
-                picks[k] = (self._streams[chain.seed], chain.index)
-            indices = torch.tensor([i for _, i in picks]).to(device)
+            ticks = min(len(wave.indices), *(chain.until_shown for _, chain in busy))
+            self._lay_out(wave, seeds, at + stride * np.arange(ticks)[:, None])
             with torch.no_grad():
-                self._tick(wave, stacked(picks), indices)
+                self._advance(wave.states, wave.batches, wave.indices, ticks)
+            at += stride * ticks
             for k, chain in busy:
-                chain.applied += 1
-                if chain.shows and chain.applied == _count(chain):
-                    shown.append((chain.work, chain.shows[0], _take(wave, k)))
+                chain.applied += ticks
+                if chain.until_shown == 0:
+                    shown.append((chain.work, chain.shows[0], _take(wave.states, k)))
                     chain.shows = chain.shows[1:]
                 if chain.ended:
                     lanes[k] = None
+                    at[k] -= stride[k]
+                    stride[k] = 0
             if len(shown) >= self._lanes:
                 yield from self._shown(shown)
                 shown = []
         yield from self._shown(shown)
 
+    def _room(self, chain: _Chain) -> _Wave:
+        """Return room for states like a chain's, and for as many ticks of batches as make a block."""
+        states = _stack([chain.start] * self._lanes)
+        batch = self._streams[chain.seed][chain.indices[0]]
+        a_tick = self._lanes * sum(t.numel() * t.element_size() for t in batch)
+        ticks = max(1, min(_BLOCK_TICKS, _BLOCK_BYTES // max(1, a_tick)))
+        batches = tuple(t.new_zeros((ticks, self._lanes, *t.shape)) for t in batch)
+        return _Wave(states, batches, torch.ones((ticks, self._lanes), dtype=torch.int64).to(states.position.device))
+
+    def _lay_out(self, wave: _Wave, seeds: np.ndarray, indices: np.ndarray) -> None:
+        """Fill the block with what comes, (ticks, lanes)."""
+        ticks = len(indices)
+        coming = stacked(self._streams, np.broadcast_to(seeds, indices.shape).ravel(), indices.ravel())
+        for room, batch in zip(wave.batches, coming, strict=True):
+            room[:ticks].copy_(batch.view(ticks, *room.shape[1:]), non_blocking=True)
+        wave.indices[:ticks].copy_(torch.from_numpy(indices), non_blocking=True)
+
     def _shown(self, shown: Sequence[tuple[int, int, State]]) -> Iterator[tuple[int, Iterate]]:
-        if shown:
-            measured = self._measure(_stack([state for _, _, state in shown]), len(shown))
-            for (work, step, state), metrics in zip(shown, measured, strict=True):
-                yield work, Iterate(step, state, metrics)
+        measured = self._measure([state for _, _, state in shown])
+        for (work, step, state), metrics in zip(shown, measured, strict=True):
+            yield work, Iterate(step, state, metrics)
 
-    def _measure(self, states: State, count: int) -> list[dict[str, float]]:
+    def _measure(self, states: Sequence[State]) -> list[dict[str, float]]:
+        if not states:
+            return []
         with torch.no_grad():
+            if self._lanes == 1:
+                each = [self._problem.evaluate(state.params, state.buffers) for state in states]
+                return [{name: float(value) for name, value in values.items()} for values in each]
+            stack = _stack(states)
             # A few large states at a time: an evaluation holds the activations of all its examples for each.
-            together = None if sum(t[0].numel() for t in states.params.values()) < 10_000 else 8
+            together = None if sum(t[0].numel() for t in stack.params.values()) < 10_000 else 8
             evaluate = torch.vmap(self._problem.evaluate, chunk_size=together)
-            values: Tensors = evaluate(states.params, states.buffers)
+            values: Tensors = evaluate(stack.params, stack.buffers)
         columns = {name: value.tolist() for name, value in values.items()}
-        return [{name: column[k] for name, column in columns.items()} for k in range(count)]
+        return [{name: column[k] for name, column in columns.items()} for k in range(len(states))]
 
 
-def eager_tick(problem: LiveProblem, operator: Operator) -> Tick:
-    """Return the tick of a problem and an operator, to be run as it is or compiled."""
+def tick_of(problem: LiveProblem, operator: Operator, lanes: int) -> Tick:
+    """Return the tick of a problem and an operator: vectorised over the lanes, or plain for one lane."""
 
     def gradient(params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
         def loss(p: Tensors) -> tuple[Tensor, Tensors]:
@@ -143,13 +191,30 @@ def eager_tick(problem: LiveProblem, operator: Operator) -> Tick:
     def apply(state: State, batch: Batch, index: Tensor) -> State:
         return operator.apply(gradient, state, batch, index)
 
+    def alone(states: State, batches: Batch, indices: Tensor) -> State:
+        after = apply(pytree.tree_map(lambda t: t[0], states), tuple(t[0] for t in batches), indices[0])
+        stack: State = pytree.tree_map(lambda t: t[None], after)
+        return stack
+
+    together = alone if lanes == 1 else torch.vmap(apply)
+
     def tick(states: State, batches: Batch, indices: Tensor) -> None:
-        after = _apart(torch.vmap(apply)(states, batches, indices), states)
+        after = _apart(together(states, batches, indices), states)
         # In place: fresh memory for every tick would cost up to half as much again in page faults.
         for old, new in zip(pytree.tree_leaves(states), pytree.tree_leaves(after), strict=True):
             old.copy_(new)
 
     return tick
+
+
+def eager(tick: Tick) -> Advance:
+    """Return what runs the ticks of a block as they are."""
+
+    def advance(states: State, batches: Batch, indices: Tensor, ticks: int) -> None:
+        for j in range(ticks):
+            tick(states, tuple(t[j] for t in batches), indices[j])
+
+    return advance
 
 
 def _apart(after: State, before: State) -> State:
@@ -171,11 +236,6 @@ def _chains(works: Sequence[Work]) -> Iterator[_Chain]:
         if leg.kind == "backward":
             for n in steps:
                 yield _Chain(k, seed, last.state, leg.chain(n), [n], last.step)
-
-
-def _count(chain: _Chain) -> int:
-    """Return after how many applications a chain shows its next step."""
-    return chain.shows[0] - chain.first
 
 
 def _stack(states: Sequence[State]) -> State:

@@ -16,19 +16,21 @@ from trajstore.problems import Batches
 __all__ = ["NoiseBatches", "RowBatches", "normal_start", "stacked"]
 
 
-def stacked(picks: Sequence[tuple[Batches, int]]) -> Batch:
-    """Return several batches, of any streams of one problem, stacked along a new first dimension."""
-    first = picks[0][0]
+def stacked(streams: Sequence[Batches], seeds: NDArray[np.int64], indices: NDArray[np.int64]) -> Batch:
+    """Return several batches, given by stream and index, stacked along a new first dimension."""
+    first = streams[0]
     if not isinstance(first, RowBatches):
-        return tuple(map(torch.stack, zip(*(stream[i] for stream, i in picks), strict=True)))
-    # One gather for all of them, and one more for their rows where they share a stream.
-    if all(stream is first for stream, _ in picks):
-        drawn = first.table([i for _, i in picks])
-    else:
-        drawn = np.stack([stream.examples(i) for stream, i in picks])
-    rows = torch.from_numpy(drawn).to(first.tensors[0].device)
-    keys = [stream.keys(i) for stream, i in picks if isinstance(stream, RowBatches)]
-    return (*(t[rows] for t in first.tensors), *(torch.tensor(k, device=rows.device) for k in zip(*keys, strict=True)))
+        picks = (streams[k][i] for k, i in zip(seeds.tolist(), indices.tolist(), strict=True))
+        return tuple(map(torch.stack, zip(*picks, strict=True)))
+    # One gather for all of them.
+    rows, keys = np.empty((len(indices), first.batch_size), np.int64), np.empty((len(indices), first.keyed), np.int64)
+    for k in np.unique(seeds):
+        stream, here = streams[k], seeds == k
+        assert isinstance(stream, RowBatches)
+        rows[here], keys[here] = stream.table(indices[here])
+    device = first.tensors[0].device
+    drawn = torch.from_numpy(rows).to(device)
+    return (*(t[drawn] for t in first.tensors), *torch.from_numpy(keys).to(device).unbind(1))
 
 
 def normal_start(init_seed: int, scale: float, size: int) -> Tensor:
@@ -44,16 +46,19 @@ class RowBatches:
         self.batch_size = batch_size
         self.tensors = tensors
         self._key_seed = key_seed
-        self._table = np.empty((0, batch_size), dtype=np.int64)
+        self.keyed = 0 if key_seed is None else 1
+        self._rows = np.empty((0, batch_size), dtype=np.int64)
+        self._keys = np.empty((0, self.keyed), dtype=np.int64)
 
-    def table(self, indices: Sequence[int]) -> NDArray[np.int64]:
-        """Return the rows of several batches, one a row of the result."""
-        known = len(self._table)
-        if known < (needed := max(indices)):
-            more = [self.examples(i) for i in range(known + 1, max(needed, 2 * known) + 1)]
-            self._table = np.concatenate([self._table, more])
-        rows: NDArray[np.int64] = self._table[np.asarray(indices) - 1]
-        return rows
+    def table(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows and the keys of several batches, one a row of each result."""
+        known, needed = len(self._rows), int(indices.max())
+        if known < needed:
+            more = range(known + 1, max(needed, 2 * known) + 1)
+            self._rows = np.concatenate([self._rows, [self.examples(i) for i in more]])
+            keys = np.array([self.keys(i) for i in more], dtype=np.int64)
+            self._keys = np.concatenate([self._keys, keys.reshape(len(more), self.keyed)])
+        return self._rows[indices - 1], self._keys[indices - 1]
 
     def __getitem__(self, i: int) -> Batch:
         rows = torch.from_numpy(self.examples(i)).to(self.tensors[0].device)
