@@ -76,6 +76,8 @@ def info(
             }
         )
         return
+    from trajstore.measures import about
+
     config, layout = experiment.config, schema.layout
     lines = [
         ("experiment", f"{experiment.name}   {experiment.attributes['config_digest']}"),
@@ -83,7 +85,7 @@ def info(
         ("operator", _one_line(config["operator"])),
         ("steps", f"{schema.steps}, states stored at {len(schema.snapshots)} of them"),
         ("parameters", f"{layout.parameters:,} ({layout.dtype})"),
-        *(("metric", f"{name}: {_examples(number)}") for name, number in schema.metrics.items()),
+        *(("metric", f"{name}: {about(name, number)}") for name, number in schema.metrics.items()),
         (
             "size",
             f"{human_bytes(experiment.bytes_on_disk())} on disk, states {human_bytes(raw)} raw, codec {schema.codec}",
@@ -122,10 +124,6 @@ def sql(
         print_csv(columns, rows)
     else:
         print_table(columns, rows)
-
-
-def _examples(number: int | None) -> str:
-    return "exact expectation" if number is None else f"mean over {number} examples"
 
 
 def _fill_line(fill: dict[str, Any]) -> str:

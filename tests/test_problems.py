@@ -172,7 +172,7 @@ def test_a_module_problem_is_the_module_trained_by_hand():
         outputs = module.eval()(x)
     assert last.metrics["train_loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, y)), rel=1e-5)
     assert last.metrics["train_accuracy"] == pytest.approx(float((outputs.argmax(-1) == y).double().mean()))
-    assert set(last.metrics) == {"train_loss", "test_loss", "train_accuracy", "test_accuracy"}
+    assert set(last.metrics) == {"train_loss", "test_loss", "train_accuracy", "test_accuracy", "batch_loss"}
 
 
 def linear(module, **changes):

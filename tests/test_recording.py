@@ -187,9 +187,11 @@ def test_a_diverged_run_is_recorded_as_it_is(record):
     loss = ds["train_loss"].sel(order="forward", seed=0).values
     assert not np.isfinite(loss[-1])
     assert np.isfinite(loss[0])
-    assert (ds["measured"].values == 1).all()
+    assert (ds["measured"].values[..., 1:] == 0b11111).all()
+    assert (ds["measured"].values[..., 0] == 0b10101).all()  # no batch and no iterate before θ₀
     told = {(slab.order, slab.seed): slab.diverged_at for slab in experiment.slabs()}
-    assert told["forward", 0] == np.flatnonzero(~np.isfinite(loss))[0] > 0
+    infinite = ~np.isfinite(loss) | ~np.isfinite(ds["batch_loss"].sel(order="forward", seed=0).values)
+    assert told["forward", 0] == np.flatnonzero(infinite[1:])[0] + 1  # θ₀ has no batch
     rows = experiment.store.sql(
         """SELECT count(*), count(train_loss), count(*) FILTER (isnan(train_loss)) FROM metrics
            WHERE "order" = 'forward' AND seed = 0"""
@@ -366,7 +368,9 @@ def test_the_cost_counts_applications_exactly_and_raw_bytes(record):
     assert cost.applications == 2 * (20 + 20 * 21 // 2)
     assert cost.exact
     assert cost.snapshots == 4 * 21
-    a_step = 8 * (2 + 97 + 2)  # metrics, sketch (no wider than the parameters), leg and mask
+    a_step = 8 * (
+        2 + 4 + 97 + 2
+    )  # the problem's metrics, everyone's, sketch (no wider than the parameters), leg and mask
     assert cost.raw_bytes == 4 * 21 * (parameters * 4 + a_step) + 2 * 20 * 8
     assert 0 < cost.seconds < 60
 

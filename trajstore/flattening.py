@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trajstore.errors import ConfigurationError
 from trajstore.experiment import Experiment
+from trajstore.measures import MEASURES
 from trajstore.problems import LiveProblem, NamesOfModule
 from trajstore.state import State, beginning
 from trajstore.storage.layout import Entry, Layout, Role
@@ -63,7 +65,10 @@ def schema_of(experiment: Experiment, live: LiveProblem) -> Schema:
         )
         for role, name, t in tensors_of(start, experiment.record.optimizer_state)
     ]
-    layout = Layout.of(entries, tied)
+    layout, stream = Layout.of(entries, tied), live.batches(experiment.seeds[0])
+    if taken := [name for name in live.examples if name in MEASURES]:
+        raise ConfigurationError(f"metric {taken[0]!r}: every experiment has one of that name ({MEASURES[taken[0]]})")
+    metrics = {**live.examples, **dict.fromkeys(MEASURES), "batch_loss": stream.batch_size or None}
     schema = Schema(
         orders=tuple(map(str, experiment.orders)),
         seeds=experiment.seeds,
@@ -72,9 +77,9 @@ def schema_of(experiment: Experiment, live: LiveProblem) -> Schema:
         steps=experiment.steps,
         snapshots=experiment.snapshots,
         layout=layout,
-        metrics=live.examples,
+        metrics=metrics,
         components=min(experiment.record.sketch, layout.parameters),
-        batch_size=live.batches(experiment.seeds[0]).batch_size,
+        batch_size=stream.batch_size,
         codec=experiment.record.codec,
         snapshots_per_segment=segment_length(layout),
     )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
-from numpy.typing import NDArray
+from torch import Tensor
 
 from trajstore.configuration import differences
 from trajstore.engine import Engine, Iterate, Work
@@ -25,13 +25,13 @@ from trajstore.engine.plan import EngineChoice, Plan, ready
 from trajstore.engine.walk import Slab, applications, walk
 from trajstore.errors import ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
-from trajstore.flattening import Flatten, schema_of
+from trajstore.flattening import schema_of
+from trajstore.observing import Observer, parameters_of
 from trajstore.planning import Device, check_choice, device_of, plan_for, run_seeds
 from trajstore.provenance import now, provenance
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema, declare
-from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import SlabWriter
 from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, standing
 
@@ -149,19 +149,17 @@ def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab
         writers = {
             slab: SlabWriter(stored.group, schema, schema.orders.index(str(slab.order)), slab.seed) for slab in slabs
         }
-        flatten = Flatten(schema.layout)
-        sketch = Sketch(schema.layout.parameters, experiment.record.sketch, schema.sketch_seed)
-        snapshots = frozenset(schema.snapshots)
-        origin: dict[int, NDArray[np.float64]] = {}
+        observe = Observer(experiment, schema)
+        starts: dict[int, Tensor] = {}
+        before: dict[Slab, Tensor] = {}
         for visit in walk(slabs, experiment.steps, experiment.grid, engine):
-            n, state, metrics = visit.iterate
-            vector, counters = flatten(state)
-            theta = vector[: schema.layout.parameters].astype(np.float64)
-            projection = sketch(theta - origin.setdefault(visit.slabs[0].seed, theta))
+            here = parameters_of(visit.iterate.state)
+            start = starts.setdefault(visit.slabs[0].seed, here)
+            # Slabs that came the same way have the same iterate before.
+            observed = observe(visit.iterate, visit.leg_start, here, start, before.get(visit.slabs[0]))
             for slab in visit.slabs:
-                writers[slab].append(
-                    n, visit.leg_start, metrics, projection, (vector, counters) if n in snapshots else None
-                )
+                writers[slab].append(*observed)
+                before[slab] = here
         for writer in writers.values():
             writer.commit()
 

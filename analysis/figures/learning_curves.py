@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from trajstore.analysis.figures import order_colour, style
 
 from trajstore.errors import NotFoundError, StatisticError, choices
+from trajstore.measures import MEASURES
 
 __all__ = ["draw"]
 
@@ -22,12 +23,12 @@ _ROW_INCHES, _COLUMN_INCHES = 1.75, 3.3
 
 
 def draw(ds: xr.Dataset, metrics: Sequence[str] | None = None) -> Figure:
-    """Draw every metric (or the ones given) over steps."""
+    """Draw the problem's own metrics (or the ones given) over steps."""
     known = str(ds["measured"].attrs["flag_meanings"]).split()
     for metric in metrics or ():
         if metric not in known:
             raise NotFoundError(f"no metric {metric!r}; {choices(metric, known)}")
-    chosen = list(metrics or known)
+    chosen = list(metrics or (metric for metric in known if metric not in MEASURES))
     if not bool(ds["recorded"].any()):
         raise StatisticError(
             f"experiment {ds.attrs.get('experiment')!r}: nothing is recorded yet, so there is nothing to draw"

@@ -103,7 +103,7 @@ def _replayed(step: Callable[..., None], *tensors: Any) -> Callable[[], None]:  
     """Compile a step on tensors that stay where they are, and return what takes it again and again."""
     calls: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
 
-    def inner(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[[list[Any]], Any]:  # noqa: ANN401
+    def inner(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:  # noqa: ANN401
         code: Callable[[list[Any]], Any] = compile_fx.compile_fx_inner(graph, inputs, **options)
 
         def noting(arguments: list[Any]) -> Any:  # noqa: ANN401

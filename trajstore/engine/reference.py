@@ -31,7 +31,7 @@ class ReferenceEngine:
     def start(self, seed: int) -> Iterate:
         """Return θ₀ of a seed."""
         params, buffers = self._problem.initial(self._init_seeds[seed])
-        return self._measure(0, beginning(params, buffers, self._operator.memory(params)))
+        return self._measure(seed, 0, beginning(params, buffers, self._operator.memory(params)))
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
         """Yield (position of the work, iterate), one work after the other."""
@@ -39,10 +39,10 @@ class ReferenceEngine:
             state, done = last.state, last.step
             for n in steps:
                 if leg.kind == "forward":
-                    iterate = self._measure(n, self._compose(range(done + 1, n + 1), state, self._batches[seed]))
+                    iterate = self._measure(seed, n, self._compose(range(done + 1, n + 1), state, self._batches[seed]))
                     state, done = iterate.state, n
                 else:
-                    iterate = self._measure(n, self._compose(leg.chain(n), state, self._batches[seed]))
+                    iterate = self._measure(seed, n, self._compose(leg.chain(n), state, self._batches[seed]))
                 yield k, iterate
 
     def _compose(self, indices: range, state: State, batches: Batches) -> State:
@@ -58,7 +58,10 @@ class ReferenceEngine:
             gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, gradients, strict=True)), {name: b.detach() for name, b in after.items()}
 
-    def _measure(self, step: int, state: State) -> Iterate:
+    def _measure(self, seed: int, step: int, state: State) -> Iterate:
         with torch.no_grad():
             values = self._problem.evaluate(state.params, state.buffers)
+            if step > 0:
+                batch = self._batches[seed][step]
+                values = values | {"batch_loss": self._problem.loss(state.params, state.buffers, batch)[0]}
         return Iterate(step, state, {name: float(value) for name, value in values.items()})

@@ -76,6 +76,15 @@ class _Wave(NamedTuple):
     """(ticks, lanes)"""
 
 
+class _Shown(NamedTuple):
+    """A state on its way out."""
+
+    work: int
+    seed: int
+    step: int
+    state: State
+
+
 class WavefrontEngine:
     """Computes iterates many at a time."""
 
@@ -95,7 +104,7 @@ class WavefrontEngine:
         """Return θ₀ of a seed."""
         params, buffers = self._problem.initial(self._init_seeds[seed])
         state = beginning(params, buffers, self._operator.memory(params))
-        (metrics,) = self._measure([state])
+        (metrics,) = self._measure([state], [seed], [0])
         return Iterate(0, state, metrics)
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
@@ -110,7 +119,7 @@ class WavefrontEngine:
         lanes: list[_Chain | None] = [None] * self._lanes
         # Idle lanes repeat an operator that there is; what comes out of it is never looked at.
         seeds, at, stride = (np.full(self._lanes, v) for v in (waiting.seed, waiting.indices[0], 0))
-        shown: list[tuple[int, int, State]] = []
+        shown: list[_Shown] = []
         while True:
             for k, chain in enumerate(lanes):
                 if chain is None and waiting is not None:
@@ -129,7 +138,7 @@ class WavefrontEngine:
             for k, chain in busy:
                 chain.applied += ticks
                 if chain.until_shown == 0:
-                    shown.append((chain.work, chain.shows[0], _take(wave.states, k)))
+                    shown.append(_Shown(chain.work, chain.seed, chain.shows[0], _take(wave.states, k)))
                     chain.shows = chain.shows[1:]
                 if chain.ended:
                     lanes[k] = None
@@ -157,23 +166,29 @@ class WavefrontEngine:
             room[:ticks].copy_(batch.view(ticks, *room.shape[1:]), non_blocking=True)
         wave.indices[:ticks].copy_(torch.from_numpy(indices), non_blocking=True)
 
-    def _shown(self, shown: Sequence[tuple[int, int, State]]) -> Iterator[tuple[int, Iterate]]:
-        measured = self._measure([state for _, _, state in shown])
-        for (work, step, state), metrics in zip(shown, measured, strict=True):
-            yield work, Iterate(step, state, metrics)
+    def _shown(self, shown: Sequence[_Shown]) -> Iterator[tuple[int, Iterate]]:
+        if shown:
+            measured = self._measure([s.state for s in shown], [s.seed for s in shown], [s.step for s in shown])
+            for (work, _, step, state), metrics in zip(shown, measured, strict=True):
+                yield work, Iterate(step, state, metrics)
 
-    def _measure(self, states: Sequence[State]) -> list[dict[str, float]]:
-        if not states:
-            return []
+    def _measure(self, states: Sequence[State], seeds: Sequence[int], steps: Sequence[int]) -> list[dict[str, float]]:
+        """Return the metrics of iterates of the same or different seeds, and the loss on B_n of θ_n, n ≥ 1."""
+
+        def measure(params: Tensors, buffers: Tensors, *batch: Tensor) -> Tensors:
+            values = self._problem.evaluate(params, buffers)
+            return values | {"batch_loss": self._problem.loss(params, buffers, batch)[0]} if batch else values
+
         with torch.no_grad():
             if self._lanes == 1:
-                each = [self._problem.evaluate(state.params, state.buffers) for state in states]
+                picks = zip(states, seeds, steps, strict=True)
+                each = [measure(s.params, s.buffers, *(self._streams[k][n] if n else ())) for s, k, n in picks]
                 return [{name: float(value) for name, value in values.items()} for values in each]
             stack = _stack(states)
+            batches = stacked(self._streams, np.array(seeds), np.array(steps)) if steps[0] else ()
             # A few large states at a time: an evaluation holds the activations of all its examples for each.
             together = None if sum(t[0].numel() for t in stack.params.values()) < 10_000 else 8
-            evaluate = torch.vmap(self._problem.evaluate, chunk_size=together)
-            values: Tensors = evaluate(stack.params, stack.buffers)
+            values = torch.vmap(measure, chunk_size=together)(stack.params, stack.buffers, *batches)
         columns = {name: value.tolist() for name, value in values.items()}
         return [{name: column[k] for name, column in columns.items()} for k in range(len(states))]
 

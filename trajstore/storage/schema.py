@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from trajstore.errors import ConfigurationError, FormatError
+from trajstore.measures import about
 from trajstore.storage.codecs import Codec, chunk_codecs
 from trajstore.storage.digest import SegmentDigest, config_digest
 from trajstore.storage.layout import Layout
@@ -69,7 +70,7 @@ class Schema:
     """The steps with a snapshot, increasing, from 0 to `steps`."""
     layout: Layout
     metrics: Mapping[str, int | None]
-    """Metric → examples it averages, None for an exact expectation. The order is that of the bits."""
+    """Metric → examples it averages, None where it is no average. The order is that of the bits."""
     components: int
     batch_size: int
     codec: Codec
@@ -128,8 +129,8 @@ class Schema:
             ),
         ]  # fmt: skip
         for name, examples in self.metrics.items():
-            about = "exact expectation" if examples is None else f"mean over {examples} examples"
-            specs.append(ArraySpec(name, series, "float64", (1, 1, along), np.nan, about, {"examples": examples}))
+            what, more = about(name, examples), {"examples": examples}
+            specs.append(ArraySpec(name, series, "float64", (1, 1, along), np.nan, what, more))
         if self.batch_size:
             specs.append(
                 ArraySpec(
@@ -240,11 +241,11 @@ def declare(
             attributes={"description": spec.about, **spec.attributes},
             config={"write_empty_chunks": True},
         )
-    for label, (dim, values, about) in schema.coordinates().items():
+    for label, (dim, values, what) in schema.coordinates().items():
         array = group.create_array(
             label, shape=values.shape, dtype=values.dtype, chunks=(max(1, min(len(values), 2**20)),),
             dimension_names=(dim,), compressors=[ZstdCodec(level=3), Crc32cCodec()],
-            attributes={"description": about},
+            attributes={"description": what},
         )  # fmt: skip
         array[...] = values
     for position, indices in enumerate(batch_index if schema.batch_size else ()):

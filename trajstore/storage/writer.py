@@ -3,13 +3,16 @@
 Data is written and made durable first, the commit record last, so that at any moment the records describe
 what is really there. A segment is committed when it is full, and in between after 4,096 steps or five
 minutes: its record then counts its first steps, and the next one replaces it.
+
+A segment may also be made somewhere else: a `Segment` writes its states by itself, and the slab's one writer
+adopts what it says of them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -20,30 +23,90 @@ from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.local import DurableStore
 from trajstore.storage.schema import COMMIT_FIELDS, Schema
 
-__all__ = ["SlabWriter"]
+__all__ = ["Segment", "SlabWriter", "Written"]
 
 COMMIT_STEPS = 4_096
 COMMIT_SECONDS = 300.0
+Corner = tuple[int, int]
+"""Positions of the slab's order and seed."""
+
+
+class Written(NamedTuple):
+    """A segment whose states are durable: its series, and what its commit record will say."""
+
+    segment: int
+    steps: NDArray[np.int64]
+    series: dict[str, NDArray[Any]]
+    """Name of an array along `step` → its values at these steps."""
+    record: list[int]
+
+
+class Segment:
+    """The recorded steps of one segment, kept until they are written."""
+
+    def __init__(self, group: zarr.Group, schema: Schema, corner: Corner, number: int) -> None:
+        self._group, self._schema, self._corner, self.number = group, schema, corner, number
+        self._digest = SegmentDigest()
+        self._steps: list[tuple[int, int, int, NDArray[np.float64], NDArray[np.float64]]] = []
+        self._rows: list[NDArray[Any]] = []
+        self._counts: list[NDArray[np.int64]] = []
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def append(
+        self,
+        step: int,
+        leg: int,
+        metrics: Mapping[str, float],
+        sketch: NDArray[np.float64],
+        snapshot: tuple[NDArray[Any], NDArray[np.int64]] | None,
+    ) -> None:
+        """Add one step; the arrays are kept, not copied."""
+        names = self._schema.metrics
+        measured = sum(1 << k for k, name in enumerate(names) if name in metrics)
+        values = np.array([metrics.get(name, np.nan) for name in names], dtype=np.float64)
+        self._steps.append((step, leg, measured, values, sketch))
+        self._digest.add(step, leg, measured, values, sketch, snapshot)
+        if snapshot is not None:
+            self._rows.append(snapshot[0])
+            self._counts.append(snapshot[1])
+
+    def write_states(self) -> Written:
+        """Write the states so far and make them durable; the record is for the slab's writer to commit."""
+        first = self.number * self._schema.snapshots_per_segment
+        width = min(self._schema.snapshots_per_segment, len(self._schema.snapshots) - first)
+        for name, rows in (("params", self._rows), ("counters", self._counts)):
+            array = _array(self._group, name)
+            length, chunk = array.shape[2], array.chunks[2]
+            for begin in range(0, length if rows else 0, chunk):
+                some = [row[begin : begin + chunk] for row in rows]
+                missing = [np.full_like(some[0], array.fill_value)] * (width - len(rows))
+                block = np.stack(some + missing, axis=-1)
+                write_block(array, (*self._corner, begin, first), block[None, None])
+        assert isinstance(self._group.store, DurableStore)
+        self._group.store.flush()
+        steps, leg, measured, values, sketch = zip(*self._steps, strict=True)
+        series = {"leg": np.array(leg), "measured": np.array(measured), "sketch": np.stack(sketch)}
+        series |= dict(zip(self._schema.metrics, np.stack(values).T, strict=True))
+        record = [len(self._steps), len(self._rows), *self._digest.words().tolist()]
+        return Written(self.number, np.array(steps), series, record)
 
 
 class SlabWriter:
-    """Writes one (order, seed), from step 0 on, in increasing steps. Hold the slab's lock."""
+    """Writes one (order, seed), from step 0 on. Hold the slab's lock."""
 
     def __init__(self, group: zarr.Group, schema: Schema, order: int, seed: int) -> None:
         store = group.store
         assert isinstance(store, DurableStore)
-        self._store, self._schema, self._corner = store, schema, (order, seed)
+        self._store, self._group, self._schema, self._corner = store, group, schema, (order, seed)
         self._series = {
             spec.name: _Series(_array(group, spec.name), order, seed) for spec in schema.arrays() if "step" in spec.dims
         }
-        self._params, self._counters = _array(group, "params"), _array(group, "counters")
         self._committed = _array(group, "committed")
         self._records = np.full((schema.segments, len(COMMIT_FIELDS)), -1, dtype=np.int64)
-        self._rows = np.full((schema.snapshots_per_segment, schema.layout.size("params")), np.nan, schema.layout.dtype)
-        self._counts = np.full((schema.snapshots_per_segment, schema.layout.size("counters")), -1, dtype=np.int64)
-        self._segment = 0
+        self._counted, self._since = 0, time.monotonic()
         self._begin_segment(0)
-        self._uncommitted = 0
         for segment in range(0, schema.segments, self._committed.chunks[2]):
             self._write_record(segment)  # whatever an earlier, unfinished recording left does not count any more
 
@@ -55,54 +118,32 @@ class SlabWriter:
         sketch: NDArray[np.float64],
         snapshot: tuple[NDArray[Any], NDArray[np.int64]] | None,
     ) -> None:
-        """Record one step; `snapshot` (params, counters) is copied."""
-        segment = self._schema.segment_of(step)
-        if segment != self._segment:
+        """Record the next step."""
+        number = self._schema.segment_of(step)
+        if number != self._segment.number:
             self.commit()
-            self._begin_segment(segment)
-        names = list(self._schema.metrics)
-        measured = sum(1 << k for k, name in enumerate(names) if name in metrics)
-        values = np.array([metrics.get(name, np.nan) for name in names], dtype=np.float64)
-        for name, value in zip(names, values, strict=True):
-            self._series[name].put(step, value)
-        self._series["measured"].put(step, measured)
-        self._series["leg"].put(step, leg)
-        self._series["sketch"].put(step, sketch)
-        if snapshot is not None:
-            row = self._snapshots
-            self._rows[row], self._counts[row] = snapshot
-            snapshot = self._rows[row], self._counts[row]
-            self._snapshots += 1
-        self._digest.add(step, leg, measured, values, sketch, snapshot)
-        self._steps += 1
-        self._uncommitted += 1
-        if self._uncommitted >= COMMIT_STEPS or time.monotonic() - self._since > COMMIT_SECONDS:
+            self._begin_segment(number)
+        self._segment.append(step, leg, metrics, sketch, snapshot)
+        if len(self._segment) - self._counted >= COMMIT_STEPS or time.monotonic() - self._since > COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
         """Make everything so far durable, then true."""
-        if not self._uncommitted:
-            return
-        for series in self._series.values():
-            series.write()
-        start = self._segment * self._schema.snapshots_per_segment
-        width = min(self._schema.snapshots_per_segment, len(self._schema.snapshots) - start)
-        if self._snapshots:
-            write_block(self._params, (*self._corner, 0, start), self._rows[:width].T[None, None])
-            if self._counts.shape[1]:
-                write_block(self._counters, (*self._corner, 0, start), self._counts[:width].T[None, None])
-        self._store.flush()
-        self._records[self._segment] = [self._steps, self._snapshots, *self._digest.words()]
-        self._write_record(self._segment)
-        self._uncommitted, self._since = 0, time.monotonic()
+        if len(self._segment) > self._counted:
+            self.adopt(self._segment.write_states())
+            self._counted, self._since = len(self._segment), time.monotonic()
 
-    def _begin_segment(self, segment: int) -> None:
-        self._segment = segment
-        self._steps = self._snapshots = 0
-        self._rows.fill(np.nan)
-        self._counts.fill(-1)
-        self._digest = SegmentDigest()
-        self._since = time.monotonic()
+    def adopt(self, written: Written) -> None:
+        """Commit a segment whose states are durable, in any order of segments."""
+        for name, values in written.series.items():
+            self._series[name].put(written.steps, values)
+        self._store.flush()
+        self._records[written.segment] = written.record
+        self._write_record(written.segment)
+
+    def _begin_segment(self, number: int) -> None:
+        self._segment = Segment(self._group, self._schema, self._corner, number)
+        self._counted, self._since = 0, time.monotonic()
 
     def _write_record(self, segment: int) -> None:
         """Replace the one chunk that holds a segment's record."""
@@ -113,34 +154,38 @@ class SlabWriter:
 
 
 class _Series:
-    """One slab's values of an array along `step`, buffered a chunk at a time."""
+    """One slab's values of an array along `step`; the chunk that was written last stays in memory."""
 
     def __init__(self, array: zarr.Array[Any], order: int, seed: int) -> None:
         self._array, self._corner = array, (order, seed)
         self._length = array.chunks[2]
-        self._buffer = np.empty((self._length, *array.chunks[3:]), array.dtype)
-        self._begin(0)
+        self._buffer = np.full((self._length, *array.chunks[3:]), array.fill_value, array.dtype)
+        self._chunk = -1
+        self._written: set[int] = set()
+        """Chunks of this recording; what an earlier one left is written over."""
 
-    def put(self, step: int, value: Any) -> None:  # noqa: ANN401
-        chunk, offset = divmod(step, self._length)
-        if chunk != self._chunk:
-            self.write()
-            self._begin(chunk)
-        self._buffer[offset] = value
-        self._dirty = True
-
-    def write(self) -> None:
-        """Write the present chunk, if it changed."""
-        if self._dirty:
-            start = self._chunk * self._length
-            width = min(self._length, self._array.shape[2] - start)
+    def put(self, steps: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Write values at steps, chunk by chunk."""
+        chunks = steps // self._length
+        for chunk in np.unique(chunks).tolist():
+            here = chunks == chunk
+            if chunk != self._chunk:
+                self._load(chunk)
+            self._buffer[steps[here] - chunk * self._length] = values[here]
+            start, width = chunk * self._length, self._width(chunk)
             corner = (*self._corner, start, *(0 for _ in self._array.shape[3:]))
             write_block(self._array, corner, self._buffer[:width][None, None])
-            self._dirty = False
+            self._written.add(chunk)
 
-    def _begin(self, chunk: int) -> None:
-        self._chunk, self._dirty = chunk, False
+    def _load(self, chunk: int) -> None:
+        self._chunk = chunk
         self._buffer.fill(self._array.fill_value)
+        if chunk in self._written:
+            start, width = chunk * self._length, self._width(chunk)
+            self._buffer[:width] = self._array[(*self._corner, slice(start, start + width))]
+
+    def _width(self, chunk: int) -> int:
+        return min(self._length, int(self._array.shape[2]) - chunk * self._length)
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
