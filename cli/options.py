@@ -22,6 +22,7 @@ __all__ = [
     "complete_experiment",
     "parse_seeds",
     "parse_settings",
+    "parse_size",
 ]
 
 
@@ -82,6 +83,18 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
                 raise ConfigurationError(f"--set {setting!r}: {name!r} was set to a value already")
         table[field] = _value(value.strip())
     return changes
+
+
+def parse_size(text: str | None) -> int | None:
+    """Read a size such as '4GB' or '500 MiB'; a bare number is in bytes."""
+    if text is None:
+        return None
+    units = {"": 1, **{f"{prefix}B": 1000**k for k, prefix in enumerate(("", "K", "M", "G", "T"))}}
+    units |= {f"{prefix}IB": 1024**k for k, prefix in enumerate(("K", "M", "G", "T"), start=1)}
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in units:
+        raise ConfigurationError(f"--memory {text!r} is not a size; write 4GB or 500MB")
+    return int(float(match[1]) * units[match[2].upper()])
 
 
 def _value(text: str) -> Any:  # noqa: ANN401

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from trajstore.cli.console import human_bytes, human_seconds, print_json, print_table, progress_bar, say
-from trajstore.cli.options import JSON, PresetName, WhatToRecord, parse_seeds, parse_settings
+from trajstore.cli.options import JSON, PresetName, WhatToRecord, parse_seeds, parse_settings, parse_size
 
 from trajstore.errors import ConfigurationError
 
@@ -58,6 +58,15 @@ def record(
     ] = "auto",
     lanes: Annotated[int | None, typer.Option(min=1, max=4096, help="Chains that advance together.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where they are computed.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=1024, help="Processes that compute; 0: only this one.", show_default="auto")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="A Dask scheduler whose workers compute.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What all processes may take together, as in 4GB.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on: skip complete slabs, redo the others.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will take.")] = False,
     json: JSON = False,
@@ -72,12 +81,13 @@ def record(
         {"every": record_every, "snapshot_every": snapshot_every},
         parse_settings(set_ or []),
     )  # fmt: skip
+    how = {"engine": engine, "lanes": lanes, "device": device, "workers": workers, "memory": parse_size(memory)}
     if dry_run:
-        _dry_run(experiment, store, resume, engine, lanes, device, json)
+        _dry_run(experiment, store, resume, how, json)
         return
     if store is None:
         raise ConfigurationError("say where to record: --store PATH (or --dry-run to see what it takes)")
-    stored = record_with_progress(experiment, store, resume=resume, engine=engine, lanes=lanes, device=device)
+    stored = record_with_progress(experiment, store, resume=resume, scheduler=scheduler, **how)
     slabs = stored.slabs()
     if json:
         print_json({"experiment": stored.name, "slabs": len(slabs), "bytes": stored.bytes_on_disk()})
@@ -128,15 +138,7 @@ def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
     return Experiment.of(merge({"name": name, "problem": {"family": "factory", "function": reference}}, changes))
 
 
-def _dry_run(
-    experiment: Experiment,
-    store: Path | None,
-    resume: bool,
-    engine: Literal["auto", "reference", "wavefront"],
-    lanes: int | None,
-    device: Literal["auto", "cpu", "cuda"],
-    json: bool,
-) -> None:
+def _dry_run(experiment: Experiment, store: Path | None, resume: bool, how: dict[str, Any], json: bool) -> None:
     from dataclasses import asdict
 
     from trajstore.planning import cost
@@ -144,7 +146,7 @@ def _dry_run(
 
     if store is not None and store.exists():
         refuse_conflict(experiment, store, resume)
-    takes = cost(experiment, device, engine, lanes)
+    takes = cost(experiment, **how)
     if json:
         print_json({"experiment": experiment.name, **asdict(takes)})
         return

@@ -43,7 +43,7 @@ def test_a_problem_may_not_take_their_names(tmp_path):
         ts.run(ts.Experiment.of(table), tmp_path / "s.zarr")
 
 
-def taken() :
+def taken():
     """A problem with a metric of a taken name."""
     family = ts.Experiment.of(SMALL_NET).problem
 

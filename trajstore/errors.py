@@ -10,6 +10,7 @@
     ├── BusyError (RuntimeError)            another process is writing what you want to write
     ├── FormatError (ValueError)            the store is damaged, of a newer format, or no store at all
     ├── QueryError (ValueError)             an SQL statement that is wrong or not allowed
+    ├── WorkerError (RuntimeError)          processes that compute died, and it makes no sense to go on
     └── StatisticError (ValueError)         too little data for the number that was asked for
 
     SlowPlanWarning (UserWarning)           a recording runs slower than it could, and why
@@ -34,6 +35,7 @@ __all__ = [
     "SlowPlanWarning",
     "StatisticError",
     "TrajstoreError",
+    "WorkerError",
     "choices",
 ]
 
@@ -71,6 +73,10 @@ class FormatError(TrajstoreError, ValueError):
 
 class QueryError(TrajstoreError, ValueError):
     """SQL that is wrong, or that would do more than read this store."""
+
+
+class WorkerError(TrajstoreError, RuntimeError):
+    """Workers that die whatever is done."""
 
 
 class StatisticError(TrajstoreError, ValueError):

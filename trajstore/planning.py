@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -19,8 +20,9 @@ from trajstore.orders import Leg
 from trajstore.plans import remembered
 from trajstore.problems import LiveProblem
 from trajstore.state import beginning
+from trajstore.storage.schema import Schema
 
-__all__ = ["Cost", "Device", "check_choice", "cost", "device_of", "plan_for", "run_seeds"]
+__all__ = ["Cost", "Device", "Wishes", "afford", "cost", "plan_for", "run_seeds"]
 
 Device = Literal["auto", "cpu", "cuda"]
 _LITTLE = 5_000
@@ -47,51 +49,111 @@ def run_seeds(experiment: Experiment) -> list[tuple[int, int]]:
     return list(zip(experiment.init_seeds, experiment.seeds, strict=True))
 
 
-def plan_for(
-    experiment: Experiment,
-    live: LiveProblem,
-    device: str,
-    engine: EngineChoice = "auto",
-    lanes: int | None = None,
-) -> Plan:
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for of how to compute; None leaves it to the plan."""
+
+    engine: EngineChoice = "auto"
+    lanes: int | None = None
+    device: Device = "auto"
+    workers: int | None = None
+    """Processes of this machine; 0: only the one that was called."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler whose workers compute."""
+    memory: int | None = None
+    """Bytes that all processes together may take."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in get_args(EngineChoice):
+            raise ConfigurationError(f"engine {self.engine!r}; {choices(self.engine, get_args(EngineChoice))}")
+        if self.lanes is not None and not 1 <= self.lanes <= 4096:
+            raise ConfigurationError(f"lanes is {self.lanes}; it must be from 1 to 4096")
+        if self.lanes is not None and self.engine == "reference":
+            raise ConfigurationError("lanes are the wavefront's; leave them out with engine 'reference'")
+        if self.workers is not None and not 0 <= self.workers <= 1024:
+            raise ConfigurationError(f"workers is {self.workers}; it must be from 0 to 1024")
+        if self.workers is not None and self.scheduler is not None:
+            raise ConfigurationError("workers are started here, a scheduler has its own; give one of them")
+
+    @property
+    def where(self) -> torch.device:
+        """The device that is meant here."""
+        if self.device not in get_args(Device):
+            raise ConfigurationError(f"device {self.device!r}; {choices(self.device, get_args(Device))}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigurationError("device 'cuda': this torch sees no GPU; use 'cpu' or 'auto'")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def plan_for(experiment: Experiment, live: LiveProblem, wishes: Wishes) -> Plan:
     """Choose how to compute an experiment here."""
     seeds = run_seeds(experiment)
     total = applications(experiment.orders, experiment.steps, experiment.grid) * len(seeds)
     chains = len(experiment.grid) * len(experiment.orders) * len(seeds)
+    engine: EngineChoice = "wavefront" if wishes.lanes is not None else wishes.engine
+    workers = 1 if wishes.scheduler is not None else wishes.workers
 
     def choice() -> Plan:
         state_bytes = _state_bytes(live, experiment.operator, seeds[0][0])
-        return choose(live, experiment.operator, seeds, total, chains, state_bytes, experiment.steps, engine)
+        how = engine, wishes.lanes, workers
+        return choose(live, experiment.operator, seeds, total, chains, state_bytes, experiment.steps, *how)
 
-    if lanes is not None and engine == "auto":
-        engine = "wavefront"
+    if engine == "auto" and not workers and total <= _LITTLE:
+        return Plan("reference", reason="little work", threads=torch.get_num_threads())
+    device = wishes.where.type
     question = {"config": experiment.config() | {"name": None}, "engine": engine, "device": device}
-    little = engine == "auto" and total <= _LITTLE
-    plan = Plan("reference", reason="little work") if little else remembered(question, choice)
-    return plan if lanes is None else replace(plan, lanes=lanes)
+    return remembered(question | {"lanes": wishes.lanes, "workers": workers}, choice)
 
 
-def check_choice(engine: str, lanes: int | None) -> None:
-    """Refuse an engine or a width that there is not."""
-    if engine not in get_args(EngineChoice):
-        raise ConfigurationError(f"engine {engine!r}; {choices(engine, get_args(EngineChoice))}")
-    if lanes is not None and not 1 <= lanes <= 4096:
-        raise ConfigurationError(f"lanes is {lanes}; it must be from 1 to 4096")
-    if lanes is not None and engine == "reference":
-        raise ConfigurationError("lanes are the wavefront's; leave them out with engine 'reference'")
+_PROCESS, _WORKER = 950_000_000, 1_000_000_000
+"""What a process takes before the first state: torch and its compiler, and for workers Dask."""
+
+
+def afford(plan: Plan, experiment: Experiment, live: LiveProblem, schema: Schema, wishes: Wishes) -> tuple[Plan, int]:
+    """Return a plan that fits into memory, and how many slabs can be recorded together; refuse what cannot fit.
+
+    Without a wish, half of the machine's memory may be used, and as much as it takes at least.
+    """
+    limit = wishes.memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    segment = schema.layout.row_bytes * min(schema.snapshots_per_segment, len(schema.snapshots))
+    # The wave, what comes out of a tick, its gradients and activations.
+    wave = 4 * plan.lanes * _state_bytes(live, experiment.operator, experiment.init_seeds[0])
+    a_slab = segment + segment // 4
+
+    def needed(workers: int) -> int:
+        # A worker holds a segment, and a copy while it travels or is encoded.
+        return _PROCESS + (workers * (_WORKER + wave + 3 * segment) if workers else wave + a_slab)
+
+    workers = plan.workers
+    while wishes.workers is None and workers and needed(workers) > limit:
+        workers -= 1
+    if wishes.memory is not None and needed(workers) > limit:
+        what = f"{workers} worker process{'es' if workers > 1 else ''}" if workers else "one process"
+        fewer = ", or ask for fewer workers" if workers else ""
+        raise ConfigurationError(
+            f"experiment {experiment.name!r}: {what} would take about {needed(workers) / 1e9:.1f} GB, "
+            f"and memory is {limit / 1e9:.1f} GB; give more{fewer}"
+        )
+    together = max(1, (limit - _PROCESS - wave) // max(1, a_slab))
+    return replace(plan, workers=workers), together
 
 
 def cost(
-    experiment: Experiment, device: Device = "auto", engine: EngineChoice = "auto", lanes: int | None = None
+    experiment: Experiment,
+    device: Device = "auto",
+    engine: EngineChoice = "auto",
+    lanes: int | None = None,
+    workers: int | None = None,
+    memory: int | None = None,
 ) -> Cost:
     """Say what a recording will take, after timing a few operator applications here."""
-    check_choice(engine, lanes)
-    live = experiment.problem.build(device_of(device))
+    wishes = Wishes(engine, lanes, device, workers, memory=memory)
+    live = experiment.problem.build(wishes.where)
     schema = schema_of(experiment, live)
     slabs = len(experiment.orders) * len(experiment.seeds)
     total = applications(experiment.orders, experiment.steps, experiment.grid) * len(experiment.seeds)
     iterates = len(experiment.grid) * slabs
-    plan = plan_for(experiment, live, device_of(device).type, engine, lanes)
+    plan, _ = afford(plan_for(experiment, live, wishes), experiment, live, schema, wishes)
     seeds = run_seeds(experiment)
     begin = time.perf_counter()
     plan, computing = ready(plan, live, experiment.operator, seeds)
@@ -128,15 +190,6 @@ def _timings(engine: Engine, lanes: int, most: int, seconds: float = 1.0) -> tup
     short, long = timed(1), timed(longest)
     per_application = max(long - short, 0.0) / max(longest - 1, 1)
     return per_application, max(short - per_application, 0.0)
-
-
-def device_of(device: Device) -> torch.device:
-    """Return the device that a choice means here."""
-    if device not in get_args(Device):
-        raise ConfigurationError(f"device {device!r}; {choices(device, get_args(Device))}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device 'cuda': this torch sees no GPU; use 'cpu' or 'auto'")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _state_bytes(live: LiveProblem, operator: Operator, init_seed: int) -> int:

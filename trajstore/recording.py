@@ -19,6 +19,7 @@ import zarr
 from torch import Tensor
 
 from trajstore.configuration import differences
+from trajstore.distributing import Job, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compiling import missing_for_compiling
 from trajstore.engine.plan import EngineChoice, Plan, ready
@@ -27,7 +28,7 @@ from trajstore.errors import ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
 from trajstore.flattening import schema_of
 from trajstore.observing import Observer, parameters_of
-from trajstore.planning import Device, check_choice, device_of, plan_for, run_seeds
+from trajstore.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.provenance import now, provenance
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
@@ -37,8 +38,6 @@ from trajstore.store import Store, StoredExperiment, check_place, make_place, op
 
 __all__ = ["refuse_conflict", "run"]
 
-_BUFFER_BYTES = 2**30
-"""What the unfinished segments of the slabs that are recorded together may take."""
 Progress = Callable[[int, str], None]
 """Called with operator applications done since the last call, and what is being recorded."""
 
@@ -51,21 +50,27 @@ def run(
     engine: EngineChoice = "auto",
     lanes: int | None = None,
     device: Device = "auto",
+    workers: int | None = None,
+    scheduler: str | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> StoredExperiment:
     """Record an experiment into a store, and return it as stored.
 
     An experiment that exists already needs ``resume=True`` and an equal configuration: slabs that are
     complete are skipped, others done again, by the plan that the recording began with. `lanes` fixes the width of
-    the wave.
+    the wave, `workers` the number of processes (0: only this one); a Dask `scheduler` has workers of its own. `memory`
+    is what all processes may take together, in bytes.
     """
-    check_choice(engine, lanes)
-    where = device_of(device)
+    wishes = Wishes(engine, lanes, device, workers, scheduler, memory)
+    where = wishes.where
     live, config, store = experiment.problem.build(where), experiment.config(), Store(path)
     schema = schema_of(experiment, live)  # everything that can be wrong with the request comes before the first byte
     check_place(store)
     begun = standing(store.path / experiment.name) == "experiment"
-    plan = None if begun else plan_for(experiment, live, where.type, engine, lanes)
+    plan = None if begun else plan_for(experiment, live, wishes)
+    if plan is not None:
+        afford(plan, experiment, live, schema, wishes)
     make_place(store)
     with lock(store.locks / "declare.lock", f"store {path}", patience=60):
         root = open_root(path)
@@ -85,49 +90,61 @@ def run(
     ]
     if not any(missing):
         return store[experiment.name]
-    plan = _stored_plan(stored, where.type, engine, lanes) or plan
-    plan = plan or plan_for(experiment, live, where.type, engine, lanes)
+    plan = _stored_plan(stored, wishes) or plan or plan_for(experiment, live, wishes)
+    plan, fit = afford(plan, experiment, live, schema, wishes)
+    packs = list(_waves(plan, experiment, missing, fit))
+    if scheduler is not None or plan.workers:
+        job = Job(uuid.uuid4().hex, experiment, str(store.path.absolute()), replace(plan, threads=1), where.type)
+        together = [slabs for slabs in missing if slabs]
+        noted = _noted(
+            stored, [slab for slabs in together for slab in slabs], {"plan": plan.to_json(), **provenance(where)}
+        )
+        on_workers = connected_to(scheduler) if scheduler else connected(plan.workers)
+        with noted, on_workers as client:
+            fill(client, job, packs, lambda slabs: _writers(stored, slabs), progress)
+        return store[experiment.name]
     plan, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
     if plan.slowed:
         warnings.warn(f"experiment {experiment.name!r}: {plan}", SlowPlanWarning, stacklevel=2)
     if progress is not None:
         computing = _Metered(computing, progress, schema.seeds)
-    for together in _waves(plan, experiment, schema, missing):
-        with _noted(stored, together, {"plan": plan.to_json(), **provenance(where)}):
-            _fill(stored, experiment, together, computing)
+    for pack in packs:
+        with _noted(stored, pack, {"plan": plan.to_json(), **provenance(where)}):
+            _fill(stored, experiment, pack, computing)
     return store[experiment.name]
 
 
-def _stored_plan(stored: StoredExperiment, device: str, engine: EngineChoice, lanes: int | None) -> Plan | None:
+def _stored_plan(stored: StoredExperiment, wishes: Wishes) -> Plan | None:
     """Return the plan that the recording began with, unless another engine is asked for."""
     fills = stored.attributes["fills"]
     if not fills or "plan" not in fills[0]:
         return None
     plan = Plan.from_json(fills[0]["plan"])
-    if engine not in ("auto", plan.engine) or (lanes is not None and plan.engine == "reference"):
+    if wishes.engine not in ("auto", plan.engine) or (wishes.lanes is not None and plan.engine == "reference"):
         return None
-    if plan.compiled and (missing := missing_for_compiling(device)):
+    if plan.compiled and (missing := missing_for_compiling(wishes.where.type)):
         reason = f"not compiled as it was begun: this machine lacks {' and '.join(missing)}"
         plan = replace(plan, compiled=False, reason=reason, slowed=True)
-    return plan if lanes is None else replace(plan, lanes=lanes)
+    if wishes.workers is not None:
+        plan = replace(plan, workers=wishes.workers)
+    return plan if wishes.lanes is None else replace(plan, lanes=wishes.lanes)
 
 
-def _waves(
-    plan: Plan, experiment: Experiment, schema: Schema, missing: Sequence[Sequence[Slab]]
-) -> Iterator[list[Slab]]:
+def _waves(plan: Plan, experiment: Experiment, missing: Sequence[Sequence[Slab]], fit: int) -> Iterator[list[Slab]]:
     """Group slabs to be recorded together: whole seeds, as many as fill the lanes and fit into memory.
 
     A seed at a time commits earliest, so more of them share a wave only where one would leave lanes idle: a
-    forward leg cannot be split, so its length bounds how soon a wave can end.
+    forward leg cannot be split, so its length bounds how soon a wave can end. A seed with more orders than fit is
+    recorded in turns.
     """
     a_seed = max(1, applications(experiment.orders, experiment.steps, experiment.grid))
     enough = 1 if plan.lanes == 1 else -(-8 * plan.lanes * experiment.steps // a_seed)
-    a_slab = schema.layout.row_bytes * min(schema.snapshots_per_segment, len(schema.snapshots))
-    fits = max(1, _BUFFER_BYTES // max(1, a_slab * len(experiment.orders)))
-    together = min(enough, fits)
+    together = max(1, min(enough, fit // len(experiment.orders)))
     seeds = [slabs for slabs in missing if slabs]
     for start in range(0, len(seeds), together):
-        yield [slab for slabs in seeds[start : start + together] for slab in slabs]
+        slabs = [slab for slabs in seeds[start : start + together] for slab in slabs]
+        for turn in range(0, len(slabs), fit):
+            yield slabs[turn : turn + fit]
 
 
 def refuse_conflict(experiment: Experiment, path: Path, resume: bool) -> None:
@@ -139,19 +156,11 @@ def refuse_conflict(experiment: Experiment, path: Path, resume: bool) -> None:
 
 
 def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab], engine: Engine) -> None:
-    """Record slabs, together."""
-    schema = stored.schema
-    with ExitStack() as locks:
-        for order, position in slabs:
-            seed = schema.seeds[position]
-            what = f"experiment {experiment.name!r}, order {str(order)!r}, seed {seed}"
-            locks.enter_context(lock(stored.slab_lock(str(order), seed), what))
-        writers = {
-            slab: SlabWriter(stored.group, schema, schema.orders.index(str(slab.order)), slab.seed) for slab in slabs
-        }
-        observe = Observer(experiment, schema)
-        starts: dict[int, Tensor] = {}
-        before: dict[Slab, Tensor] = {}
+    """Record slabs in this process, together."""
+    observe = Observer(experiment, stored.schema)
+    starts: dict[int, Tensor] = {}
+    before: dict[Slab, Tensor] = {}
+    with _writers(stored, slabs) as writers:
         for visit in walk(slabs, experiment.steps, experiment.grid, engine):
             here = parameters_of(visit.iterate.state)
             start = starts.setdefault(visit.slabs[0].seed, here)
@@ -162,6 +171,20 @@ def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab
                 before[slab] = here
         for writer in writers.values():
             writer.commit()
+
+
+@contextmanager
+def _writers(stored: StoredExperiment, slabs: Sequence[Slab]) -> Iterator[dict[Slab, SlabWriter]]:
+    """Lock slabs and open their writers."""
+    schema = stored.schema
+    with ExitStack() as locks:
+        for order, position in slabs:
+            seed = schema.seeds[position]
+            what = f"experiment {stored.name!r}, order {str(order)!r}, seed {seed}"
+            locks.enter_context(lock(stored.slab_lock(str(order), seed), what))
+        yield {
+            slab: SlabWriter(stored.group, schema, schema.orders.index(str(slab.order)), slab.seed) for slab in slabs
+        }
 
 
 class _Metered:

@@ -1,7 +1,7 @@
-"""The plan: which engine computes a recording, how wide its wave is, and whether it is compiled.
+"""The plan: which engine computes a recording, how wide its wave is, whether it is compiled, on how many processes.
 
-`choose` looks at the work, the size of a state, the memory and a short calibration here. The plan is stored with
-what it recorded, so that the rest of a recording is computed the same way.
+`choose` looks at the work and the size of a state, and times candidates here. The plan is stored with what it
+recorded, so that the rest of a recording is computed the same way.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
+
+import torch
 
 from trajstore.engine import Engine, Work
 from trajstore.engine.compiling import compiled, missing_for_compiling
@@ -26,6 +28,14 @@ EngineChoice = Literal["auto", "reference", "wavefront"]
 
 _WORTH_COMPILING = 15.0
 """Seconds of eager work below which a compilation would cost more than it saves."""
+_WORTH_WORKERS = 30.0
+"""Seconds of work below which starting processes would."""
+_WORTH_A_SECOND_LOOK = 120.0
+"""Seconds of work from which a further candidate is compiled and timed."""
+_LARGE_STATE = 100_000
+"""Bytes of a state from which a lane for each core is better than many."""
+_SLOW_STEP = 5e-4
+"""Seconds of an application from which its own work matters more than what it costs to begin it."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,19 @@ class Plan:
     """Why this one, for a person."""
     slowed: bool = False
     """Whether something is missing that would make it faster."""
+    workers: int = 0
+    """Processes that compute; 0: the one that was called."""
+    threads: int = 0
+    """Threads of each process; 0: as torch has it."""
 
     def __str__(self) -> str:
         if self.engine == "reference":
             how = "reference engine, one chain at a time"
         else:
-            how = f"wavefront of {self.lanes} lanes, {'compiled' if self.compiled else 'eager'}"
+            lanes = f"{self.lanes} lane{'s' if self.lanes > 1 else ''}"
+            how = f"wavefront of {lanes}, {'compiled' if self.compiled else 'eager'}"
+        if self.workers:
+            how = f"{self.workers} worker process{'es' if self.workers > 1 else ''}, in each a " + how
         return how + (f" ({self.reason})" if self.reason else "")
 
     def to_json(self) -> dict[str, Any]:
@@ -94,45 +111,94 @@ def choose(
     state_bytes: int,
     steps: int,
     choice: EngineChoice = "auto",
+    lanes: int | None = None,
+    workers: int | None = None,
 ) -> Plan:
     """Choose a plan for so many operator applications in so many chains of at most so many steps.
 
-    Times are measured for chains of this problem on this machine, for about a second.
+    What is not None was asked for. Times are measured for chains of this problem on this machine, for about a
+    second each. Processes are taken to share the work evenly, less a tenth.
     """
-    if choice == "reference":
-        return Plan("reference", reason="asked for")
     device = next(iter(problem.initial(seeds[0][0])[0].values())).device.type
-    lanes = _lanes(state_bytes, chains, device)
-    one_by_one = _seconds_an_application(ReferenceEngine(problem, operator, seeds[:1]), 1, steps)
+    threads = torch.get_num_threads()
+    of_workers: dict[str, Any] = {"workers": workers, "threads": 1} if workers else {"threads": threads}
+    if choice == "reference":
+        return Plan("reference", reason="asked for", **of_workers)
+
+    def timed(plan: Plan) -> float:
+        return _seconds_an_application(make_engine(plan, problem, operator, seeds[:1]), plan.lanes, steps)
+
+    one_by_one = timed(Plan("reference"))
+    heavy = device == "cpu" and (state_bytes >= _LARGE_STATE or one_by_one > _SLOW_STEP)
+    wide = lanes or _lanes(state_bytes, chains, device)
+    found = {Plan("reference", **of_workers): one_by_one} if choice == "auto" else {}
+    told = ""
     try:
-        eager = Plan("wavefront", lanes)
-        in_a_wave = _seconds_an_application(make_engine(eager, problem, operator, seeds[:1]), lanes, steps)
+        found[Plan("wavefront", wide, **of_workers)] = timed(Plan("wavefront", wide))
     except Exception as error:
         told = " ".join(f"this problem cannot be vectorised: {type(error).__name__}: {error}".split())[:300]
-        if choice == "wavefront":
-            raise ConfigurationError(f"engine 'wavefront': {told}; use engine 'reference'") from error
-        return Plan("reference", reason=told, slowed=True)
-    quickest = min(one_by_one, in_a_wave)
-    if applications * quickest > _WORTH_COMPILING:
-        if not (missing := missing_for_compiling(device)):
-            plan, engine = ready(Plan("wavefront", lanes, compiled=True), problem, operator, seeds[:1])
-            if plan.compiled and (choice == "wavefront" or _seconds_an_application(engine, lanes, steps) < quickest):
-                return plan
-            reason, slowed = (plan.reason, True) if plan.slowed else ("quicker here than a compiled wave", False)
-        else:
-            reason, slowed = f"not compiled: this machine lacks {' and '.join(missing)}", True
+        if wide > 1 and (choice == "wavefront" or not heavy):
+            if choice == "wavefront":
+                raise ConfigurationError(f"engine 'wavefront': {told}; use engine 'reference'") from error
+            return Plan("reference", reason=told, slowed=True, **of_workers)
+    reason, slowed = told, bool(told)
+    quickest = min(found.values(), default=one_by_one)
+    if applications * quickest / max(1, workers or 1) <= _WORTH_COMPILING:
+        reason = reason or "too little work to compile for"
+    elif missing := missing_for_compiling(device):
+        reason, slowed = f"not compiled: this machine lacks {' and '.join(missing)}", True
     else:
-        reason, slowed = "too little work to compile for", False
-    if choice == "wavefront" or in_a_wave < one_by_one:
-        return Plan("wavefront", lanes, reason=reason, slowed=slowed)
-    return Plan("reference", reason=reason, slowed=slowed)
+        compiling = _Compiling(problem, operator, seeds, steps)
+        for width in _widths(lanes, wide, 1 if workers else threads, heavy, applications * quickest):
+            compiling.try_out(Plan("wavefront", width, compiled=True, **of_workers))
+        best = min(compiling.found.values(), default=quickest)
+        if workers is None and device == "cpu" and threads > 1 and applications * best > _WORTH_WORKERS:
+            width = lanes or (1 if heavy else wide)
+            compiling.try_out(Plan("wavefront", width, compiled=True, workers=threads, threads=1))
+        if compiling.failed and not compiling.found:
+            reason, slowed = compiling.failed, True
+        elif choice == "wavefront" and compiling.found:
+            found = compiling.found
+        else:
+            found |= compiling.found
+            reason = reason or "quicker here than a compiled wave"
+    plan = min(found, key=lambda p: found[p])
+    return plan if plan.compiled else replace(plan, reason=reason, slowed=slowed)
+
+
+class _Compiling:
+    """Candidates that are compiled, and their seconds an application."""
+
+    def __init__(self, problem: LiveProblem, operator: Operator, seeds: Sequence[tuple[int, int]], steps: int) -> None:
+        self._given = problem, operator, seeds[:1]
+        self._steps = steps
+        self.found: dict[Plan, float] = {}
+        self.failed = ""
+
+    def try_out(self, plan: Plan) -> None:
+        """Compile and time a plan with as many threads as each of its processes has."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(plan.threads)  # compiled code depends on it
+        try:
+            done, engine = ready(plan, *self._given)
+            if done.compiled:
+                seconds = _seconds_an_application(engine, plan.lanes, self._steps)
+                self.found[plan] = seconds * 1.1 / plan.workers if plan.workers > 1 else seconds
+            else:
+                self.failed = done.reason
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _widths(lanes: int | None, wide: int, threads: int, heavy: bool, seconds: float) -> list[int]:
+    """Return the widths to compile, the likeliest first."""
+    if lanes is not None or not heavy:
+        return [wide]
+    return [threads] if seconds < _WORTH_A_SECOND_LOOK or wide == threads else [threads, wide]
 
 
 def _lanes(state_bytes: int, chains: int, device: str) -> int:
-    """Return a power of two: many for small states, where a tick costs its overhead, few for large ones.
-
-    On a CPU a wave of some 24 MB was quickest for a 3×300 network (16, 32 and 64 lanes were tried); a GPU wants more.
-    """
+    """Return a power of two: many for small states, where a tick costs its overhead, few for large ones."""
     budget = 2**30 if device == "cuda" else 24 * 2**20
     lanes = min(max(budget // max(state_bytes, 1), 4), 256, max(chains, 1))
     return 1 << (lanes.bit_length() - 1)

@@ -9,7 +9,7 @@ shares too.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from trajstore.engine import Engine, Iterate, Work
 from trajstore.orders import Leg, Order
 from trajstore.state import State
 
-__all__ = ["Slab", "Visit", "applications", "walk"]
+__all__ = ["Slab", "Stretch", "Visit", "applications", "stretches_of", "walk"]
 
 Way = tuple[tuple[str, int], ...]
 """How an order came to where it is: (kind, start) of each leg so far."""
@@ -44,6 +44,22 @@ class Visit:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Steps that one leg makes for the same slabs: begin < n ≤ end."""
+
+    slabs: tuple[Slab, ...]
+    leg: Leg
+    last: Iterate
+    """What a work on these steps starts from: the leg's start; for a forward leg maybe a later iterate."""
+    begin: int
+    end: int
+
+    def work(self, steps: Sequence[int]) -> Work:
+        """Return the work that computes some of the steps."""
+        return Work(self.slabs[0].seed, self.leg, self.last, steps)
+
+
+@dataclass(frozen=True)
 class _Traveller:
     slab: Slab
     leg: Leg
@@ -60,31 +76,80 @@ def walk(slabs: Sequence[Slab], steps: int, grid: Sequence[int], engine: Engine)
     `grid` holds the wanted steps in increasing order, 0 among them. Iterates at turns are computed in any
     case, and yielded only if wanted.
     """
-    travellers: list[_Traveller] = []
-    for seed in dict.fromkeys(slab.seed for slab in slabs):
-        origin = engine.start(seed)
-        here = tuple(slab for slab in slabs if slab.seed == seed)
-        yield Visit(here, 0, origin)
-        for slab in here:
-            leg = slab.order.legs[0]
-            travellers.append(_Traveller(slab, leg, ((leg.kind, 0),), origin, origin))
-    turns = {slab.order: slab.order.turns(steps) for slab in slabs}
-    for begin, end in pairwise(sorted({0, steps}.union(*turns.values()))):
+    origins = {seed: engine.start(seed) for seed in dict.fromkeys(slab.seed for slab in slabs)}
+    for seed, origin in origins.items():
+        yield Visit(tuple(slab for slab in slabs if slab.seed == seed), 0, origin)
+    journey = _journey(slabs, steps, origins)
+    cut = next(journey, None)
+    while cut is not None:
+        begin, end, stretches, turning = cut
         wanted = list(grid[bisect_right(grid, begin) : bisect_right(grid, end)])
-        groups = _by_way(travellers)
-        works = [_work(group, wanted, end, any(end in turns[t.slab.order] for t in group)) for group in groups]
-        arrived = [group[0].last for group in groups]
+        works = [_work(s, wanted, end, turns) for s, turns in zip(stretches, turning, strict=True)]
+        arrived = [s.last for s in stretches]
         visible = frozenset(wanted)
         for k, iterate in engine.run(works):
             if iterate.step == end:
                 arrived[k] = iterate
             if iterate.step in visible:
-                yield Visit(tuple(t.slab for t in groups[k]), works[k].leg.start, iterate)
+                yield Visit(stretches[k].slabs, works[k].leg.start, iterate)
+        cut = _after(journey, arrived)
+
+
+def stretches_of(slabs: Sequence[Slab], steps: int, engine: Engine) -> list[Stretch]:
+    """Return the stretches that the slabs are made of, computing only the iterates at turns.
+
+    After that every stretch can be computed by itself, and of a backward stretch every step.
+    """
+    found: list[Stretch] = []
+    open_ones: dict[tuple[Slab, ...], int] = {}
+    journey = _journey(slabs, steps, {seed: engine.start(seed) for seed in dict.fromkeys(s.seed for s in slabs)})
+    cut = next(journey, None)
+    while cut is not None:
+        _, end, stretches, turning = cut
+        for stretch in stretches:
+            at = open_ones.get(stretch.slabs)
+            if at is not None and found[at].leg == stretch.leg and found[at].last is stretch.last:
+                found[at] = replace(found[at], end=end)
+            else:
+                open_ones[stretch.slabs] = len(found)
+                found.append(stretch)
+        arrived = [s.last for s in stretches]
+        asked = [k for k, turns in enumerate(turning) if turns]
+        for k, iterate in engine.run([stretches[k].work([end]) for k in asked]):
+            arrived[asked[k]] = iterate
+        cut = _after(journey, arrived)
+    return found
+
+
+_Cut = tuple[int, int, list[Stretch], list[bool]]
+"""Begin, end, who is on the way how, and whether any of them turns at the end."""
+
+
+def _journey(
+    slabs: Sequence[Slab], steps: int, origins: Mapping[int, Iterate]
+) -> Generator[_Cut, Sequence[Iterate], None]:
+    """Yield the cuts; wants to be sent where each stretch arrived, or has come to so far."""
+    travellers = []
+    for slab in slabs:
+        leg, origin = slab.order.legs[0], origins[slab.seed]
+        travellers.append(_Traveller(slab, leg, ((leg.kind, 0),), origin, origin))
+    turns = {slab.order: slab.order.turns(steps) for slab in slabs}
+    for begin, end in pairwise(sorted({0, steps}.union(*turns.values()))):
+        groups = _by_way(travellers)
+        stretches = [Stretch(tuple(t.slab for t in g), g[0].leg, g[0].last, begin, end) for g in groups]
+        arrived = yield begin, end, stretches, [any(end in turns[t.slab.order] for t in g) for g in groups]
         travellers = [
             _turned(t, turns[t.slab.order].get(end), here)
             for group, here in zip(groups, arrived, strict=True)
             for t in group
         ]
+
+
+def _after(journey: Generator[_Cut, Sequence[Iterate], None], arrived: Sequence[Iterate]) -> _Cut | None:
+    try:
+        return journey.send(arrived)
+    except StopIteration:
+        return None
 
 
 def applications(orders: Sequence[Order], steps: int, grid: Sequence[int]) -> int:
@@ -101,12 +166,11 @@ def applications(orders: Sequence[Order], steps: int, grid: Sequence[int]) -> in
     return counter.total
 
 
-def _work(group: Sequence[_Traveller], wanted: list[int], end: int, turning: bool) -> Work:
-    """Return what a group wants, and the end of the cut where something goes on from it."""
-    lead = group[0]
-    needs_end = turning or lead.leg.kind == "forward"
+def _work(stretch: Stretch, wanted: list[int], end: int, turning: bool) -> Work:
+    """Return what a stretch wants, and the end of the cut where something goes on from it."""
+    needs_end = turning or stretch.leg.kind == "forward"
     reached = bool(wanted) and wanted[-1] == end
-    return Work(lead.slab.seed, lead.leg, lead.last, wanted if reached or not needs_end else [*wanted, end])
+    return stretch.work(wanted if reached or not needs_end else [*wanted, end])
 
 
 def _turned(t: _Traveller, leg: Leg | None, here: Iterate) -> _Traveller:

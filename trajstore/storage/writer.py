@@ -48,8 +48,9 @@ class Segment:
         self._group, self._schema, self._corner, self.number = group, schema, corner, number
         self._digest = SegmentDigest()
         self._steps: list[tuple[int, int, int, NDArray[np.float64], NDArray[np.float64]]] = []
-        self._rows: list[NDArray[Any]] = []
-        self._counts: list[NDArray[np.int64]] = []
+        self._snapshots = 0
+        self._states: dict[str, NDArray[Any]] = {}
+        """Flat states, one a row."""
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -62,34 +63,39 @@ class Segment:
         sketch: NDArray[np.float64],
         snapshot: tuple[NDArray[Any], NDArray[np.int64]] | None,
     ) -> None:
-        """Add one step; the arrays are kept, not copied."""
+        """Add one step; a snapshot is copied."""
         names = self._schema.metrics
         measured = sum(1 << k for k, name in enumerate(names) if name in metrics)
         values = np.array([metrics.get(name, np.nan) for name in names], dtype=np.float64)
         self._steps.append((step, leg, measured, values, sketch))
         self._digest.add(step, leg, measured, values, sketch, snapshot)
         if snapshot is not None:
-            self._rows.append(snapshot[0])
-            self._counts.append(snapshot[1])
+            for name, row in zip(("params", "counters"), snapshot, strict=True):
+                rows = self._states.setdefault(name, np.empty((self._width, len(row)), row.dtype))
+                rows[self._snapshots] = row
+            self._snapshots += 1
+
+    @property
+    def _width(self) -> int:
+        """How many snapshots the segment has when it is full."""
+        first = self.number * self._schema.snapshots_per_segment
+        return min(self._schema.snapshots_per_segment, len(self._schema.snapshots) - first)
 
     def write_states(self) -> Written:
         """Write the states so far and make them durable; the record is for the slab's writer to commit."""
         first = self.number * self._schema.snapshots_per_segment
-        width = min(self._schema.snapshots_per_segment, len(self._schema.snapshots) - first)
-        for name, rows in (("params", self._rows), ("counters", self._counts)):
+        for name, rows in self._states.items():
             array = _array(self._group, name)
-            length, chunk = array.shape[2], array.chunks[2]
-            for begin in range(0, length if rows else 0, chunk):
-                some = [row[begin : begin + chunk] for row in rows]
-                missing = [np.full_like(some[0], array.fill_value)] * (width - len(rows))
-                block = np.stack(some + missing, axis=-1)
+            rows[self._snapshots :] = array.fill_value
+            for begin in range(0, rows.shape[1], array.chunks[2]):
+                block = _transposed(rows[:, begin : begin + array.chunks[2]])
                 write_block(array, (*self._corner, begin, first), block[None, None])
         assert isinstance(self._group.store, DurableStore)
         self._group.store.flush()
         steps, leg, measured, values, sketch = zip(*self._steps, strict=True)
         series = {"leg": np.array(leg), "measured": np.array(measured), "sketch": np.stack(sketch)}
         series |= dict(zip(self._schema.metrics, np.stack(values).T, strict=True))
-        record = [len(self._steps), len(self._rows), *self._digest.words().tolist()]
+        record = [len(self._steps), self._snapshots, *self._digest.words().tolist()]
         return Written(self.number, np.array(steps), series, record)
 
 
@@ -186,6 +192,14 @@ class _Series:
 
     def _width(self, chunk: int) -> int:
         return min(self._length, int(self._array.shape[2]) - chunk * self._length)
+
+
+def _transposed(rows: NDArray[Any]) -> NDArray[Any]:
+    """Return a contiguous transpose, made in tiles that stay in the cache: several times faster than in one go."""
+    block = np.empty(rows.shape[::-1], rows.dtype)
+    for begin in range(0, len(block), 256):
+        block[begin : begin + 256] = rows[:, begin : begin + 256].T
+    return block
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:

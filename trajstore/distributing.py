@@ -1,0 +1,375 @@
+"""Computing a recording on Dask workers: processes of this machine, or a cluster that is there already.
+
+The client holds the slabs' locks, hands out bundles of parts, and commits. A worker computes a part, and
+where the part is a whole segment it encodes and writes the states itself, so that only the series travel. What a
+worker that dies had in hand is computed again by another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import zarr
+
+from trajstore.engine import Iterate
+from trajstore.engine.parts import Part, bundles, parts_of, work_to
+from trajstore.engine.plan import Plan, ready
+from trajstore.engine.walk import Slab, Stretch, stretches_of
+from trajstore.errors import ConfigurationError, WorkerError
+from trajstore.experiment import Experiment
+from trajstore.observing import Observation, Observer, parameters_of
+from trajstore.planning import run_seeds
+from trajstore.storage.local import DurableStore
+from trajstore.storage.schema import Schema
+from trajstore.storage.writer import Segment, SlabWriter, Written
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["Job", "connected", "connected_to", "fill"]
+
+_PATIENCE = 20
+"""Seconds to wait for a scheduler to answer."""
+_TASKS_A_WORKER = 16
+"""A recording is cut into about so many tasks for each worker, so that none waits long for the last."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know of a recording."""
+
+    id: str
+    experiment: Experiment
+    store: str
+    plan: Plan
+    device: str
+
+
+class Gathered(NamedTuple):
+    """What became of a slab's steps: a segment that was written, or observations of a part of one."""
+
+    slab: Slab
+    segment: int
+    made: Written | list[Observation]
+
+
+@contextmanager
+def connected(workers: int) -> Iterator[Client]:
+    """Start worker processes here. They end with the context, or when this process is no more."""
+    from distributed import Client, Scheduler, SpecCluster
+    from distributed.deploy.subprocess import SubprocessWorker
+
+    # Processes of their own, which do not run the caller's main module again as multiprocessing would.
+    options: dict[str, Any] = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    options |= {"preload_nanny": ["trajstore._ends_with_parent"]}
+    worker = {"cls": SubprocessWorker, "options": {"worker_kwargs": options}}
+    own = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
+    with (
+        _quiet(),
+        _unsampled(),
+        SpecCluster(dict.fromkeys(range(workers), worker), scheduler=own, silence_logs=False) as cluster,  # type: ignore[no-untyped-call]
+        Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
+    ):
+        client.wait_for_workers(workers, timeout=120)
+        yield client
+
+
+@contextmanager
+def connected_to(scheduler: str) -> Iterator[Client]:
+    """Connect to a scheduler that is there already."""
+    from distributed import Client
+
+    with _quiet():
+        try:
+            client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise ConfigurationError(f"no Dask scheduler answers at {scheduler!r}: {told}") from None
+        with client:
+            yield client
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Dask from telling of every connection; what concerns a recording comes as an error."""
+    logger = logging.getLogger("distributed")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _unsampled() -> Iterator[None]:
+    """Start workers without Dask's profiler, which would stop the computing thread a hundred times a second."""
+    name = "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"
+    before = os.environ.get(name)
+    os.environ[name] = "False"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+Writers = Callable[[Sequence[Slab]], AbstractContextManager[Mapping[Slab, SlabWriter]]]
+
+
+def fill(
+    client: Client,
+    job: Job,
+    packs: Sequence[Sequence[Slab]],
+    writers: Writers,
+    progress: Callable[[int, str], None] | None,
+) -> None:
+    """Record slabs, pack after pack, on workers; `writers` locks the slabs of a pack and opens their writers."""
+    from distributed import KilledWorker
+
+    with ExitStack() as held:
+        filling = _Filling(client, job, writers, held)
+        waiting = list(packs)
+        try:
+            while waiting or filling.tasks:
+                # The next pack is handed out before the last tasks of this one are done.
+                while waiting and len(filling.tasks) <= filling.workers:
+                    filling.hand_out(waiting.pop(0), len(packs))
+                applications, where = filling.take()
+                if progress is not None:
+                    progress(applications, where)
+        except KilledWorker as error:
+            raise WorkerError(
+                f"experiment {job.experiment.name!r}: workers died again and again at the same task ({error}); "
+                "they may lack memory: ask for fewer, or record with --workers 0"
+            ) from None
+
+
+class _Task(NamedTuple):
+    pack: _Pack
+    applications: int
+    where: str
+
+
+class _Filling:
+    """Hands out tasks, and takes what comes back."""
+
+    def __init__(self, client: Client, job: Job, writers: Writers, held: ExitStack) -> None:
+        from distributed import as_completed
+
+        self._client, self._job, self._writers, self._held = client, job, writers, held
+        self._known = client.submit(_itself, job, pure=False)
+        self._shape = Shape.of(job)
+        self._packs = 0
+        self._done: Any = as_completed(loop=client.loop)  # type: ignore[no-untyped-call]
+        self.tasks: dict[Any, _Task] = {}
+        self.workers = max(1, sum(client.nthreads().values()))  # type: ignore[no-untyped-call]
+
+    def hand_out(self, slabs: Sequence[Slab], packs: int) -> None:
+        """Cut slabs into tasks and hand them out, behind those of earlier packs."""
+        locks = self._held.enter_context(ExitStack())
+        pack = _Pack(self._shape, locks.enter_context(self._writers(slabs)), locks)
+        first = {"pure": False, "priority": -self._packs}
+        scouted = self._client.submit(_scout, self._known, tuple(slabs), **first)
+        stretches: list[Stretch] = self._client.submit(_described, scouted, **first).result()
+        experiment, segment_of = self._job.experiment, self._shape.schema.segment_of
+        whole = parts_of(stretches, experiment.grid, segment_of, sys.maxsize)
+        share = max(1, sum(part.cost for part in whole) * packs // (_TASKS_A_WORKER * self.workers))
+        parts = parts_of(stretches, experiment.grid, segment_of, 4 * share)
+        for bundle in bundles(parts, share, 4 * self._job.plan.lanes if self._job.plan.lanes > 1 else 1):
+            future = self._client.submit(_compute, self._known, scouted, bundle, **first)
+            seeds = sorted({self._shape.schema.seeds[stretches[p.stretch].slabs[0].seed] for p in bundle})
+            where = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+            self.tasks[future.key] = _Task(pack, sum(part.applications for part in bundle), where)
+            pack.tasks += 1
+            self._done.add(future)
+        self._packs += 1
+
+    def take(self) -> tuple[int, str]:
+        """Wait for a task and commit what it brings; return its operator applications, and where they were."""
+        future = next(self._done)
+        gathered: list[Gathered] = future.result()
+        pack, applications, where = self.tasks.pop(future.key)
+        for one in gathered:
+            pack.take(one)
+        pack.tasks -= 1
+        if not pack.tasks:
+            pack.locks.close()
+        return applications, where
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The stored experiment as writers of segments see it."""
+
+    group: zarr.Group
+    schema: Schema
+    recorded: Mapping[int, int]
+    """Segment → how many of its steps are recorded."""
+
+    @classmethod
+    def of(cls, job: Job) -> Shape:
+        """Open the store of a job."""
+        group = zarr.open_group(DurableStore(job.store), path=job.experiment.name, mode="r+", zarr_format=3)
+        schema, recorded = Schema.of(group), dict[int, int]()
+        for step in job.experiment.grid:
+            segment = schema.segment_of(step)
+            recorded[segment] = recorded.get(segment, 0) + 1
+        return cls(group, schema, recorded)
+
+    def write(self, slab: Slab, number: int, observations: Sequence[Observation]) -> Written:
+        """Write the states of a whole segment."""
+        segment = Segment(self.group, self.schema, (self.schema.orders.index(str(slab.order)), slab.seed), number)
+        for observation in sorted(observations, key=lambda o: o.step):
+            segment.append(*observation)
+        return segment.write_states()
+
+
+class _Pack:
+    """Slabs that are being recorded: their writers, and parts of segments that wait for the rest."""
+
+    def __init__(self, shape: Shape, writers: Mapping[Slab, SlabWriter], locks: ExitStack) -> None:
+        self.locks, self.tasks = locks, 0
+        self._shape, self._writers = shape, writers
+        self._halves: dict[tuple[Slab, int], list[Observation]] = {}
+
+    def take(self, gathered: Gathered) -> None:
+        slab, segment, made = gathered
+        if isinstance(made, Written):
+            self._writers[slab].adopt(made)
+            return
+        half = self._halves.setdefault((slab, segment), [])
+        half += made
+        if len(half) == self._shape.recorded[segment]:
+            self._writers[slab].adopt(self._shape.write(slab, segment, self._halves.pop((slab, segment))))
+
+
+def _keep_memory() -> None:
+    """Let the C library keep what is freed, for the next tensor.
+
+    Dask has it returned at once (MALLOC_TRIM_THRESHOLD_), and every large tensor then begins with page faults, which
+    costs a third of the time.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # the GNU C library
+        library.mallopt(_M_MMAP_THRESHOLD, 2**26)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**28)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+class _Workshop:
+    """What a worker process keeps of a job between its tasks."""
+
+    def __init__(self, job: Job) -> None:
+        _keep_memory()
+        torch.set_num_threads(job.plan.threads)
+        self._job = job
+        live = job.experiment.problem.build(torch.device(job.device))
+        _, self.engine = ready(job.plan, live, job.experiment.operator, run_seeds(job.experiment))
+        self._starts: dict[int, torch.Tensor] = {}
+
+    @cached_property
+    def shape(self) -> Shape:
+        return Shape.of(self._job)
+
+    @cached_property
+    def observe(self) -> Observer:
+        return Observer(self._job.experiment, self.shape.schema)
+
+    def gather(self, stretches: Sequence[Stretch], parts: Sequence[Part]) -> list[Gathered]:
+        """Compute parts; write the segments that are whole."""
+        works, roles = [], []
+        for k, part in enumerate(parts):
+            if part.before is not None and work_to(stretches, part.before).steps:
+                works.append(work_to(stretches, part.before))
+                roles.append((k, False))
+            works.append(stretches[part.stretch].work([n for n in part.steps if n > 0]))
+            roles.append((k, True))
+        before: dict[int, torch.Tensor] = {}
+        early: dict[int, list[Iterate]] = {}
+        """Iterates that came before the one before them: a new leg's chains are the shorter ones."""
+        gathered: list[Gathered] = []
+        desks: dict[tuple[int, int], list[Observation]] = {}
+
+        def observe(k: int, iterate: Iterate) -> None:
+            stretch, here = stretches[parts[k].stretch], parameters_of(iterate.state)
+            start = self._starts[stretch.slabs[0].seed]
+            observed = self.observe(iterate, stretch.leg.start, here, start, before.get(k))
+            before[k] = here
+            number = self.shape.schema.segment_of(iterate.step)
+            desk = desks.setdefault((k, number), [])
+            desk.append(observed)
+            if len(desk) == self.shape.recorded[number]:
+                del desks[k, number]
+                gathered.extend(Gathered(s, number, self.shape.write(s, number, desk)) for s in stretch.slabs)
+
+        for k, part in enumerate(parts):
+            seed = stretches[part.stretch].slabs[0].seed
+            origin = self.engine.start(seed)
+            self._starts.setdefault(seed, parameters_of(origin.state))
+            if part.before is None:
+                observe(k, origin)
+            elif not work_to(stretches, part.before).steps:
+                before[k] = parameters_of(stretches[part.before[0]].last.state)
+        for w, iterate in self.engine.run(works):
+            k, shown = roles[w]
+            if not shown:
+                before[k] = parameters_of(iterate.state)
+                for waiting in early.pop(k, []):
+                    observe(k, waiting)
+            elif k not in before:
+                early.setdefault(k, []).append(iterate)
+            else:
+                observe(k, iterate)
+        for (k, number), desk in desks.items():
+            gathered += [Gathered(slab, number, desk) for slab in stretches[parts[k].stretch].slabs]
+        return gathered
+
+
+_workshops: dict[str, _Workshop] = {}
+_one_at_a_time = threading.Lock()
+
+
+def _workshop(job: Job) -> _Workshop:
+    if job.id not in _workshops:
+        _workshops.clear()
+        _workshops[job.id] = _Workshop(job)
+    return _workshops[job.id]
+
+
+def _itself(job: Job) -> Job:
+    return job
+
+
+def _scout(job: Job, slabs: Sequence[Slab]) -> list[Stretch]:
+    with _one_at_a_time:
+        return stretches_of(slabs, job.experiment.steps, _workshop(job).engine)
+
+
+def _described(stretches: Sequence[Stretch]) -> list[Stretch]:
+    """Leave the states on the worker."""
+    from dataclasses import replace
+
+    from trajstore.state import State
+
+    nothing = State({}, {}, {}, torch.tensor(0))
+    return [replace(s, last=s.last._replace(state=nothing)) for s in stretches]
+
+
+def _compute(job: Job, stretches: Sequence[Stretch], parts: Sequence[Part]) -> list[Gathered]:
+    with _one_at_a_time:
+        return _workshop(job).gather(stretches, parts)
