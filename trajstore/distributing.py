@@ -76,7 +76,7 @@ def connected(workers: int) -> Iterator[Client]:
     own = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
     with (
         _quiet(),
-        _unsampled(),
+        _set(),
         SpecCluster(dict.fromkeys(range(workers), worker), scheduler=own, silence_logs=False) as cluster,  # type: ignore[no-untyped-call]
         Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
     ):
@@ -111,19 +111,26 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
+_SETTINGS = {
+    # Dask's profiler would stop the computing thread a hundred times a second.
+    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+    # A worker's own process says what it loads before it has read that it is to be quiet.
+    "DASK_LOGGING__DISTRIBUTED": "critical",
+}
+
+
 @contextmanager
-def _unsampled() -> Iterator[None]:
-    """Start workers without Dask's profiler, which would stop the computing thread a hundred times a second."""
-    name = "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"
-    before = os.environ.get(name)
-    os.environ[name] = "False"
+def _set() -> Iterator[None]:
+    """Start workers with settings of Dask that can only be given in their environment."""
+    before = {name: os.environ.get(name) for name in _SETTINGS}
+    os.environ.update(_SETTINGS)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 Writers = Callable[[Sequence[Slab]], AbstractContextManager[Mapping[Slab, SlabWriter]]]

@@ -241,15 +241,17 @@ def test_settings():
         parse_settings(["a=1", "a.b=2"])
 
 
-def test_ctrl_c_is_one_line_and_what_was_committed_stays(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_is_one_line_and_what_was_committed_stays(tmp_path, workers):
     command = [sys.executable, "-m", "trajstore.cli.main", "record", "fig4", "--store", "s.zarr", "--steps", "5000",
-               "--set", "problem.width=4"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+               "--set", "problem.width=4", "--workers", str(workers)]  # fmt: skip
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob("s.zarr/fig4/committed/c/*/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group hears it
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")
     assert err == "trajstore: interrupted; what was committed stays, and `record --resume` goes on\n"
