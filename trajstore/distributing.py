@@ -71,7 +71,8 @@ def connected(workers: int) -> Iterator[Client]:
 
     # Processes of their own, which do not run the caller's main module again as multiprocessing would.
     options: dict[str, Any] = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
-    options |= {"preload_nanny": ["trajstore._ends_with_parent"]}
+    # Importing torch takes seconds: all do it at once, before the first needs it.
+    options |= {"preload_nanny": ["trajstore._ends_with_parent"], "preload": ["trajstore.distributing"]}
     worker = {"cls": SubprocessWorker, "options": {"worker_kwargs": options}}
     own = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
     with (
@@ -178,6 +179,9 @@ class _Filling:
 
         self._client, self._job, self._writers, self._held = client, job, writers, held
         self._known = client.submit(_itself, job, pure=False)
+        # All get ready at once, not each when its first task comes.
+        addresses = list(client.nthreads())  # type: ignore[no-untyped-call]
+        self._ready = [client.submit(_get_ready, self._known, pure=False, workers=[a], priority=1) for a in addresses]
         self._shape = Shape.of(job)
         self._packs = 0
         self._done: Any = as_completed(loop=client.loop)  # type: ignore[no-untyped-call]
@@ -360,6 +364,11 @@ def _workshop(job: Job) -> _Workshop:
 
 def _itself(job: Job) -> Job:
     return job
+
+
+def _get_ready(job: Job) -> None:
+    with _one_at_a_time:
+        _workshop(job)
 
 
 def _scout(job: Job, slabs: Sequence[Slab]) -> list[Stretch]:

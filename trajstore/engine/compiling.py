@@ -69,7 +69,8 @@ class _SmallProducts(CustomGraphPass):
             return
         with graph.inserting_before(node):
             if bias and left.shape[0] == 1 and not node.kwargs:
-                product = graph.call_function(aten.mm.default, (one, other))
+                multiply = aten.mul.Tensor if left.shape[1] == 1 else aten.mm.default
+                product = graph.call_function(multiply, (one, other))
                 product.meta["val"] = node.meta["val"]
                 instead = graph.call_function(aten.add.Tensor, (product, *bias))
             elif not bias and left.ndim == 2 and left.shape[1] == 1:
@@ -85,7 +86,7 @@ class _SmallProducts(CustomGraphPass):
         graph.erase_node(node)
 
     def uuid(self) -> str:
-        return "trajstore: small products, 3"
+        return "trajstore: small products, 4"
 
 
 def compiled(tick: Tick) -> Advance:
