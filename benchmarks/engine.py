@@ -1,6 +1,6 @@
 """What an operator application costs: naive, vmapped, wavefront, in one run on the same problem.
 
-    python benchmarks/engine.py [--problem NAME …] [--repeats 5] [--lanes 32] [--device auto] [--json FILE]
+    python benchmarks/engine.py [--problem NAME …] [--repeats 5] [--lanes 1 --lanes 2 …] [--device auto] [--json FILE]
 
 Naive is eager PyTorch as one would write it by hand: a module, `torch.optim.SGD`, a new start for every chain.
 Contenders take turns, each for about a second, as often as `--repeats` says; the table has the median and the
@@ -16,7 +16,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -151,16 +151,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(name: str, lanes: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Measure one problem."""
+def measure(name: str, widths: Sequence[int], repeats: int, device: torch.device) -> dict[str, Any]:
+    """Measure one problem, with waves of several widths."""
     make, module, loss, lr = PROBLEMS[name]
-    problem = make()
+    problem, threads = make(), torch.get_num_threads()
     contenders: dict[str, Run] = {"naive": naive(problem, module, loss, lr, device)}
     notes: dict[str, str] = {}
     for label, plan in {
-        "reference": Plan("reference"),
-        "vmap eager": Plan("wavefront", lanes),
-        "wavefront": Plan("wavefront", lanes, compiled=True),
+        "reference": Plan("reference", threads=threads),
+        "vmap eager": Plan("wavefront", max(widths), threads=threads),
+        **{f"wavefront {w}": Plan("wavefront", w, compiled=True, threads=threads) for w in widths},
     }.items():
         contenders[label], seconds, notes[label] = engine(problem, lr, plan, device)
         notes[label] += f", ready in {seconds:.1f} s"
@@ -168,7 +168,7 @@ def measure(name: str, lanes: int, repeats: int, device: torch.device) -> dict[s
     for _ in range(repeats):
         for label, run in contenders.items():
             times[label].append(run(1.0))
-    least = floor(problem, device, lanes)
+    least = floor(problem, device, max(widths))
     return {
         "problem": name, "megabytes": state_megabytes(problem), "floor": least, "notes": notes,
         "engines": {
@@ -187,11 +187,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--problem", action="append", help="part of a problem's name; repeatable")
     arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--lanes", type=int, default=32)
+    arguments.add_argument("--lanes", type=int, action="append", help="width of a wave; repeatable")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--json", type=Path)
     given = arguments.parse_args()
     device = torch.device(given.device)
+    widths = given.lanes or ([64, 256] if device.type == "cuda" else [1, torch.get_num_threads(), 32])
     chosen = [n for n in PROBLEMS if not given.problem or any(p.lower() in n.lower() for p in given.problem)]
     where = (
         torch.cuda.get_device_name()
@@ -201,12 +202,12 @@ def main() -> None:
     print(f"torch {torch.__version__}, {where}; µs per operator application, median (least to most) of {given.repeats}")
     results = []
     for name in chosen:
-        result = measure(name, given.lanes, given.repeats, device)
+        result = measure(name, widths, given.repeats, device)
         results.append(result)
         print(f"\n{name}: {result['megabytes']:.2f} MB of parameters, floor {result['floor']:.1f} µs")
         for label, r in result["engines"].items():
             print(
-                f"  {label:<11} {r['median']:>9.1f}  ({r['least']:.1f} to {r['most']:.1f})  {r['ratio']:>5.1f}× naive"
+                f"  {label:<13} {r['median']:>9.1f}  ({r['least']:.1f} to {r['most']:.1f})  {r['ratio']:>5.1f}× naive"
                 f"  {r['share_of_floor']:>6.1%} of the floor  {result['notes'].get(label, '')}",
                 flush=True,
             )

@@ -21,7 +21,7 @@ from torch import Tensor
 from trajstore.configuration import differences
 from trajstore.distributing import Job, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
-from trajstore.engine.compiling import missing_for_compiling
+from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import EngineChoice, Plan, ready
 from trajstore.engine.walk import Slab, applications, walk
 from trajstore.errors import ConflictError, SlowPlanWarning

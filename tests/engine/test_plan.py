@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 import trajstore as ts
-from trajstore.engine import Work, compiling, plan
+from trajstore.engine import Work, plan
+from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import Plan, choose, make_engine, ready
 from trajstore.errors import ConfigurationError, SlowPlanWarning
 from trajstore.operators.sgd import SGD
@@ -31,7 +33,7 @@ def iterates(engine, steps=(1, 5, 9)):
 
 
 def test_a_compiled_wave_gives_the_references_iterates():
-    if missing := compiling.missing_for_compiling():
+    if missing := missing_for_compiling():
         pytest.skip(f"this machine lacks {missing}")
     live, operator = dataclasses.replace(SMALL, dtype="float64").build(CPU), SGD(0.05, momentum=0.5)
     reference = make_engine(Plan("reference"), live, operator, [(0, 0)])
@@ -44,7 +46,7 @@ def test_a_compiled_wave_gives_the_references_iterates():
 
 def test_many_compiled_waves_in_one_process_stay_compiled(monkeypatch):
     """torch stops compiling a function after eight shapes, and would run eagerly with only a warning."""
-    if missing := compiling.missing_for_compiling():
+    if missing := missing_for_compiling():
         pytest.skip(f"this machine lacks {missing}")
     live = Quadratic().build(CPU)
     compilations = []
@@ -70,7 +72,7 @@ def test_where_nothing_can_be_compiled_it_says_what_is_missing(monkeypatch):
 
 
 def test_what_is_missing_is_found_without_a_compiler(tmp_path):
-    program = "from trajstore.engine.compiling import missing_for_compiling as m; print(*m(), sep='|')"
+    program = "from trajstore.engine.compilers import missing_for_compiling as m; print(*m(), sep='|')"
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
     told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert "a C++ compiler" in told.stdout
@@ -83,13 +85,30 @@ def test_a_compilation_that_fails_runs_eagerly_and_says_so(monkeypatch, tmp_path
 
         return fail
 
-    monkeypatch.setattr(plan, "compiled", broken)
+    monkeypatch.setattr("trajstore.engine.compiling.compiled", broken)
     monkeypatch.setattr("trajstore.planning.remembered", lambda *_: Plan("wavefront", 8, compiled=True))
     experiment = ts.Experiment.of(QUADRATIC)
     with pytest.warns(SlowPlanWarning, match=r"torch\.compile failed: RuntimeError: no luck"):
         stored = ts.run(experiment, tmp_path / "s.zarr")
     assert all(slab.complete for slab in stored.slabs())
     assert stored.attributes["fills"][0]["plan"]["compiled"] is False
+
+
+def test_a_compiler_older_than_the_processor_compiles_for_what_it_knows(tmp_path):
+    if missing := missing_for_compiling():
+        pytest.skip(f"this machine lacks {missing}")
+    old = tmp_path / "old-g++"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mavx512*|*-mamx*) exit 1;; esac\nexec g++ "$@"\n')
+    old.chmod(0o755)
+    program = (
+        "import torch; from trajstore.engine.plan import Plan, ready; from trajstore.operators.sgd import SGD;"
+        "from trajstore.problems.quadratic import Quadratic;"
+        "live = Quadratic().build(torch.device('cpu'));"
+        "print(ready(Plan('wavefront', 2, compiled=True), live, SGD(0.1), [(0, 0)])[0])"
+    )
+    environment = os.environ | {"CXX": str(old), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "wavefront of 2 lanes, compiled\n"
 
 
 def branching() -> ModuleProblem:

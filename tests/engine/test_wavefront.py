@@ -13,7 +13,8 @@ from torch import nn
 from tests.conftest import last_of
 from tests.test_orders import orders
 from trajstore.engine import Work
-from trajstore.engine.compiling import compiled, missing_for_compiling
+from trajstore.engine.compilers import missing_for_compiling
+from trajstore.engine.compiling import compiled
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.walk import Slab, walk
 from trajstore.engine.wavefront import WavefrontEngine, eager, tick_of

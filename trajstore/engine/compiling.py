@@ -1,4 +1,4 @@
-"""Compiling a tick, or saying what is missing.
+"""Compiling a tick. Importing this loads torch's compiler, which takes seconds.
 
 A wave lies in tensors that never move. So the compiled code is called once through torch.compile, and from then
 on directly with the arguments that it was given then: no guards, no wrappers, and no way to fall back to eager
@@ -8,41 +8,24 @@ silently. On a CPU the call is one C++ function; on a GPU it is captured as a CU
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import sysconfig
 import types
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch import config as functorch_config
 from torch._inductor import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.exc import CppCompileError, InductorError
 from torch.utils import _pytree as pytree
 
 from trajstore.engine.wavefront import Advance, Tick
 from trajstore.operators import Batch
 from trajstore.state import State
 
-__all__ = ["compiled", "missing_for_compiling"]
-
-
-@cache
-def missing_for_compiling(device: str = "cpu") -> tuple[str, ...]:
-    """Return what torch.compile would need and this machine lacks, as a person would install it."""
-    missing = []
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
-    if not any(map(shutil.which, compilers)):
-        missing.append("a C++ compiler (on Debian: apt install g++)")
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        missing.append("Python's headers (on Debian: apt install python3-dev)")
-    if device == "cuda" and torch.utils._triton.has_triton() is False:
-        missing.append("Triton (pip install triton)")
-    return tuple(missing)
+__all__ = ["compiled"]
 
 
 class _SmallProducts(CustomGraphPass):
@@ -129,8 +112,16 @@ def _replayed(step: Callable[..., None], *tensors: Any) -> Callable[[], None]:  
     on_cpu = leaves[0].device.type == "cpu"
     patches = {"post_grad_custom_post_pass": _SmallProducts(), "cpp_wrapper": on_cpu}
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:  # noqa: ANN401
-        return compile_fx.compile_fx(graph, inputs, inner_compile=inner, config_patches=patches)
+    def compile_step(patches: dict[str, Any]) -> None:
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:  # noqa: ANN401
+            return compile_fx.compile_fx(graph, inputs, inner_compile=inner, config_patches=patches)
+
+        function = cast(types.FunctionType, step)
+        # torch keeps compilations by code object, and stops at eight; a copy gives every wave its own.
+        name, code = function.__name__, function.__code__.replace()
+        own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+        with functorch_config.patch(enable_autograd_cache=False):  # it would keep `inner` from being asked
+            torch.compile(own, fullgraph=True, dynamic=False, backend=backend)(*tensors)
 
     before = [t.clone() for t in leaves]
 
@@ -138,13 +129,14 @@ def _replayed(step: Callable[..., None], *tensors: Any) -> Callable[[], None]:  
         for tensor, value in zip(leaves, before, strict=True):
             tensor.copy_(value)
 
-    function = cast(types.FunctionType, step)
-    # torch keeps compilations by code object, and stops at eight; a copy gives every wave its own.
-    name, code = function.__name__, function.__code__.replace()
-    own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
-    with functorch_config.patch(enable_autograd_cache=False):  # it would keep `inner` from being asked
-        torch.compile(own, fullgraph=True, dynamic=False, backend=backend)(*tensors)
+    try:
+        # A small program to try each of the processor's instruction sets would take eight seconds.
+        compile_step(patches | {"cpp.vec_isa_ok": True})
+    except (BackendCompilerFailed, InductorError) as error:
+        if not isinstance(error.inner_exception, CppCompileError):
+            raise
+        compile_step(patches)  # a compiler that is older than the processor
     ((code_of_step, arguments),) = calls
     once = [t.clone() for t in leaves]
 

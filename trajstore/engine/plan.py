@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from trajstore.engine import Engine, Work
-from trajstore.engine.compiling import compiled, missing_for_compiling
+from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.wavefront import WavefrontEngine, eager, tick_of
 from trajstore.errors import ConfigurationError
@@ -30,8 +30,8 @@ _WORTH_COMPILING = 15.0
 """Seconds of eager work below which a compilation would cost more than it saves."""
 _WORTH_WORKERS = 30.0
 """Seconds of work below which starting processes would."""
-_WORTH_A_SECOND_LOOK = 120.0
-"""Seconds of work from which a further candidate is compiled and timed."""
+_WORTH_A_SECOND_LOOK, _WORTH_EVERY_LOOK = 120.0, 1200.0
+"""Seconds of eager work from which a second candidate is compiled and timed, and every one."""
 _LARGE_STATE = 100_000
 """Bytes of a state from which a lane for each core is better than many."""
 _SLOW_STEP = 5e-4
@@ -80,7 +80,11 @@ def make_engine(plan: Plan, problem: LiveProblem, operator: Operator, seeds: Seq
     if plan.engine == "reference":
         return ReferenceEngine(problem, operator, seeds)
     tick = tick_of(problem, operator, plan.lanes)
-    return WavefrontEngine(problem, operator, seeds, plan.lanes, compiled(tick) if plan.compiled else eager(tick))
+    if plan.compiled:
+        from trajstore.engine.compiling import compiled
+
+        return WavefrontEngine(problem, operator, seeds, plan.lanes, compiled(tick))
+    return WavefrontEngine(problem, operator, seeds, plan.lanes, eager(tick))
 
 
 def ready(
@@ -148,13 +152,17 @@ def choose(
     elif missing := missing_for_compiling(device):
         reason, slowed = f"not compiled: this machine lacks {' and '.join(missing)}", True
     else:
-        compiling = _Compiling(problem, operator, seeds, steps)
-        for width in _widths(lanes, wide, 1 if workers else threads, heavy, applications * quickest):
-            compiling.try_out(Plan("wavefront", width, compiled=True, **of_workers))
+        compiling, seconds = _Compiling(problem, operator, seeds, steps), applications * quickest
+        several = workers is None and device == "cpu" and threads > 1
+        spread = Plan("wavefront", lanes or (1 if heavy else wide), compiled=True, workers=threads, threads=1)
+        if several and seconds > _WORTH_A_SECOND_LOOK:
+            compiling.try_out(spread)  # so far it has always won where there was much work
+        if not compiling.found or seconds > _WORTH_EVERY_LOOK:
+            for width in _widths(lanes, wide, 1 if workers else threads, heavy, seconds):
+                compiling.try_out(Plan("wavefront", width, compiled=True, **of_workers))
         best = min(compiling.found.values(), default=quickest)
-        if workers is None and device == "cpu" and threads > 1 and applications * best > _WORTH_WORKERS:
-            width = lanes or (1 if heavy else wide)
-            compiling.try_out(Plan("wavefront", width, compiled=True, workers=threads, threads=1))
+        if several and spread not in compiling.found and applications * best > _WORTH_WORKERS:
+            compiling.try_out(spread)
         if compiling.failed and not compiling.found:
             reason, slowed = compiling.failed, True
         elif choice == "wavefront" and compiling.found:

@@ -73,7 +73,9 @@ class _Live:
         grid = torch.arange(2 * n - 1, dtype=torch.float64) / (n - 1) - 1  # points and midpoints in turn
         values = CURVES[family.curve](grid)
         x, y = (t.to(device, torch_dtype(family.dtype))[:, None] for t in (grid, values))
-        self._train, self._test = (x[0::2], y[0::2]), (x[1::2], y[1::2])
+        self._train, test = (x[0::2], y[0::2]), (x[1::2], y[1::2])
+        # Evaluated together: the weights are read once instead of twice.
+        self._both = tuple(torch.cat(pair) for pair in zip(self._train, test, strict=True))
         # Written out instead of called through the module: a quarter less time per step at batch size 1.
         self._layers = [(f"{2 * k}.weight", f"{2 * k}.bias") for k in range(family.depth + 1)]
 
@@ -90,13 +92,10 @@ class _Live:
         return F.mse_loss(self._network(params, x), y), buffers
 
     def evaluate(self, params: Tensors, buffers: Tensors) -> Tensors:
-        def mean_squared_error(x: Tensor, y: Tensor) -> Tensor:
-            return (self._network(params, x).double() - y.double()).square().mean()
-
-        return {
-            "train_loss": mean_squared_error(*self._train),
-            "test_loss": mean_squared_error(*self._test),
-        }
+        x, y = self._both
+        errors = (self._network(params, x).double() - y.double()).square()
+        n = self._family.points
+        return {"train_loss": errors[:n].mean(), "test_loss": errors[n:].mean()}
 
     def _network(self, params: Tensors, x: Tensor) -> Tensor:
         for weight, bias in self._layers[:-1]:
