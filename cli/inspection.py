@@ -83,7 +83,7 @@ def info(
         ("experiment", f"{experiment.name}   {experiment.attributes['config_digest']}"),
         ("problem", _one_line(config["problem"])),
         ("operator", _one_line(config["operator"])),
-        ("steps", f"{schema.steps}, states stored at {len(schema.snapshots)} of them"),
+        ("steps", f"{schema.steps}, states stored at {_stored_where(config, len(schema.snapshots))}"),
         ("parameters", f"{layout.parameters:,} ({layout.dtype})"),
         *(("metric", f"{name}: {about(name, number)}") for name, number in schema.metrics.items()),
         (
@@ -96,8 +96,10 @@ def info(
         say(f"{label:<12} {text}")
     say("")
     init = [seed for _ in schema.orders for seed in schema.init_seeds]
-    columns = ["order", "seed", "init seed", "last step", "complete"]
-    rows: list[list[Any]] = [[s.order, s.seed, i, s.last_step, s.complete] for s, i in zip(slabs, init, strict=True)]
+    columns = ["order", "seed", "init seed", "steps", "last step", "complete"]
+    rows: list[list[Any]] = [
+        [s.order, s.seed, i, s.recorded, s.last_step, s.complete] for s, i in zip(slabs, init, strict=True)
+    ]
     if any(slab.diverged_at is not None for slab in slabs):
         columns.append("diverged at")
         rows = [[*row, "" if s.diverged_at is None else s.diverged_at] for row, s in zip(rows, slabs, strict=True)]
@@ -124,6 +126,13 @@ def sql(
         print_csv(columns, rows)
     else:
         print_table(columns, rows)
+
+
+def _stored_where(config: dict[str, Any], snapshots: int) -> str:
+    record = config["record"]
+    if record.get("adaptive") is None:
+        return f"{snapshots} of them"
+    return f"those of {snapshots} that it took to know {record['adaptive']} to {record['tolerance']:g}"
 
 
 def _fill_line(fill: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "StorePath",
     "WhatToRecord",
     "complete_experiment",
+    "parse_adaptive",
     "parse_seeds",
     "parse_settings",
     "parse_size",
@@ -83,6 +84,17 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
                 raise ConfigurationError(f"--set {setting!r}: {name!r} was set to a value already")
         table[field] = _value(value.strip())
     return changes
+
+
+def parse_adaptive(text: str | None) -> dict[str, Any]:
+    """Read 'test_loss=1e-4' into the fields of a record."""
+    if text is None:
+        return {}
+    metric, _, tolerance = text.partition("=")
+    try:
+        return {"adaptive": metric.strip(), "tolerance": float(tolerance)}
+    except ValueError:
+        raise ConfigurationError(f"--adaptive {text!r}: write METRIC=TOLERANCE, as in test_loss=1e-4") from None
 
 
 def parse_size(text: str | None) -> int | None:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from trajstore.cli.console import human_bytes, human_seconds, print_json, print_table, progress_bar, say
-from trajstore.cli.options import JSON, PresetName, WhatToRecord, parse_seeds, parse_settings, parse_size
+from trajstore.cli.options import (
+    JSON,
+    PresetName,
+    WhatToRecord,
+    parse_adaptive,
+    parse_seeds,
+    parse_settings,
+    parse_size,
+)
 
 from trajstore.errors import ConfigurationError
 
@@ -49,6 +57,10 @@ def record(
     steps: Annotated[int | None, typer.Option(help="The last step.")] = None,
     record_every: Annotated[int | None, typer.Option(help="Compute and measure every k-th iterate.")] = None,
     snapshot_every: Annotated[int | None, typer.Option(help="Store the state of every k-th step.")] = None,
+    adaptive: Annotated[
+        str | None,
+        typer.Option(metavar="METRIC=TOLERANCE", help="Compute only as many as it takes to know a metric's curve."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change any field, as in operator.lr=0.1; repeatable."),
@@ -78,7 +90,7 @@ def record(
             "name": name, "seeds": parse_seeds(seeds) if seeds is not None else None, "init_seed": init_seed,
             "orders": orders, "steps": steps,
         },
-        {"every": record_every, "snapshot_every": snapshot_every},
+        {"every": record_every, "snapshot_every": snapshot_every, **parse_adaptive(adaptive)},
         parse_settings(set_ or []),
     )  # fmt: skip
     how = {"engine": engine, "lanes": lanes, "device": device, "workers": workers, "memory": parse_size(memory)}

@@ -24,6 +24,7 @@ import zarr
 from trajstore.engine import Iterate
 from trajstore.engine.parts import Part, bundles, parts_of, work_to
 from trajstore.engine.plan import Plan, ready
+from trajstore.engine.refining import Refining
 from trajstore.engine.walk import Slab, Stretch, stretches_of
 from trajstore.errors import ConfigurationError, WorkerError
 from trajstore.experiment import Experiment
@@ -196,9 +197,9 @@ class _Filling:
         scouted = self._client.submit(_scout, self._known, tuple(slabs), **first)
         stretches: list[Stretch] = self._client.submit(_described, scouted, **first).result()
         experiment, segment_of = self._job.experiment, self._shape.schema.segment_of
-        whole = parts_of(stretches, experiment.grid, segment_of, sys.maxsize)
+        whole = parts_of(stretches, experiment.asked, segment_of, sys.maxsize)
         share = max(1, sum(part.cost for part in whole) * packs // (_TASKS_A_WORKER * self.workers))
-        parts = parts_of(stretches, experiment.grid, segment_of, 4 * share)
+        parts = parts_of(stretches, experiment.asked, segment_of, 4 * share)
         for bundle in bundles(parts, share, 4 * self._job.plan.lanes if self._job.plan.lanes > 1 else 1):
             future = self._client.submit(_compute, self._known, scouted, bundle, **first)
             seeds = sorted({self._shape.schema.seeds[stretches[p.stretch].slabs[0].seed] for p in bundle})
@@ -217,6 +218,7 @@ class _Filling:
             pack.take(one)
         pack.tasks -= 1
         if not pack.tasks:
+            pack.finish()
             pack.locks.close()
         return applications, where
 
@@ -228,7 +230,8 @@ class Shape:
     group: zarr.Group
     schema: Schema
     recorded: Mapping[int, int]
-    """Segment → how many of its steps are recorded."""
+    """Segment → how many of its steps are recorded, at most where the grid is adaptive."""
+    adaptive: bool
 
     @classmethod
     def of(cls, job: Job) -> Shape:
@@ -238,7 +241,7 @@ class Shape:
         for step in job.experiment.grid:
             segment = schema.segment_of(step)
             recorded[segment] = recorded.get(segment, 0) + 1
-        return cls(group, schema, recorded)
+        return cls(group, schema, recorded, job.experiment.refinement is not None)
 
     def write(self, slab: Slab, number: int, observations: Sequence[Observation]) -> Written:
         """Write the states of a whole segment."""
@@ -255,16 +258,31 @@ class _Pack:
         self.locks, self.tasks = locks, 0
         self._shape, self._writers = shape, writers
         self._halves: dict[tuple[Slab, int], list[Observation]] = {}
+        self._whole: dict[Slab, set[int]] = {slab: set() for slab in writers}
 
     def take(self, gathered: Gathered) -> None:
         slab, segment, made = gathered
         if isinstance(made, Written):
-            self._writers[slab].adopt(made)
+            self._adopt(slab, made)
             return
         half = self._halves.setdefault((slab, segment), [])
         half += made
         if len(half) == self._shape.recorded[segment]:
-            self._writers[slab].adopt(self._shape.write(slab, segment, self._halves.pop((slab, segment))))
+            self._write(slab, segment)
+
+    def finish(self) -> None:
+        """Write the segments of which not every step is recorded: an adaptive grid leaves some out."""
+        if self._shape.adaptive:
+            for slab in self._writers:
+                for segment in sorted(set(range(self._shape.schema.segments)) - self._whole[slab]):
+                    self._write(slab, segment)
+
+    def _write(self, slab: Slab, segment: int) -> None:
+        self._adopt(slab, self._shape.write(slab, segment, self._halves.pop((slab, segment), [])))
+
+    def _adopt(self, slab: Slab, written: Written) -> None:
+        self._writers[slab].adopt(written)
+        self._whole[slab].add(written.segment)
 
 
 def _keep_memory() -> None:
@@ -291,6 +309,8 @@ class _Workshop:
         self._job = job
         live = job.experiment.problem.build(torch.device(job.device))
         _, self.engine = ready(job.plan, live, job.experiment.operator, run_seeds(job.experiment))
+        wanted = job.experiment.refinement
+        self._refined = self.engine if wanted is None else Refining(self.engine, wanted)
         self._starts: dict[int, torch.Tensor] = {}
 
     @cached_property
@@ -305,11 +325,15 @@ class _Workshop:
         """Compute parts; write the segments that are whole."""
         works, roles = [], []
         for k, part in enumerate(parts):
+            first = part.steps[0]
             if part.before is not None and work_to(stretches, part.before).steps:
-                works.append(work_to(stretches, part.before))
-                roles.append((k, False))
-            works.append(stretches[part.stretch].work([n for n in part.steps if n > 0]))
-            roles.append((k, True))
+                if part.before[0] == part.stretch:
+                    first = part.before[1]  # one work, so that what lies in between can be refined
+                else:
+                    works.append(work_to(stretches, part.before))
+                    roles.append((k, sys.maxsize))
+            works.append(stretches[part.stretch].work([n for n in sorted({first, *part.steps}) if n > 0]))
+            roles.append((k, part.steps[0] if first == part.steps[0] else first + 1))
         before: dict[int, torch.Tensor] = {}
         early: dict[int, list[Iterate]] = {}
         """Iterates that came before the one before them: a new leg's chains are the shorter ones."""
@@ -336,9 +360,9 @@ class _Workshop:
                 observe(k, origin)
             elif not work_to(stretches, part.before).steps:
                 before[k] = parameters_of(stretches[part.before[0]].last.state)
-        for w, iterate in self.engine.run(works):
-            k, shown = roles[w]
-            if not shown:
+        for w, iterate in self._refined.run(works):
+            k, shown_from = roles[w]
+            if iterate.step < shown_from:
                 before[k] = parameters_of(iterate.state)
                 for waiting in early.pop(k, []):
                     observe(k, waiting)

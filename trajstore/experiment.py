@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 
 from trajstore.configuration import check_fields, describe, merge
+from trajstore.engine.refining import Wanted
 from trajstore.errors import ConfigurationError, choices
-from trajstore.grids import every, exactly, log_then_every
+from trajstore.grids import coarse, every, exactly, log_then_every
 from trajstore.operators import Operator
 from trajstore.orders import Order
 from trajstore.problems import LiveProblem, Problem
@@ -42,6 +44,10 @@ class Record:
     """Up to this step, record at steps evenly spaced in the logarithm, ten a decade, instead."""
     steps: tuple[int, ...] | None = None
     """Record exactly these, instead of every k-th."""
+    adaptive: str | None = None
+    """A metric: begin with few of these steps, and bisect until its curve is known to the tolerance."""
+    tolerance: float | None = None
+    """How far the metric may be from a straight line between the steps that are computed."""
     snapshot_every: int | None = None
     """Store the state of every k-th step, where it is recorded; None: of every recorded step."""
     optimizer_state: bool = False
@@ -59,6 +65,12 @@ class Record:
             raise ConfigurationError("record: steps is a whole grid; leave every and log_until out")
         if self.steps is not None and min(self.steps, default=-1) < 0:
             raise ConfigurationError(f"record: steps is {list(self.steps)}; it must hold steps from 0 on")
+        if (self.adaptive is None) != (self.tolerance is None):
+            raise ConfigurationError("record: adaptive and tolerance go together: a metric, and how well to know it")
+        if self.adaptive is not None and (self.steps is not None or self.log_until is not None):
+            raise ConfigurationError("record: adaptive chooses the steps; leave steps and log_until out")
+        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
+            raise ConfigurationError(f"record: tolerance is {self.tolerance}; it must be a number above 0")
         if self.snapshot_every is not None and (self.snapshot_every < 1 or self.snapshot_every % self.every):
             raise ConfigurationError(
                 f"record: snapshot_every is {self.snapshot_every}; it must be a multiple of every = {self.every}, "
@@ -98,6 +110,9 @@ class Experiment:
             raise ConfigurationError(f"record: step {max(self.record.steps)} is beyond the last step {self.steps}")
         if (self.record.log_until or 0) > self.steps:
             raise ConfigurationError(f"record: log_until is {self.record.log_until}, beyond the last step {self.steps}")
+        if self.record.adaptive is not None and self.record.adaptive not in self.metrics:
+            there = choices(self.record.adaptive, list(self.metrics))
+            raise ConfigurationError(f"record: adaptive is {self.record.adaptive!r}, no metric of the problem; {there}")
         for order in self.orders:
             order.check(self.steps, list(self.metrics) if order.metrics else [])
 
@@ -123,12 +138,26 @@ class Experiment:
 
     @cached_property
     def grid(self) -> tuple[int, ...]:
-        """The recorded steps."""
+        """The recorded steps; those that may be, where the grid is adaptive."""
         if self.record.steps is not None:
             return exactly(self.record.steps, self.steps)
         if self.record.log_until is not None:
             return log_then_every(self.record.log_until, self.record.every, self.steps)
         return every(self.record.every, self.steps)
+
+    @cached_property
+    def asked(self) -> tuple[int, ...]:
+        """The steps that are computed in any case: all of the grid, unless it is adaptive."""
+        if self.record.adaptive is None:
+            return self.grid
+        return coarse(self.grid, {0}.union(*(order.turns(self.steps) for order in self.orders)))
+
+    @property
+    def refinement(self) -> Wanted | None:
+        """What decides which further steps are computed."""
+        if self.record.adaptive is None or self.record.tolerance is None:
+            return None
+        return Wanted(self.record.adaptive, self.record.tolerance, self.grid)
 
     @cached_property
     def snapshots(self) -> tuple[int, ...]:

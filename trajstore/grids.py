@@ -5,9 +5,10 @@ Only these chains are computed, so a grid of every k-th step costs about a k-th 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 
-__all__ = ["every", "exactly", "log_then_every"]
+__all__ = ["coarse", "every", "exactly", "log_then_every"]
 
 
 def exactly(wanted: Iterable[int], steps: int) -> tuple[int, ...]:
@@ -29,3 +30,15 @@ def log_then_every(until: int, k: int, steps: int, per_decade: int = 10) -> tupl
     last = min(until, steps)
     points = {round(10 ** (j / per_decade)) for j in range(per_decade * len(str(last)) + 1)}
     return exactly({n for n in points if n <= last} | {n for n in range(0, steps + 1, k) if n > last}, steps)
+
+
+def coarse(grid: Sequence[int], turns: Iterable[int], parts: int = 8) -> tuple[int, ...]:
+    """Return where to begin to refine: evenly spaced steps of a grid, and those on both sides of every turn.
+
+    >>> coarse(range(101), turns=[40], parts=4)
+    (0, 25, 40, 41, 50, 75, 100)
+    """
+    even = {grid[round(k * (len(grid) - 1) / parts)] for k in range(parts + 1)}
+    after = [bisect_right(grid, turn) for turn in turns]
+    beside = {grid[k] for a in after for k in (a - 1, a) if 0 <= k < len(grid)}
+    return tuple(sorted(even | beside))

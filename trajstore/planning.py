@@ -34,7 +34,7 @@ class Cost:
     """What a recording takes."""
 
     applications: int
-    """Operator applications over all seeds; an upper bound where legs depend on a metric."""
+    """Operator applications over all seeds; an upper bound where steps or legs depend on a metric."""
     exact: bool
     iterates: int
     snapshots: int
@@ -162,7 +162,7 @@ def cost(
     states = len(experiment.snapshots) * slabs
     return Cost(
         applications=total,
-        exact=not any(order.metrics for order in experiment.orders),
+        exact=experiment.refinement is None and not any(order.metrics for order in experiment.orders),
         iterates=iterates,
         snapshots=states,
         raw_bytes=states * schema.layout.row_bytes + schema.series_bytes(len(experiment.grid)),

@@ -23,6 +23,7 @@ from trajstore.distributing import Job, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import EngineChoice, Plan, ready
+from trajstore.engine.refining import Refining
 from trajstore.engine.walk import Slab, applications, walk
 from trajstore.errors import ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
@@ -157,11 +158,12 @@ def refuse_conflict(experiment: Experiment, path: Path, resume: bool) -> None:
 
 def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab], engine: Engine) -> None:
     """Record slabs in this process, together."""
-    observe = Observer(experiment, stored.schema)
+    observe, wanted = Observer(experiment, stored.schema), experiment.refinement
+    refined = engine if wanted is None else Refining(engine, wanted)
     starts: dict[int, Tensor] = {}
     before: dict[Slab, Tensor] = {}
     with _writers(stored, slabs) as writers:
-        for visit in walk(slabs, experiment.steps, experiment.grid, engine):
+        for visit in walk(slabs, experiment.steps, experiment.grid, refined, experiment.asked):
             here = parameters_of(visit.iterate.state)
             start = starts.setdefault(visit.slabs[0].seed, here)
             # Slabs that came the same way have the same iterate before.

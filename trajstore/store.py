@@ -82,6 +82,8 @@ class SlabStatus:
     seed: int
     last_step: int
     """−1 where nothing is committed."""
+    recorded: int
+    """How many steps are committed."""
     complete: bool
     diverged_at: int | None
     """The first committed step with a metric that is not finite."""
@@ -202,6 +204,7 @@ class StoredExperiment:
                 order,
                 seed,
                 int(last[i, k]),
+                int(commits.steps[i, k].sum()),
                 bool(complete[i, k]),
                 int(np.argmax(infinite[i, k])) if infinite[i, k].any() else None,
             )
@@ -235,7 +238,12 @@ class StoredExperiment:
             near = min(schema.snapshots, key=lambda s: abs(s - step))
             raise NotFoundError(f"{at}: no state is stored for step {step}; the nearest is step {near}")
         s = schema.snapshots.index(step)
-        if not self.commits().snapshots[i, k, s]:
+        commits = self.commits()
+        if commits.complete[i, k] and not commits.snapshots[i, k, s]:
+            there = np.array(schema.snapshots)[commits.snapshots[i, k]]
+            near = int(min(there, key=lambda other: abs(other - step)))
+            raise NotFoundError(f"{at}: step {step} was not computed; the nearest that was is step {near}")
+        if not commits.snapshots[i, k, s]:
             raise NotFoundError(f"{at}: step {step} is not recorded yet; go on with --resume")
         params, counters = self.group["params"], self.group["counters"]
         assert isinstance(params, zarr.Array)

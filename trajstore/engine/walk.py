@@ -70,12 +70,16 @@ class _Traveller:
     """What the next work starts from: the anchor, or for a forward leg the latest iterate."""
 
 
-def walk(slabs: Sequence[Slab], steps: int, grid: Sequence[int], engine: Engine) -> Iterator[Visit]:
+def walk(
+    slabs: Sequence[Slab], steps: int, grid: Sequence[int], engine: Engine, asked: Sequence[int] | None = None
+) -> Iterator[Visit]:
     """Yield every wanted iterate of every slab, for each slab by increasing step, θ₀ first.
 
-    `grid` holds the wanted steps in increasing order, 0 among them. Iterates at turns are computed in any
+    `grid` holds the steps that may be wanted, in increasing order, 0 among them; `asked` those that the engine is
+    asked for, all by default: it may add some of its own accord. Iterates at turns are computed in any
     case, and yielded only if wanted.
     """
+    asked, visible = grid if asked is None else asked, frozenset(grid)
     origins = {seed: engine.start(seed) for seed in dict.fromkeys(slab.seed for slab in slabs)}
     for seed, origin in origins.items():
         yield Visit(tuple(slab for slab in slabs if slab.seed == seed), 0, origin)
@@ -83,10 +87,9 @@ def walk(slabs: Sequence[Slab], steps: int, grid: Sequence[int], engine: Engine)
     cut = next(journey, None)
     while cut is not None:
         begin, end, stretches, turning = cut
-        wanted = list(grid[bisect_right(grid, begin) : bisect_right(grid, end)])
+        wanted = list(asked[bisect_right(asked, begin) : bisect_right(asked, end)])
         works = [_work(s, wanted, end, turns) for s, turns in zip(stretches, turning, strict=True)]
         arrived = [s.last for s in stretches]
-        visible = frozenset(wanted)
         for k, iterate in engine.run(works):
             if iterate.step == end:
                 arrived[k] = iterate

@@ -51,15 +51,17 @@ class Commits:
     @cached_property
     def snapshots(self) -> NDArray[np.bool_]:
         """(order, seed, snapshot): stored and committed."""
-        per_segment = self.schema.snapshots_per_segment
-        position = np.arange(len(self.schema.snapshots))
-        counts = np.repeat(np.maximum(self.records[..., 1], 0), per_segment, axis=-1)[..., : len(position)]
-        return np.asarray(position % per_segment < counts)
+        stored = self.leg[..., list(self.schema.snapshots)] >= 0
+        per_segment, places = self.schema.snapshots_per_segment, np.arange(len(self.schema.snapshots))
+        before: NDArray[np.int64] = np.cumsum(stored, axis=-1) - stored
+        rank: NDArray[np.int64] = before - before[..., places // per_segment * per_segment]  # within its segment
+        counts = np.repeat(np.maximum(self.records[..., 1], 0), per_segment, axis=-1)[..., : len(places)]
+        return np.asarray(stored & (rank < counts))
 
     @property
     def complete(self) -> NDArray[np.bool_]:
-        """(order, seed): every step up to the last one counts."""
-        return np.asarray(self.steps[..., -1] & self.snapshots.all(axis=-1))
+        """(order, seed): the last step counts, and every segment before it."""
+        return np.asarray(self.steps[..., -1] & (self.records[..., 0] >= 0).all(axis=-1))
 
     @property
     def last_step(self) -> NDArray[np.int64]:

@@ -11,7 +11,8 @@ adopts what it says of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,32 +71,36 @@ class Segment:
         self._steps.append((step, leg, measured, values, sketch))
         self._digest.add(step, leg, measured, values, sketch, snapshot)
         if snapshot is not None:
+            place = self._places.index(step)
             for name, row in zip(("params", "counters"), snapshot, strict=True):
-                rows = self._states.setdefault(name, np.empty((self._width, len(row)), row.dtype))
-                rows[self._snapshots] = row
+                if name not in self._states:
+                    nothing = _array(self._group, name).fill_value
+                    self._states[name] = np.full((len(self._places), len(row)), nothing, row.dtype)
+                self._states[name][place] = row
             self._snapshots += 1
 
-    @property
-    def _width(self) -> int:
-        """How many snapshots the segment has when it is full."""
+    @cached_property
+    def _places(self) -> Sequence[int]:
+        """The steps that have a place for a snapshot in this segment."""
         first = self.number * self._schema.snapshots_per_segment
-        return min(self._schema.snapshots_per_segment, len(self._schema.snapshots) - first)
+        return self._schema.snapshots[first : first + self._schema.snapshots_per_segment]
 
     def write_states(self) -> Written:
         """Write the states so far and make them durable; the record is for the slab's writer to commit."""
         first = self.number * self._schema.snapshots_per_segment
         for name, rows in self._states.items():
             array = _array(self._group, name)
-            rows[self._snapshots :] = array.fill_value
             for begin in range(0, rows.shape[1], array.chunks[2]):
                 block = _transposed(rows[:, begin : begin + array.chunks[2]])
                 write_block(array, (*self._corner, begin, first), block[None, None])
         assert isinstance(self._group.store, DurableStore)
         self._group.store.flush()
+        record = [len(self._steps), self._snapshots, *self._digest.words().tolist()]
+        if not self._steps:
+            return Written(self.number, np.array([], dtype=np.int64), {}, record)
         steps, leg, measured, values, sketch = zip(*self._steps, strict=True)
         series = {"leg": np.array(leg), "measured": np.array(measured), "sketch": np.stack(sketch)}
         series |= dict(zip(self._schema.metrics, np.stack(values).T, strict=True))
-        record = [len(self._steps), self._snapshots, *self._digest.words().tolist()]
         return Written(self.number, np.array(steps), series, record)
 
 
@@ -126,9 +131,12 @@ class SlabWriter:
     ) -> None:
         """Record the next step."""
         number = self._schema.segment_of(step)
-        if number != self._segment.number:
-            self.commit()
-            self._begin_segment(number)
+        while number != self._segment.number:  # a segment without a recorded step counts too, as empty
+            if len(self._segment):
+                self.commit()
+            else:
+                self.adopt(self._segment.write_states())
+            self._begin_segment(self._segment.number + 1)
         self._segment.append(step, leg, metrics, sketch, snapshot)
         if len(self._segment) - self._counted >= COMMIT_STEPS or time.monotonic() - self._since > COMMIT_SECONDS:
             self.commit()
