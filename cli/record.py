@@ -153,7 +153,7 @@ def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
 def _dry_run(experiment: Experiment, store: Path | None, resume: bool, how: dict[str, Any], json: bool) -> None:
     from dataclasses import asdict
 
-    from trajstore.planning import cost
+    from trajstore.costing import cost
     from trajstore.recording import refuse_conflict
 
     if store is not None and store.exists():
@@ -167,6 +167,7 @@ def _dry_run(experiment: Experiment, store: Path | None, resume: bool, how: dict
     say(f"operator applications  {bound}{takes.applications:,}")
     say(f"iterates measured      {takes.iterates:,}")
     say(f"states stored          {takes.snapshots:,}")
-    say(f"disk                   {human_bytes(takes.raw_bytes)} before lossless compression")
-    say(f"time                   {bound}about {human_seconds(takes.seconds)} here")
+    say(f"disk                   {bound}about {human_bytes(takes.disk_bytes)}, {human_bytes(takes.raw_bytes)} raw")
+    share = f"of that {human_seconds(takes.metric_seconds)} for metrics and storing"
+    say(f"time                   {bound}about {human_seconds(takes.seconds)} here, {share}")
     say(f"plan                   {takes.plan}")

@@ -18,10 +18,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trajstore.costing import cost
     from trajstore.errors import TrajstoreError
     from trajstore.experiment import Experiment, Record
     from trajstore.orders import Order
-    from trajstore.planning import cost
     from trajstore.problems._module import ModuleProblem
     from trajstore.recording import run
     from trajstore.store import Store, StoredExperiment, open
@@ -49,7 +49,7 @@ _HOME = {
     "Store": "store",
     "StoredExperiment": "store",
     "TrajstoreError": "errors",
-    "cost": "planning",
+    "cost": "costing",
     "open": "store",
     "run": "recording",
 }

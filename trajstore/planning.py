@@ -1,47 +1,29 @@
-"""Before a recording: how it will be computed, and what it will take."""
+"""Before a recording: how it will be computed, and whether that fits."""
 
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
-from trajstore.engine import Engine, Work
-from trajstore.engine.plan import EngineChoice, Plan, choose, ready
+from trajstore.engine.plan import EngineChoice, Plan, choose
 from trajstore.engine.walk import applications
 from trajstore.errors import ConfigurationError, choices
 from trajstore.experiment import Experiment
-from trajstore.flattening import schema_of, tensors_of
+from trajstore.flattening import tensors_of
 from trajstore.operators import Operator
-from trajstore.orders import Leg
 from trajstore.plans import remembered
 from trajstore.problems import LiveProblem
 from trajstore.state import beginning
 from trajstore.storage.schema import Schema
 
-__all__ = ["Cost", "Device", "Wishes", "afford", "cost", "plan_for", "run_seeds"]
+__all__ = ["Device", "Wishes", "afford", "plan_for", "run_seeds"]
 
 Device = Literal["auto", "cpu", "cuda"]
 _LITTLE = 5_000
 """Operator applications that are over before a calibration would be."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a recording takes."""
-
-    applications: int
-    """Operator applications over all seeds; an upper bound where steps or legs depend on a metric."""
-    exact: bool
-    iterates: int
-    snapshots: int
-    raw_bytes: int
-    """Everything stored, before compression."""
-    seconds: float
-    plan: Plan
 
 
 def run_seeds(experiment: Experiment) -> list[tuple[int, int]]:
@@ -136,60 +118,6 @@ def afford(plan: Plan, experiment: Experiment, live: LiveProblem, schema: Schema
         )
     together = max(1, (limit - _PROCESS - wave) // max(1, a_slab))
     return replace(plan, workers=workers), together
-
-
-def cost(
-    experiment: Experiment,
-    device: Device = "auto",
-    engine: EngineChoice = "auto",
-    lanes: int | None = None,
-    workers: int | None = None,
-    memory: int | None = None,
-) -> Cost:
-    """Say what a recording will take, after timing a few operator applications here."""
-    wishes = Wishes(engine, lanes, device, workers, memory=memory)
-    live = experiment.problem.build(wishes.where)
-    schema = schema_of(experiment, live)
-    slabs = len(experiment.orders) * len(experiment.seeds)
-    total = applications(experiment.orders, experiment.steps, experiment.grid) * len(experiment.seeds)
-    iterates = len(experiment.grid) * slabs
-    plan, _ = afford(plan_for(experiment, live, wishes), experiment, live, schema, wishes)
-    seeds = run_seeds(experiment)
-    begin = time.perf_counter()
-    plan, computing = ready(plan, live, experiment.operator, seeds)
-    getting_ready = time.perf_counter() - begin
-    per_application, per_iterate = _timings(computing, plan.lanes, experiment.steps)
-    states = len(experiment.snapshots) * slabs
-    return Cost(
-        applications=total,
-        exact=experiment.refinement is None and not any(order.metrics for order in experiment.orders),
-        iterates=iterates,
-        snapshots=states,
-        raw_bytes=states * schema.layout.row_bytes + schema.series_bytes(len(experiment.grid)),
-        seconds=getting_ready + total * per_application + iterates * per_iterate,
-        plan=plan,
-    )
-
-
-def _timings(engine: Engine, lanes: int, most: int, seconds: float = 1.0) -> tuple[float, float]:
-    """Return seconds per application and per evaluated iterate, from waves of short and of longer chains."""
-    origin = engine.start(0)
-
-    def timed(n: int) -> float:
-        best, end = float("inf"), time.perf_counter() + seconds / 2
-        while time.perf_counter() < end or best == float("inf"):
-            begin = time.perf_counter()
-            # As many chains of the same length as there are lanes.
-            for _ in engine.run([Work(0, Leg("backward"), origin, [n])] * lanes):
-                pass
-            best = min(best, time.perf_counter() - begin)
-        return best / lanes
-
-    timed(1)
-    longest = min(21, most)
-    short, long = timed(1), timed(longest)
-    per_application = max(long - short, 0.0) / max(longest - 1, 1)
-    return per_application, max(short - per_application, 0.0)
 
 
 def _state_bytes(live: LiveProblem, operator: Operator, init_seed: int) -> int:

@@ -30,6 +30,7 @@ from trajstore.experiment import Experiment
 from trajstore.flattening import schema_of
 from trajstore.observing import Observer, parameters_of
 from trajstore.planning import Device, Wishes, afford, plan_for, run_seeds
+from trajstore.problems import LiveProblem
 from trajstore.provenance import now, provenance
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
@@ -37,7 +38,7 @@ from trajstore.storage.schema import Schema, declare
 from trajstore.storage.writer import SlabWriter
 from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, standing
 
-__all__ = ["refuse_conflict", "run"]
+__all__ = ["record_here", "refuse_conflict", "run"]
 
 Progress = Callable[[int, str], None]
 """Called with operator applications done since the last call, and what is being recorded."""
@@ -79,9 +80,7 @@ def run(
         if experiment.name in store:
             _refuse_unless_same(store[experiment.name], config, schema, resume)
         else:
-            streams = [live.batches(seed) for seed in schema.data_seeds] if schema.batch_size else []
-            indices = [np.stack([s.examples(i) for i in range(1, experiment.steps + 1)]) for s in streams]
-            declare(root, experiment.name, schema, config, indices)
+            _declare(root, experiment, live, schema)
     group = zarr.open_group(root.store, path=experiment.name, mode="r+")
     stored = StoredExperiment(store, group)
     complete = Commits.of(group, schema).complete
@@ -113,6 +112,22 @@ def run(
         with _noted(stored, pack, {"plan": plan.to_json(), **provenance(where)}):
             _fill(stored, experiment, pack, computing)
     return store[experiment.name]
+
+
+def record_here(experiment: Experiment, path: Path, live: LiveProblem, engine: Engine) -> StoredExperiment:
+    """Record an experiment into a new store in this process, by an engine that there is."""
+    root, schema = open_root(path), schema_of(experiment, live)
+    group = _declare(root, experiment, live, schema)
+    stored = StoredExperiment(Store(path), group)
+    slabs = [Slab(order, k) for k in range(len(experiment.seeds)) for order in experiment.orders]
+    _fill(stored, experiment, slabs, engine)
+    return stored
+
+
+def _declare(root: zarr.Group, experiment: Experiment, live: LiveProblem, schema: Schema) -> zarr.Group:
+    streams = [live.batches(seed) for seed in schema.data_seeds] if schema.batch_size else []
+    indices = [np.stack([s.examples(i) for i in range(1, experiment.steps + 1)]) for s in streams]
+    return declare(root, experiment.name, schema, experiment.config(), indices)
 
 
 def _stored_plan(stored: StoredExperiment, wishes: Wishes) -> Plan | None:

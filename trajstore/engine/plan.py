@@ -7,7 +7,8 @@ recorded, so that the rest of a recording is computed the same way.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from trajstore.operators import Operator
 from trajstore.orders import Leg
 from trajstore.problems import LiveProblem
 
-__all__ = ["EngineChoice", "Plan", "choose", "make_engine", "ready"]
+__all__ = ["EngineChoice", "Plan", "choose", "make_engine", "ready", "threads"]
 
 EngineChoice = Literal["auto", "reference", "wavefront"]
 
@@ -124,8 +125,8 @@ def choose(
     second each. Processes are taken to share the work evenly, less a tenth.
     """
     device = next(iter(problem.initial(seeds[0][0])[0].values())).device.type
-    threads = torch.get_num_threads()
-    of_workers: dict[str, Any] = {"workers": workers, "threads": 1} if workers else {"threads": threads}
+    cores = torch.get_num_threads()
+    of_workers: dict[str, Any] = {"workers": workers, "threads": 1} if workers else {"threads": cores}
     if choice == "reference":
         return Plan("reference", reason="asked for", **of_workers)
 
@@ -153,12 +154,12 @@ def choose(
         reason, slowed = f"not compiled: this machine lacks {' and '.join(missing)}", True
     else:
         compiling, seconds = _Compiling(problem, operator, seeds, steps), applications * quickest
-        several = workers is None and device == "cpu" and threads > 1
-        spread = Plan("wavefront", lanes or (1 if heavy else wide), compiled=True, workers=threads, threads=1)
+        several = workers is None and device == "cpu" and cores > 1
+        spread = Plan("wavefront", lanes or (1 if heavy else wide), compiled=True, workers=cores, threads=1)
         if several and seconds > _WORTH_A_SECOND_LOOK:
             compiling.try_out(spread)  # so far it has always won where there was much work
         if not compiling.found or seconds > _WORTH_EVERY_LOOK:
-            for width in _widths(lanes, wide, 1 if workers else threads, heavy, seconds):
+            for width in _widths(lanes, wide, 1 if workers else cores, heavy, seconds):
                 compiling.try_out(Plan("wavefront", width, compiled=True, **of_workers))
         best = min(compiling.found.values(), default=quickest)
         if several and spread not in compiling.found and applications * best > _WORTH_WORKERS:
@@ -185,17 +186,24 @@ class _Compiling:
 
     def try_out(self, plan: Plan) -> None:
         """Compile and time a plan with as many threads as each of its processes has."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(plan.threads)  # compiled code depends on it
-        try:
+        with threads(plan.threads):
             done, engine = ready(plan, *self._given)
             if done.compiled:
                 seconds = _seconds_an_application(engine, plan.lanes, self._steps)
                 self.found[plan] = seconds * 1.1 / plan.workers if plan.workers > 1 else seconds
             else:
                 self.failed = done.reason
-        finally:
-            torch.set_num_threads(threads)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads, 0: as it does. Compiled code depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _widths(lanes: int | None, wide: int, threads: int, heavy: bool, seconds: float) -> list[int]:
