@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from trajstore.cli.console import human_bytes, print_csv, print_json, print_table, say
+from trajstore.cli.console import human_bytes, human_seconds, print_csv, print_json, print_table, say
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
 from trajstore.errors import ConfigurationError, FormatError
@@ -139,8 +139,10 @@ def _fill_line(fill: dict[str, Any]) -> str:
     from trajstore.engine.plan import Plan
 
     where = f"{fill['device']}, {fill['threads']} threads, torch {fill['versions'].get('torch')}"
+    spent = ", ".join(f"{what} {human_seconds(s)}" for what, s in (fill.get("seconds") or {}).items())
     when = f"{fill['began']} to {fill['ended'] or '?'}, {len(fill['slabs'])} slabs"
-    return f"{when}, {Plan.from_json(fill['plan']) if 'plan' in fill else fill.get('engine')}, {where}"
+    how = Plan.from_json(fill["plan"]) if "plan" in fill else fill.get("engine")
+    return f"{when}, {how}, {where}" + (f" ({spent})" if spent else "")
 
 
 def _one_line(table: dict[str, Any]) -> str:

@@ -362,6 +362,21 @@ def test_what_does_not_exist_is_named_with_the_nearest_that_does(record):
         experiment.state_dict(order="backward", seed=0, step=40)
 
 
+def test_a_fill_tells_what_its_seconds_went_into(tmp_path):
+    stored = ts.run(ts.Experiment.of({**SMALL_NET, "steps": 20}), tmp_path / "s.zarr", engine="wavefront", lanes=4)
+    for fill in stored.attributes["fills"]:
+        assert set(fill["seconds"]) == {"applications", "metrics", "storing"}
+        assert all(seconds > 0 for seconds in fill["seconds"].values())
+
+
+def test_disk_and_time_are_foretold(tmp_path):
+    experiment = ts.Experiment.of({**SMALL_NET, "problem": {"family": "regression", "width": 64}, "steps": 120})
+    cost = ts.cost(experiment, engine="wavefront", lanes=4)
+    stored = ts.run(experiment, tmp_path / "s.zarr", engine="wavefront", lanes=4)
+    assert 0.7 < cost.disk_bytes / stored.bytes_on_disk() < 1.3
+    assert 0 < cost.metric_seconds < cost.seconds
+
+
 def test_the_cost_counts_applications_exactly_and_raw_bytes(record):
     cost = ts.cost(ts.Experiment.of({**SMALL_NET, "steps": 20}))
     parameters = 8 * 2 + 8 * 9 + 9

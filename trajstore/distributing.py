@@ -30,6 +30,7 @@ from trajstore.errors import ConfigurationError, WorkerError
 from trajstore.experiment import Experiment
 from trajstore.observing import Observation, Observer, parameters_of
 from trajstore.planning import run_seeds
+from trajstore.spending import Clock, Spent
 from trajstore.storage.local import DurableStore
 from trajstore.storage.schema import Schema
 from trajstore.storage.writer import Segment, SlabWriter, Written
@@ -144,8 +145,11 @@ def fill(
     packs: Sequence[Sequence[Slab]],
     writers: Writers,
     progress: Callable[[int, str], None] | None,
-) -> None:
-    """Record slabs, pack after pack, on workers; `writers` locks the slabs of a pack and opens their writers."""
+) -> Spent:
+    """Record slabs, pack after pack, on workers, and return what these spent.
+
+    `writers` locks the slabs of a pack and opens their writers.
+    """
     from distributed import KilledWorker
 
     with ExitStack() as held:
@@ -164,6 +168,7 @@ def fill(
                 f"experiment {job.experiment.name!r}: workers died again and again at the same task ({error}); "
                 "they may lack memory: ask for fewer, or record with --workers 0"
             ) from None
+        return filling.spent
 
 
 class _Task(NamedTuple):
@@ -185,6 +190,7 @@ class _Filling:
         self._ready = [client.submit(_get_ready, self._known, pure=False, workers=[a], priority=1) for a in addresses]
         self._shape = Shape.of(job)
         self._packs = 0
+        self.spent = Spent()
         self._done: Any = as_completed(loop=client.loop)  # type: ignore[no-untyped-call]
         self.tasks: dict[Any, _Task] = {}
         self.workers = max(1, sum(client.nthreads().values()))  # type: ignore[no-untyped-call]
@@ -212,7 +218,8 @@ class _Filling:
     def take(self) -> tuple[int, str]:
         """Wait for a task and commit what it brings; return its operator applications, and where they were."""
         future = next(self._done)
-        gathered: list[Gathered] = future.result()
+        gathered, spent = future.result()
+        self.spent = self.spent.plus(spent)
         pack, applications, where = self.tasks.pop(future.key)
         for one in gathered:
             pack.take(one)
@@ -321,8 +328,9 @@ class _Workshop:
     def observe(self) -> Observer:
         return Observer(self._job.experiment, self.shape.schema)
 
-    def gather(self, stretches: Sequence[Stretch], parts: Sequence[Part]) -> list[Gathered]:
+    def gather(self, stretches: Sequence[Stretch], parts: Sequence[Part]) -> tuple[list[Gathered], Spent]:
         """Compute parts; write the segments that are whole."""
+        clock = Clock(self.engine)
         works, roles = [], []
         for k, part in enumerate(parts):
             first = part.steps[0]
@@ -341,6 +349,10 @@ class _Workshop:
         desks: dict[tuple[int, int], list[Observation]] = {}
 
         def observe(k: int, iterate: Iterate) -> None:
+            with clock.storing():
+                observe_and_write(k, iterate)
+
+        def observe_and_write(k: int, iterate: Iterate) -> None:
             stretch, here = stretches[parts[k].stretch], parameters_of(iterate.state)
             start = self._starts[stretch.slabs[0].seed]
             observed = self.observe(iterate, stretch.leg.start, here, start, before.get(k))
@@ -372,7 +384,7 @@ class _Workshop:
                 observe(k, iterate)
         for (k, number), desk in desks.items():
             gathered += [Gathered(slab, number, desk) for slab in stretches[parts[k].stretch].slabs]
-        return gathered
+        return gathered, clock.spent()
 
 
 _workshops: dict[str, _Workshop] = {}
@@ -410,6 +422,6 @@ def _described(stretches: Sequence[Stretch]) -> list[Stretch]:
     return [replace(s, last=s.last._replace(state=nothing)) for s in stretches]
 
 
-def _compute(job: Job, stretches: Sequence[Stretch], parts: Sequence[Part]) -> list[Gathered]:
+def _compute(job: Job, stretches: Sequence[Stretch], parts: Sequence[Part]) -> tuple[list[Gathered], Spent]:
     with _one_at_a_time:
         return _workshop(job).gather(stretches, parts)

@@ -32,6 +32,7 @@ from trajstore.observing import Observer, parameters_of
 from trajstore.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.problems import LiveProblem
 from trajstore.provenance import now, provenance
+from trajstore.spending import Clock, Spent
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema, declare
@@ -100,8 +101,9 @@ def run(
             stored, [slab for slabs in together for slab in slabs], {"plan": plan.to_json(), **provenance(where)}
         )
         on_workers = connected_to(scheduler) if scheduler else connected(plan.workers)
-        with noted, on_workers as client:
-            fill(client, job, packs, lambda slabs: _writers(stored, slabs), progress)
+        with noted as note, on_workers as client:
+            spent = fill(client, job, packs, lambda slabs: _writers(stored, slabs), progress)
+            note.update(spent._asdict())
         return store[experiment.name]
     plan, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
     if plan.slowed:
@@ -109,8 +111,8 @@ def run(
     if progress is not None:
         computing = _Metered(computing, progress, schema.seeds)
     for pack in packs:
-        with _noted(stored, pack, {"plan": plan.to_json(), **provenance(where)}):
-            _fill(stored, experiment, pack, computing)
+        with _noted(stored, pack, {"plan": plan.to_json(), **provenance(where)}) as note:
+            note.update(_fill(stored, experiment, pack, computing)._asdict())
     return store[experiment.name]
 
 
@@ -171,23 +173,27 @@ def refuse_conflict(experiment: Experiment, path: Path, resume: bool) -> None:
         _refuse_unless_same(store[experiment.name], experiment.config(), schema, resume)
 
 
-def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab], engine: Engine) -> None:
+def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab], engine: Engine) -> Spent:
     """Record slabs in this process, together."""
+    clock = Clock(engine)
     observe, wanted = Observer(experiment, stored.schema), experiment.refinement
     refined = engine if wanted is None else Refining(engine, wanted)
     starts: dict[int, Tensor] = {}
     before: dict[Slab, Tensor] = {}
     with _writers(stored, slabs) as writers:
         for visit in walk(slabs, experiment.steps, experiment.grid, refined, experiment.asked):
-            here = parameters_of(visit.iterate.state)
-            start = starts.setdefault(visit.slabs[0].seed, here)
-            # Slabs that came the same way have the same iterate before.
-            observed = observe(visit.iterate, visit.leg_start, here, start, before.get(visit.slabs[0]))
-            for slab in visit.slabs:
-                writers[slab].append(*observed)
-                before[slab] = here
-        for writer in writers.values():
-            writer.commit()
+            with clock.storing():
+                here = parameters_of(visit.iterate.state)
+                start = starts.setdefault(visit.slabs[0].seed, here)
+                # Slabs that came the same way have the same iterate before.
+                observed = observe(visit.iterate, visit.leg_start, here, start, before.get(visit.slabs[0]))
+                for slab in visit.slabs:
+                    writers[slab].append(*observed)
+                    before[slab] = here
+        with clock.storing():
+            for writer in writers.values():
+                writer.commit()
+    return clock.spent()
 
 
 @contextmanager
@@ -210,6 +216,10 @@ class _Metered:
     def __init__(self, engine: Engine, progress: Progress, seeds: Sequence[int]) -> None:
         self._engine, self._progress, self._seeds = engine, progress, seeds
         self.start = engine.start
+
+    @property
+    def measuring(self) -> float:
+        return self._engine.measuring
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
         done = [work.last.step for work in works]
@@ -245,14 +255,15 @@ def _refuse_unless_same(stored: StoredExperiment, config: dict[str, Any], schema
 
 
 @contextmanager
-def _noted(stored: StoredExperiment, slabs: Sequence[Slab], where: dict[str, Any]) -> Iterator[None]:
-    """Write down who records these slabs, before and after."""
+def _noted(stored: StoredExperiment, slabs: Sequence[Slab], where: dict[str, Any]) -> Iterator[dict[str, float]]:
+    """Write down who records these slabs, before and after; takes what it spent."""
     schema = stored.schema
     named = [[str(order), schema.seeds[position]] for order, position in slabs]
     fill = {"id": uuid.uuid4().hex, "slabs": named, "began": now(), "ended": None, **where}
     _note_fill(stored, fill)
-    yield
-    _note_fill(stored, fill | {"ended": now()})
+    spent: dict[str, float] = {}
+    yield spent
+    _note_fill(stored, fill | {"ended": now(), "seconds": {what: round(s, 3) for what, s in spent.items()}})
 
 
 def _note_fill(stored: StoredExperiment, fill: dict[str, Any]) -> None:

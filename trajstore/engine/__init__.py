@@ -43,6 +43,10 @@ class Work(NamedTuple):
 class Engine(Protocol):
     """Computes the iterates of several seeds."""
 
+    @property
+    def measuring(self) -> float:
+        """How many seconds went into metrics so far."""
+
     def start(self, seed: int) -> Iterate:
         """Return θ₀ of a seed."""
 

@@ -6,6 +6,7 @@ is tested against, and the naive cost to beat.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,6 +24,7 @@ class ReferenceEngine:
 
     def __init__(self, problem: LiveProblem, operator: Operator, seeds: Sequence[tuple[int, int]]) -> None:
         """Take the (init seed, data seed) of each seed."""
+        self.measuring = 0.0
         self._problem = problem
         self._operator = operator
         self._init_seeds = [init for init, _ in seeds]
@@ -59,9 +61,12 @@ class ReferenceEngine:
         return dict(zip(leaves, gradients, strict=True)), {name: b.detach() for name, b in after.items()}
 
     def _measure(self, seed: int, step: int, state: State) -> Iterate:
+        begin = time.perf_counter()
         with torch.no_grad():
             values = self._problem.evaluate(state.params, state.buffers)
             if step > 0:
                 batch = self._batches[seed][step]
                 values = values | {"batch_loss": self._problem.loss(state.params, state.buffers, batch)[0]}
-        return Iterate(step, state, {name: float(value) for name, value in values.items()})
+        numbers = {name: float(value) for name, value in values.items()}
+        self.measuring += time.perf_counter() - begin
+        return Iterate(step, state, numbers)

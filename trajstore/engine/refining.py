@@ -43,6 +43,11 @@ class Refining:
         self._engine, self._wanted = engine, wanted
         self.start = engine.start
 
+    @property
+    def measuring(self) -> float:
+        """How many seconds went into metrics so far."""
+        return self._engine.measuring
+
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
         """Yield (position of the work, iterate), for each work by increasing step, those in between too."""
         forward = [k for k, work in enumerate(works) if work.leg.kind == "forward"]

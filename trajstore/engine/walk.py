@@ -203,6 +203,8 @@ class _Counter:
 
     total = 0
 
+    measuring = 0.0
+
     def start(self, seed: int) -> Iterate:
         return Iterate(0, State({}, {}, {}, torch.tensor(0)), _NoMetric())
 

@@ -16,6 +16,7 @@ increasing step, as the `Engine` protocol wants.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -92,6 +93,7 @@ class WavefrontEngine:
         self, problem: LiveProblem, operator: Operator, seeds: Sequence[tuple[int, int]], lanes: int, advance: Advance
     ) -> None:
         """Take the (init seed, data seed) of each seed, the width of the wave, and how it advances."""
+        self.measuring = 0.0
         self._problem = problem
         self._operator = operator
         self._init_seeds = [init for init, _ in seeds]
@@ -168,7 +170,9 @@ class WavefrontEngine:
 
     def _shown(self, shown: Sequence[_Shown]) -> Iterator[tuple[int, Iterate]]:
         if shown:
+            begin = time.perf_counter()
             measured = self._measure([s.state for s in shown], [s.seed for s in shown], [s.step for s in shown])
+            self.measuring += time.perf_counter() - begin
             for (work, _, step, state), metrics in zip(shown, measured, strict=True):
                 yield work, Iterate(step, state, metrics)
 
