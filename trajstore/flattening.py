@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError
 from trajstore.experiment import Experiment
@@ -27,15 +25,15 @@ class Flatten:
         self._layout = layout
         self._dtype = torch.float64 if layout.dtype == np.float64 else torch.float32
 
-    def __call__(self, state: State) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Return (params, counters)."""
+    def __call__(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (params, counters), on the state's device."""
         parts: dict[str, list[torch.Tensor]] = {"params": [], "counters": []}
         tensors = {(role, name): tensor for role, name, tensor in tensors_of(state, memory=True)}
         for entry in self._layout.entries:
             parts[entry.array].append(tensors[entry.role, entry.name].reshape(-1))
         params = torch.cat([t.to(self._dtype) for t in parts["params"]])
         counters = torch.cat([t.to(torch.int64) for t in parts["counters"]])
-        return params.numpy(force=True), counters.numpy(force=True)
+        return params, counters
 
 
 def tensors_of(state: State, memory: bool) -> Iterator[tuple[Role, str, torch.Tensor]]:

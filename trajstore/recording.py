@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ from trajstore.engine.walk import Slab, applications, walk
 from trajstore.errors import ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
 from trajstore.flattening import schema_of
-from trajstore.observing import Observer, parameters_of
+from trajstore.observing import Observation, Observer, parameters_of
 from trajstore.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.problems import LiveProblem
 from trajstore.provenance import now, provenance
@@ -41,6 +42,8 @@ from trajstore.store import Store, StoredExperiment, check_place, make_place, op
 
 __all__ = ["record_here", "refuse_conflict", "run"]
 
+_ON_THE_WAY = {"cuda": 4}
+"""So many iterates may be leaving a device while the next are computed."""
 Progress = Callable[[int, str], None]
 """Called with operator applications done since the last call, and what is being recorded."""
 
@@ -180,17 +183,28 @@ def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab
     refined = engine if wanted is None else Refining(engine, wanted)
     starts: dict[int, Tensor] = {}
     before: dict[Slab, Tensor] = {}
+    leaving: deque[tuple[tuple[Slab, ...], Callable[[], Observation]]] = deque()
     with _writers(stored, slabs) as writers:
+
+        def arrive() -> None:
+            slabs, finish = leaving.popleft()
+            observed = finish()
+            for slab in slabs:
+                writers[slab].append(*observed)
+
         for visit in walk(slabs, experiment.steps, experiment.grid, refined, experiment.asked):
             with clock.storing():
                 here = parameters_of(visit.iterate.state)
                 start = starts.setdefault(visit.slabs[0].seed, here)
                 # Slabs that came the same way have the same iterate before.
-                observed = observe(visit.iterate, visit.leg_start, here, start, before.get(visit.slabs[0]))
-                for slab in visit.slabs:
-                    writers[slab].append(*observed)
-                    before[slab] = here
+                finish = observe.begin(visit.iterate, visit.leg_start, here, start, before.get(visit.slabs[0]))
+                before |= dict.fromkeys(visit.slabs, here)
+                leaving.append((visit.slabs, finish))
+                if len(leaving) > _ON_THE_WAY.get(here.device.type, 0):
+                    arrive()
         with clock.storing():
+            while leaving:
+                arrive()
             for writer in writers.values():
                 writer.commit()
     return clock.spent()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from trajstore.cli.main import main
-from trajstore.cli.options import parse_seeds, parse_settings
+from trajstore.cli.options import parse_seeds, parse_settings, parse_size
 
 import trajstore as ts
 from trajstore.errors import ConfigurationError
@@ -107,7 +107,7 @@ def test_options_override_the_preset(trajstore):
     assert config["orders"] == ["backward/3", "forward"]
     assert config["init_seed"] == 4
     assert config["record"] == {
-        "every": 2, "log_until": None, "steps": None, "snapshot_every": 4, "optimizer_state": False, "sketch": 128,
+        "every": 2, "log_until": None, "steps": None, "adaptive": None, "tolerance": None, "snapshot_every": 4, "optimizer_state": False, "sketch": 128,
         "codec": "portable",
     }  # fmt: skip
     assert (config["operator"]["family"], config["operator"]["lr"]) == ("adam", 0.01)
@@ -203,6 +203,13 @@ BAD = [
     (["sql", "s.zarr", "SELECT now()"], "cast it"),
     (["record", "quadratic", "--store", "s.zarr", "--steps", "5", "--seeds", "0"], "give --resume"),
     (["record", "quadratic", "--store", "s.zarr", "--steps", "6", "--seeds", "0", "--resume"], "steps: 5 / 6"),
+    (["record", "fig4", "--store", "s", "--memory", "4 apples"], "--memory '4 apples' is not a size"),
+    (["record", "fig4", "--store", "s", "--memory", "500MB", "--workers", "0"], "one process would take about 1.0 GB"),
+    (["record", "fig4", "--store", "s", "--memory", "2GB", "--workers", "2"], "2 worker processes would take about 3"),
+    (["record", "fig4", "--store", "s", "--workers", "1", "--scheduler", "tcp://127.0.0.1:1"], "give one of them"),
+    (["record", "fig4", "--store", "s", "--adaptive", "test_loss"], "write METRIC=TOLERANCE"),
+    (["record", "fig4", "--store", "s", "--adaptive", "tst_loss=0.1"], "did you mean 'test_loss'"),
+    (["record", "fig4", "--store", "s", "--adaptive", "test_loss=-1"], "tolerance is -1.0"),
     (["demo", "-o", "demo.gif"], "the ending says the format"),
 ]
 
@@ -231,6 +238,11 @@ def test_without_arguments_it_shows_its_help(trajstore):
 @pytest.mark.parametrize(("text", "seeds"), [("3", [3]), ("0-2", [0, 1, 2]), ("0,4-5, 9", [0, 4, 5, 9])])
 def test_seeds(text, seeds):
     assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), ("1.5 GiB", 3 * 2**29), ("7", 7), ("10kb", 10_000)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
 
 
 def test_settings():
