@@ -107,8 +107,8 @@ def test_options_override_the_preset(trajstore):
     assert config["orders"] == ["backward/3", "forward"]
     assert config["init_seed"] == 4
     assert config["record"] == {
-        "every": 2, "log_until": None, "steps": None, "adaptive": None, "tolerance": None, "snapshot_every": 4, "optimizer_state": False, "sketch": 128,
-        "codec": "portable",
+        "every": 2, "log_until": None, "steps": None, "adaptive": None, "tolerance": None, "snapshot_every": 4,
+        "optimizer_state": False, "sketch": 128, "codec": "portable",
     }  # fmt: skip
     assert (config["operator"]["family"], config["operator"]["lr"]) == ("adam", 0.01)
 
