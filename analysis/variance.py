@@ -65,6 +65,11 @@ def window_of(ds: xr.Dataset, metric: str, window: int) -> tuple[NDArray[np.floa
     if len(steps) < window:
         raise StatisticError(f"{metric}: {len(steps)} steps are recorded, fewer than the window of {window}")
     tail = steps[-window:]
+    if ds.attrs.get("adaptive") and len(set(np.diff(tail).tolist())) > 1:
+        raise StatisticError(
+            f"{metric}: the grid is adaptive, so steps {tail[0]} to {tail[-1]} are recorded where "
+            f"{ds.attrs['adaptive']} changes most, and a variance over them would be wrong; record them evenly"
+        )
     there = recorded.isel(step=tail)
     if not bool(there.all()):
         order, seed, step = next(zip(*np.nonzero(~there.values), strict=True))

@@ -43,5 +43,7 @@ def dataset(experiment: StoredExperiment) -> xr.Dataset:
                 nothing = np.asarray(fills[str(name)], dtype=variable.dtype)
                 shown[name] = variable.where(mask, nothing).assign_attrs(variable.attrs)
     labels = {name: shown[name].compute() for name in ("init_seed", "data_seed")}
-    labelled: xr.Dataset = shown.assign_coords(labels).assign_attrs(experiment=experiment.name)
+    metric = experiment.config["record"].get("adaptive")
+    adaptive = {"adaptive": metric} if metric else {}
+    labelled: xr.Dataset = shown.assign_coords(labels).assign_attrs(experiment=experiment.name, **adaptive)
     return labelled

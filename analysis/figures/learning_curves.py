@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from trajstore.analysis.figures import order_colour, style
 
 from trajstore.errors import NotFoundError, StatisticError, choices
@@ -63,8 +64,16 @@ def _curves(ax: Axes, ds: xr.Dataset, metric: str, row: int) -> None:
             # The noisiest curve lies below, so that the smooth ones stay visible.
             zorder=2 + position,
             linewidth=0.7 if order == "forward" else 1.1,
+            # A line would hide that nothing was computed in between.
+            marker="." if _uneven(ds["step"].values[here]) else None,
+            markersize=2.5,
         )
     ax.margins(x=0.01)
+
+
+def _uneven(steps: NDArray[np.int64]) -> bool:
+    """Tell whether steps are recorded at uneven distances; the last one may be nearer."""
+    return bool(len(set(np.diff(steps)[:-1].tolist())) > 1)
 
 
 def _spans_decades(ds: xr.Dataset, metric: str) -> bool:

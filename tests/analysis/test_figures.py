@@ -30,6 +30,15 @@ def test_learning_curves_draw_every_seed_and_order(record):
     assert [text.get_text() for text in legend.get_texts()] == ["forward", "backward", "backward/5"]
 
 
+def test_uneven_steps_are_marked(record):
+    marks = [
+        {line.get_marker() for ax in draw("learning-curves", record(name=f"n{k}", record=grid).dataset()).axes
+         for line in ax.lines}
+        for k, grid in enumerate(({"every": 5}, {"steps": [3, 4]}))
+    ]  # fmt: skip
+    assert marks == [{"None"}, {"."}]
+
+
 def test_the_plain_orders_keep_their_colours():
     assert order_colour("forward", 3) != order_colour("backward", 3)
     assert order_colour("forward", 0) == order_colour("forward", 1)

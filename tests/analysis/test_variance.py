@@ -104,3 +104,10 @@ def test_what_cannot_be_had_is_refused():
     missing[1, 0, 18:] = False
     with pytest.raises(StatisticError, match="order 'backward', seed 7 has no step 18; finish"):
         level_variance(dataset(np.ones(20), np.ones(20), missing), "loss", 5)
+
+
+def test_steps_that_were_chosen_by_a_metric_give_no_variance(record):
+    grid = {"adaptive": "test_loss", "tolerance": 1e-3}
+    ds = record(steps=80, orders=["backward"], seeds=[0], record=grid).dataset()
+    with pytest.raises(StatisticError, match=r"the grid is adaptive, so steps .* would be wrong; record them evenly"):
+        tail_variance(ds, "test_loss", window=20)
