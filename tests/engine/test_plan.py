@@ -17,8 +17,10 @@ from trajstore.engine import Work, plan
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import Plan, choose, make_engine, ready
 from trajstore.errors import ConfigurationError, SlowPlanWarning
+from trajstore.flattening import schema_of
 from trajstore.operators.sgd import SGD
 from trajstore.orders import Leg
+from trajstore.planning import Wishes, afford
 from trajstore.problems import ModuleProblem
 from trajstore.problems.quadratic import Quadratic
 from trajstore.problems.regression import Regression
@@ -109,6 +111,47 @@ def test_a_compiler_older_than_the_processor_compiles_for_what_it_knows(tmp_path
     environment = os.environ | {"CXX": str(old), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "wavefront of 2 lanes, compiled\n"
+
+
+@pytest.mark.parametrize(
+    ("applications", "tried", "workers"),
+    [
+        (100_000, [], 0),  # 10 s
+        (500_000, [(2, 0)], 0),  # 50 s
+        (2_000_000, [(1, 2)], 2),  # 200 s: processes have always won there
+        (20_000_000, [(1, 2), (2, 0), (16, 0)], 2),
+    ],
+)
+def test_the_more_work_the_more_is_tried_and_much_is_spread_over_processes(monkeypatch, applications, tried, workers):
+    class Timed:
+        def __init__(self, *_):
+            self.found, self.failed = {}, ""
+
+        def try_out(self, one):
+            looked_at.append((one.lanes, one.workers))
+            self.found[one] = 1e-5 if one.workers else 2e-5
+
+    looked_at: list[tuple[int, int]] = []
+    monkeypatch.setattr(plan, "_Compiling", Timed)
+    monkeypatch.setattr(plan, "_seconds_an_application", lambda *_: 1e-4)
+    monkeypatch.setattr(plan, "missing_for_compiling", lambda device: ())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    chosen = choose(SMALL.build(CPU), SGD(0.05), [(0, 0)], applications, 1000, 1_000_000, 500)
+    assert looked_at == tried
+    assert chosen.workers == workers
+    assert chosen.compiled == bool(tried)
+
+
+def test_processes_are_as_many_as_memory_allows_and_too_little_is_refused():
+    experiment = ts.Experiment.of(QUADRATIC)
+    live = experiment.live
+    given = Plan("wavefront", 1, compiled=True, workers=4, threads=1), experiment, live, schema_of(experiment, live)
+    for memory, workers in ((10**10, 4), (3_100_000_000, 2), (1_000_000_000, 0)):
+        assert afford(*given, Wishes(memory=memory))[0].workers == workers
+    with pytest.raises(ConfigurationError, match=r"4 worker processes would take about 5\.0 GB, and memory is 3\.1 GB"):
+        afford(*given, Wishes(memory=3_100_000_000, workers=4))
+    with pytest.raises(ConfigurationError, match="one process would take about 1"):
+        afford(*given, Wishes(memory=500_000_000))
 
 
 def branching() -> ModuleProblem:
