@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from trajstore.cli import demo, inspection, plotting, record
 
-from trajstore.errors import BusyError, TrajstoreError
+from trajstore.errors import BusyError, TrajstoreError, WriteError
 
 __all__ = ["app", "main"]
 
@@ -49,7 +49,7 @@ def main() -> None:
     except _CommandLineError as error:
         wants_help = type(error).__name__ == "NoArgsIsHelpError"
         code = _fail(error.format_message(), 2, "" if wants_help else "trajstore: ")
-    except BusyError as error:
+    except (BusyError, WriteError) as error:
         code = _fail(str(error), 1)
     except TrajstoreError as error:
         code = _fail(str(error), 2)

@@ -79,7 +79,15 @@ def record(
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What all processes may take together, as in 4GB.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on: skip complete slabs, redo the others.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after what is committed.")] = False,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Add orders, seeds and steps to an experiment, or make it."),
+    ] = False,
+    durability: Annotated[
+        Literal["segment", "none"],
+        typer.Option(help="Whether what is committed survives a power cut (segment) or only a crash (none)."),
+    ] = "segment",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will take.")] = False,
     json: JSON = False,
 ) -> None:
@@ -95,11 +103,13 @@ def record(
     )  # fmt: skip
     how = {"engine": engine, "lanes": lanes, "device": device, "workers": workers, "memory": parse_size(memory)}
     if dry_run:
-        _dry_run(experiment, store, resume, how, json)
+        _dry_run(experiment, store, {"resume": resume, "extend": extend}, how, json)
         return
     if store is None:
         raise ConfigurationError("say where to record: --store PATH (or --dry-run to see what it takes)")
-    stored = record_with_progress(experiment, store, resume=resume, scheduler=scheduler, **how)
+    stored = record_with_progress(
+        experiment, store, resume=resume, extend=extend, durability=durability, scheduler=scheduler, **how
+    )
     slabs = stored.slabs()
     if json:
         print_json({"experiment": stored.name, "slabs": len(slabs), "bytes": stored.bytes_on_disk()})
@@ -150,14 +160,14 @@ def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
     return Experiment.of(merge({"name": name, "problem": {"family": "factory", "function": reference}}, changes))
 
 
-def _dry_run(experiment: Experiment, store: Path | None, resume: bool, how: dict[str, Any], json: bool) -> None:
+def _dry_run(experiment: Experiment, store: Path | None, on: dict[str, bool], how: dict[str, Any], json: bool) -> None:
     from dataclasses import asdict
 
     from trajstore.costing import cost
     from trajstore.recording import refuse_conflict
 
     if store is not None and store.exists():
-        refuse_conflict(experiment, store, resume)
+        refuse_conflict(experiment, store, **on)
     takes = cost(experiment, **how)
     if json:
         print_json({"experiment": experiment.name, **asdict(takes)})

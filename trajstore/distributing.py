@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import zarr
+from numpy.typing import NDArray
 
 from trajstore.engine import Iterate
 from trajstore.engine.parts import Part, bundles, parts_of, work_to
@@ -31,9 +33,11 @@ from trajstore.experiment import Experiment
 from trajstore.observing import Observation, Observer, parameters_of
 from trajstore.planning import run_seeds
 from trajstore.spending import Clock, Spent
-from trajstore.storage.local import DurableStore
+from trajstore.storage.local import Durability, DurableStore
+from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
-from trajstore.storage.writer import Segment, SlabWriter, Written
+from trajstore.storage.segment import Segment, Written
+from trajstore.storage.writer import Ledger
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -53,6 +57,7 @@ class Job:
     id: str
     experiment: Experiment
     store: str
+    durability: Durability
     plan: Plan
     device: str
 
@@ -136,24 +141,24 @@ def _set() -> Iterator[None]:
                 os.environ[name] = value
 
 
-Writers = Callable[[Sequence[Slab]], AbstractContextManager[Mapping[Slab, SlabWriter]]]
+Ledgers = Callable[[Sequence[Slab]], AbstractContextManager[Mapping[Slab, Ledger]]]
 
 
 def fill(
     client: Client,
     job: Job,
     packs: Sequence[Sequence[Slab]],
-    writers: Writers,
+    ledgers: Ledgers,
     progress: Callable[[int, str], None] | None,
 ) -> Spent:
     """Record slabs, pack after pack, on workers, and return what these spent.
 
-    `writers` locks the slabs of a pack and opens their writers.
+    `ledgers` locks the slabs of a pack and opens what says which of their segments count.
     """
     from distributed import KilledWorker
 
     with ExitStack() as held:
-        filling = _Filling(client, job, writers, held)
+        filling = _Filling(client, job, ledgers, held)
         waiting = list(packs)
         try:
             while waiting or filling.tasks:
@@ -180,10 +185,10 @@ class _Task(NamedTuple):
 class _Filling:
     """Hands out tasks, and takes what comes back."""
 
-    def __init__(self, client: Client, job: Job, writers: Writers, held: ExitStack) -> None:
+    def __init__(self, client: Client, job: Job, ledgers: Ledgers, held: ExitStack) -> None:
         from distributed import as_completed
 
-        self._client, self._job, self._writers, self._held = client, job, writers, held
+        self._client, self._job, self._ledgers, self._held = client, job, ledgers, held
         self._known = client.submit(_itself, job, pure=False)
         # All get ready at once, not each when its first task comes.
         addresses = list(client.nthreads())  # type: ignore[no-untyped-call]
@@ -198,14 +203,14 @@ class _Filling:
     def hand_out(self, slabs: Sequence[Slab], packs: int) -> None:
         """Cut slabs into tasks and hand them out, behind those of earlier packs."""
         locks = self._held.enter_context(ExitStack())
-        pack = _Pack(self._shape, locks.enter_context(self._writers(slabs)), locks)
+        pack = _Pack(self._shape, locks.enter_context(self._ledgers(slabs)), locks)
         first = {"pure": False, "priority": -self._packs}
         scouted = self._client.submit(_scout, self._known, tuple(slabs), **first)
         stretches: list[Stretch] = self._client.submit(_described, scouted, **first).result()
         experiment, segment_of = self._job.experiment, self._shape.schema.segment_of
-        whole = parts_of(stretches, experiment.asked, segment_of, sys.maxsize)
+        whole = parts_of(stretches, experiment.asked, segment_of, sys.maxsize, pack.missing)
         share = max(1, sum(part.cost for part in whole) * packs // (_TASKS_A_WORKER * self.workers))
-        parts = parts_of(stretches, experiment.asked, segment_of, 4 * share)
+        parts = parts_of(stretches, experiment.asked, segment_of, 4 * share, pack.missing)
         for bundle in bundles(parts, share, 4 * self._job.plan.lanes if self._job.plan.lanes > 1 else 1):
             future = self._client.submit(_compute, self._known, scouted, bundle, **first)
             seeds = sorted({self._shape.schema.seeds[stretches[p.stretch].slabs[0].seed] for p in bundle})
@@ -236,6 +241,8 @@ class Shape:
 
     group: zarr.Group
     schema: Schema
+    records: NDArray[np.int64]
+    """The commit records when the job began: (order, seed, segment, field)."""
     recorded: Mapping[int, int]
     """Segment → how many of its steps are recorded, at most where the grid is adaptive."""
     adaptive: bool
@@ -243,29 +250,52 @@ class Shape:
     @classmethod
     def of(cls, job: Job) -> Shape:
         """Open the store of a job."""
-        group = zarr.open_group(DurableStore(job.store), path=job.experiment.name, mode="r+", zarr_format=3)
+        store = DurableStore(job.store, durable=job.durability == "segment")
+        group = zarr.open_group(store, path=job.experiment.name, mode="r+", zarr_format=3)
         schema, recorded = Schema.of(group), dict[int, int]()
         for step in job.experiment.grid:
             segment = schema.segment_of(step)
             recorded[segment] = recorded.get(segment, 0) + 1
-        return cls(group, schema, recorded, job.experiment.refinement is not None)
+        records = Commits.of(group, schema).records
+        return cls(group, schema, records, recorded, job.experiment.refinement is not None)
+
+    def missing(self, slab: Slab, number: int) -> bool:
+        """Tell whether steps of a segment were not committed when the job began."""
+        record = self.records[self._order(slab), slab.seed, number]
+        return bool(record[0] < (0 if self.adaptive else self.recorded.get(number, 0)))
 
     def write(self, slab: Slab, number: int, observations: Sequence[Observation]) -> Written:
         """Write the states of a whole segment."""
-        segment = Segment(self.group, self.schema, (self.schema.orders.index(str(slab.order)), slab.seed), number)
+        corner = self._order(slab), slab.seed
+        before = self.records[(*corner, number)].tolist()
+        segment = Segment(self.group, self.schema, corner, number, counted=max(0, before[0]))
         for observation in sorted(observations, key=lambda o: o.step):
             segment.append(*observation)
-        return segment.write_states()
+        cut = segment.cut()
+        written = cut.written()
+        written.refuse_other(before, f"experiment {self.group.basename!r}, order {slab.order}, segment {number}")
+        for block in cut.blocks():
+            block()
+        assert isinstance(self.group.store, DurableStore)
+        self.group.store.flush()
+        return written
+
+    def _order(self, slab: Slab) -> int:
+        return self.schema.orders.index(str(slab.order))
 
 
 class _Pack:
     """Slabs that are being recorded: their writers, and parts of segments that wait for the rest."""
 
-    def __init__(self, shape: Shape, writers: Mapping[Slab, SlabWriter], locks: ExitStack) -> None:
+    def __init__(self, shape: Shape, ledgers: Mapping[Slab, Ledger], locks: ExitStack) -> None:
         self.locks, self.tasks = locks, 0
-        self._shape, self._writers = shape, writers
+        self._shape, self._ledgers = shape, ledgers
         self._halves: dict[tuple[Slab, int], list[Observation]] = {}
-        self._whole: dict[Slab, set[int]] = {slab: set() for slab in writers}
+        self._whole: dict[Slab, set[int]] = {slab: set() for slab in ledgers}
+
+    def missing(self, stretch: Stretch, segment: int) -> bool:
+        """Tell whether a segment of any slab of a stretch is to be recorded."""
+        return any(self._shape.missing(slab, segment) for slab in stretch.slabs)
 
     def take(self, gathered: Gathered) -> None:
         slab, segment, made = gathered
@@ -280,15 +310,16 @@ class _Pack:
     def finish(self) -> None:
         """Write the segments of which not every step is recorded: an adaptive grid leaves some out."""
         if self._shape.adaptive:
-            for slab in self._writers:
+            for slab in self._ledgers:
                 for segment in sorted(set(range(self._shape.schema.segments)) - self._whole[slab]):
-                    self._write(slab, segment)
+                    if self._shape.missing(slab, segment):
+                        self._write(slab, segment)
 
     def _write(self, slab: Slab, segment: int) -> None:
         self._adopt(slab, self._shape.write(slab, segment, self._halves.pop((slab, segment), [])))
 
     def _adopt(self, slab: Slab, written: Written) -> None:
-        self._writers[slab].adopt(written)
+        self._ledgers[slab].adopt(written)
         self._whole[slab].add(written.segment)
 
 
@@ -362,7 +393,8 @@ class _Workshop:
             desk.append(observed)
             if len(desk) == self.shape.recorded[number]:
                 del desks[k, number]
-                gathered.extend(Gathered(s, number, self.shape.write(s, number, desk)) for s in stretch.slabs)
+                slabs = [s for s in stretch.slabs if self.shape.missing(s, number)]
+                gathered.extend(Gathered(s, number, self.shape.write(s, number, desk)) for s in slabs)
 
         for k, part in enumerate(parts):
             seed = stretches[part.stretch].slabs[0].seed
@@ -383,7 +415,8 @@ class _Workshop:
             else:
                 observe(k, iterate)
         for (k, number), desk in desks.items():
-            gathered += [Gathered(slab, number, desk) for slab in stretches[parts[k].stretch].slabs]
+            slabs = [s for s in stretches[parts[k].stretch].slabs if self.shape.missing(s, number)]
+            gathered += [Gathered(slab, number, desk) for slab in slabs]
         return gathered, clock.spent()
 
 

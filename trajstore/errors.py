@@ -10,6 +10,7 @@
     ├── BusyError (RuntimeError)            another process is writing what you want to write
     ├── FormatError (ValueError)            the store is damaged, of a newer format, or no store at all
     ├── QueryError (ValueError)             an SQL statement that is wrong or not allowed
+    ├── WriteError (OSError)                the disk is full, or fails: what was committed stays
     ├── WorkerError (RuntimeError)          processes that compute died, and it makes no sense to go on
     └── StatisticError (ValueError)         too little data for the number that was asked for
 
@@ -36,6 +37,7 @@ __all__ = [
     "StatisticError",
     "TrajstoreError",
     "WorkerError",
+    "WriteError",
     "choices",
 ]
 
@@ -73,6 +75,10 @@ class FormatError(TrajstoreError, ValueError):
 
 class QueryError(TrajstoreError, ValueError):
     """SQL that is wrong, or that would do more than read this store."""
+
+
+class WriteError(TrajstoreError, OSError):
+    """Something could not be written."""
 
 
 class WorkerError(TrajstoreError, RuntimeError):

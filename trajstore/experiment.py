@@ -11,7 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -92,6 +92,8 @@ class Experiment:
     seeds: tuple[int, ...] = (0,)
     init_seed: int | None = None
     """One θ₀ for all seeds; None: each seed starts from its own."""
+    stops: tuple[int, ...] = ()
+    """The last steps of earlier declarations, before it was extended; they are recorded too."""
     record: Record = field(default_factory=Record)
 
     def __post_init__(self) -> None:
@@ -136,9 +138,29 @@ class Experiment:
         """Return a preset with some fields changed."""
         return cls.of(merge(preset_table(name), changes or {}))
 
+    def grown_from(self, config: Mapping[str, Any]) -> Experiment:
+        """Return this experiment with what a stored one has of orders, seeds and steps, first."""
+        if self.steps < config["steps"]:
+            raise ConfigurationError(
+                f"experiment {self.name!r} has {config['steps']} steps already; an experiment never shrinks, "
+                f"so --extend needs at least --steps {config['steps']}"
+            )
+        longer = (config["steps"],) if self.steps > config["steps"] else ()
+        orders = tuple(map(Order.parse, config["orders"]))
+        return replace(
+            self,
+            orders=tuple(dict.fromkeys((*orders, *self.orders))),
+            seeds=tuple(dict.fromkeys((*config["seeds"], *self.seeds))),
+            stops=tuple(dict.fromkeys((*config["stops"], *longer))),
+        )
+
     @cached_property
     def grid(self) -> tuple[int, ...]:
         """The recorded steps; those that may be, where the grid is adaptive."""
+        return tuple(sorted({*self._planned, *self.stops})) if self.stops else self._planned
+
+    @cached_property
+    def _planned(self) -> tuple[int, ...]:
         if self.record.steps is not None:
             return exactly(self.record.steps, self.steps)
         if self.record.log_until is not None:
@@ -163,7 +185,7 @@ class Experiment:
     def snapshots(self) -> tuple[int, ...]:
         """The steps whose state is stored."""
         k = self.record.snapshot_every or 1
-        return exactly((n for n in self.grid if n % k == 0), self.steps)
+        return exactly((n for n in self.grid if n % k == 0 or n in self.stops), self.steps)
 
     @property
     def init_seeds(self) -> tuple[int, ...]:
@@ -190,6 +212,7 @@ class Experiment:
             "orders": [str(order) for order in self.orders],
             "seeds": list(self.seeds),
             "init_seed": self.init_seed,
+            "stops": list(self.stops),
             "record": {f.name: describe(getattr(self.record, f.name)) for f in fields(self.record)},
         }
 

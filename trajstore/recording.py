@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import uuid
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,34 +16,30 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
-from torch import Tensor
+from numpy.typing import NDArray
 
 from trajstore.configuration import differences
 from trajstore.distributing import Job, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import EngineChoice, Plan, ready
-from trajstore.engine.refining import Refining
-from trajstore.engine.walk import Slab, applications, walk
+from trajstore.engine.walk import Slab, applications
 from trajstore.errors import ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
+from trajstore.filling import fill_here, ledgers_of
 from trajstore.flattening import schema_of
-from trajstore.observing import Observation, Observer, parameters_of
 from trajstore.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.problems import LiveProblem
 from trajstore.provenance import now, provenance
-from trajstore.spending import Clock, Spent
-from trajstore.storage.locks import lock
+from trajstore.storage.declaring import declare, grow, set_attributes
+from trajstore.storage.local import Durability
 from trajstore.storage.reader import Commits
-from trajstore.storage.schema import Schema, declare
-from trajstore.storage.writer import SlabWriter
+from trajstore.storage.schema import Schema
 from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, standing
 
-__all__ = ["record_here", "refuse_conflict", "run"]
+__all__ = ["accept", "record_here", "refuse_conflict", "run"]
 
-_ON_THE_WAY = {"cuda": 4}
-"""So many iterates may be leaving a device while the next are computed."""
-Progress = Callable[[int, str], None]
+Tell = Callable[[int, str], None]
 """Called with operator applications done since the last call, and what is being recorded."""
 
 
@@ -53,24 +48,29 @@ def run(
     path: str | Path,
     *,
     resume: bool = False,
+    extend: bool = False,
+    durability: Durability = "segment",
     engine: EngineChoice = "auto",
     lanes: int | None = None,
     device: Device = "auto",
     workers: int | None = None,
     scheduler: str | None = None,
     memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> StoredExperiment:
     """Record an experiment into a store, and return it as stored.
 
-    An experiment that exists already needs ``resume=True`` and an equal configuration: slabs that are
-    complete are skipped, others done again, by the plan that the recording began with. `lanes` fixes the width of
-    the wave, `workers` the number of processes (0: only this one); a Dask `scheduler` has workers of its own. `memory`
-    is what all processes may take together, in bytes.
+    An experiment that exists already needs ``resume=True`` and an equal configuration: what is committed is left as it
+    is, and each slab goes on after it, by the plan that the recording began with. With ``extend=True`` the stored
+    experiment first grows by the orders, seeds and steps that it does not have, and the slabs asked for are recorded.
+    Under ``durability="none"`` nothing is fsynced, for disks whose contents need not survive a power cut.
+
+    `lanes` fixes the width of the wave, `workers` the number of processes (0: only this one); a Dask `scheduler` has
+    workers of its own. `memory` is what all processes may take together, in bytes.
     """
     wishes = Wishes(engine, lanes, device, workers, scheduler, memory)
     where = wishes.where
-    live, config, store = experiment.problem.build(where), experiment.config(), Store(path)
+    live, store, asked = experiment.problem.build(where), Store(path), experiment
     schema = schema_of(experiment, live)  # everything that can be wrong with the request comes before the first byte
     check_place(store)
     begun = standing(store.path / experiment.name) == "experiment"
@@ -78,19 +78,22 @@ def run(
     if plan is not None:
         afford(plan, experiment, live, schema, wishes)
     make_place(store)
-    with lock(store.locks / "declare.lock", f"store {path}", patience=60):
-        root = open_root(path)
+    with store.declaring():
+        root = open_root(path, durability)
         _refuse_foreign(store, experiment.name)
         if experiment.name in store:
-            _refuse_unless_same(store[experiment.name], config, schema, resume)
+            experiment = accept(store[experiment.name], experiment, live, resume=resume, extend=extend)
+            schema = schema_of(experiment, live)
+            _grow(root, experiment, live, schema)
         else:
             _declare(root, experiment, live, schema)
     group = zarr.open_group(root.store, path=experiment.name, mode="r+")
     stored = StoredExperiment(store, group)
     complete = Commits.of(group, schema).complete
     missing = [
-        [Slab(order, k) for i, order in enumerate(experiment.orders) if not complete[i, k]]
-        for k in range(len(experiment.seeds))
+        [Slab(order, k) for i, order in enumerate(experiment.orders) if order in asked.orders and not complete[i, k]]
+        for k, seed in enumerate(experiment.seeds)
+        if seed in asked.seeds
     ]
     if not any(missing):
         return store[experiment.name]
@@ -98,14 +101,15 @@ def run(
     plan, fit = afford(plan, experiment, live, schema, wishes)
     packs = list(_waves(plan, experiment, missing, fit))
     if scheduler is not None or plan.workers:
-        job = Job(uuid.uuid4().hex, experiment, str(store.path.absolute()), replace(plan, threads=1), where.type)
+        place = str(store.path.absolute())
+        job = Job(uuid.uuid4().hex, experiment, place, durability, replace(plan, threads=1), where.type)
         together = [slabs for slabs in missing if slabs]
         noted = _noted(
             stored, [slab for slabs in together for slab in slabs], {"plan": plan.to_json(), **provenance(where)}
         )
         on_workers = connected_to(scheduler) if scheduler else connected(plan.workers)
         with noted as note, on_workers as client:
-            spent = fill(client, job, packs, lambda slabs: _writers(stored, slabs), progress)
+            spent = fill(client, job, packs, lambda slabs: ledgers_of(stored, slabs), progress)
             note.update(spent._asdict())
         return store[experiment.name]
     plan, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
@@ -113,9 +117,9 @@ def run(
         warnings.warn(f"experiment {experiment.name!r}: {plan}", SlowPlanWarning, stacklevel=2)
     if progress is not None:
         computing = _Metered(computing, progress, schema.seeds)
-    for pack in packs:
-        with _noted(stored, pack, {"plan": plan.to_json(), **provenance(where)}) as note:
-            note.update(_fill(stored, experiment, pack, computing)._asdict())
+    for slabs in packs:
+        with _noted(stored, slabs, {"plan": plan.to_json(), **provenance(where)}) as note:
+            note.update(fill_here(stored, experiment, slabs, computing, where)._asdict())
     return store[experiment.name]
 
 
@@ -125,14 +129,23 @@ def record_here(experiment: Experiment, path: Path, live: LiveProblem, engine: E
     group = _declare(root, experiment, live, schema)
     stored = StoredExperiment(Store(path), group)
     slabs = [Slab(order, k) for k in range(len(experiment.seeds)) for order in experiment.orders]
-    _fill(stored, experiment, slabs, engine)
+    fill_here(stored, experiment, slabs, engine, torch.device("cpu"))
     return stored
 
 
 def _declare(root: zarr.Group, experiment: Experiment, live: LiveProblem, schema: Schema) -> zarr.Group:
+    return declare(root, experiment.name, schema, experiment.config(), _batch_index(experiment, live, schema))
+
+
+def _grow(root: zarr.Group, experiment: Experiment, live: LiveProblem, schema: Schema) -> None:
+    group = zarr.open_group(root.store, path=experiment.name, mode="r+")
+    if schema != Schema.of(group):
+        grow(group, schema, experiment.config(), _batch_index(experiment, live, schema))
+
+
+def _batch_index(experiment: Experiment, live: LiveProblem, schema: Schema) -> list[NDArray[np.int64]]:
     streams = [live.batches(seed) for seed in schema.data_seeds] if schema.batch_size else []
-    indices = [np.stack([s.examples(i) for i in range(1, experiment.steps + 1)]) for s in streams]
-    return declare(root, experiment.name, schema, experiment.config(), indices)
+    return [np.stack([s.examples(i) for i in range(1, experiment.steps + 1)]) for s in streams]
 
 
 def _stored_plan(stored: StoredExperiment, wishes: Wishes) -> Plan | None:
@@ -168,66 +181,18 @@ def _waves(plan: Plan, experiment: Experiment, missing: Sequence[Sequence[Slab]]
             yield slabs[turn : turn + fit]
 
 
-def refuse_conflict(experiment: Experiment, path: Path, resume: bool) -> None:
+def refuse_conflict(experiment: Experiment, path: Path, *, resume: bool, extend: bool) -> None:
     """Raise what `run` would raise because of what is stored already."""
     store = Store(path)
     if experiment.name in store:
-        schema = schema_of(experiment, experiment.problem.build(torch.device("cpu")))
-        _refuse_unless_same(store[experiment.name], experiment.config(), schema, resume)
-
-
-def _fill(stored: StoredExperiment, experiment: Experiment, slabs: Sequence[Slab], engine: Engine) -> Spent:
-    """Record slabs in this process, together."""
-    clock = Clock(engine)
-    observe, wanted = Observer(experiment, stored.schema), experiment.refinement
-    refined = engine if wanted is None else Refining(engine, wanted)
-    starts: dict[int, Tensor] = {}
-    before: dict[Slab, Tensor] = {}
-    leaving: deque[tuple[tuple[Slab, ...], Callable[[], Observation]]] = deque()
-    with _writers(stored, slabs) as writers:
-
-        def arrive() -> None:
-            slabs, finish = leaving.popleft()
-            observed = finish()
-            for slab in slabs:
-                writers[slab].append(*observed)
-
-        for visit in walk(slabs, experiment.steps, experiment.grid, refined, experiment.asked):
-            with clock.storing():
-                here = parameters_of(visit.iterate.state)
-                start = starts.setdefault(visit.slabs[0].seed, here)
-                # Slabs that came the same way have the same iterate before.
-                finish = observe.begin(visit.iterate, visit.leg_start, here, start, before.get(visit.slabs[0]))
-                before |= dict.fromkeys(visit.slabs, here)
-                leaving.append((visit.slabs, finish))
-                if len(leaving) > _ON_THE_WAY.get(here.device.type, 0):
-                    arrive()
-        with clock.storing():
-            while leaving:
-                arrive()
-            for writer in writers.values():
-                writer.commit()
-    return clock.spent()
-
-
-@contextmanager
-def _writers(stored: StoredExperiment, slabs: Sequence[Slab]) -> Iterator[dict[Slab, SlabWriter]]:
-    """Lock slabs and open their writers."""
-    schema = stored.schema
-    with ExitStack() as locks:
-        for order, position in slabs:
-            seed = schema.seeds[position]
-            what = f"experiment {stored.name!r}, order {str(order)!r}, seed {seed}"
-            locks.enter_context(lock(stored.slab_lock(str(order), seed), what))
-        yield {
-            slab: SlabWriter(stored.group, schema, schema.orders.index(str(slab.order)), slab.seed) for slab in slabs
-        }
+        live = experiment.problem.build(torch.device("cpu"))
+        accept(store[experiment.name], experiment, live, resume=resume, extend=extend)
 
 
 class _Metered:
     """An engine that tells how far it is."""
 
-    def __init__(self, engine: Engine, progress: Progress, seeds: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, progress: Tell, seeds: Sequence[int]) -> None:
         self._engine, self._progress, self._seeds = engine, progress, seeds
         self.start = engine.start
 
@@ -253,19 +218,34 @@ def _refuse_foreign(store: Store, name: str) -> None:
         )
 
 
-def _refuse_unless_same(stored: StoredExperiment, config: dict[str, Any], schema: Schema, resume: bool) -> None:
-    found = differences(stored.config, config)
-    found += differences(stored.schema.to_json(), schema.to_json(), "schema.")  # a function's globals may have changed
+def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, resume: bool, extend: bool) -> Experiment:
+    """Return the stored experiment, grown by what is asked for; refuse one that contradicts it."""
+    config, schema = stored.config, stored.schema
+    experiment = asked.grown_from(config) if extend else replace(asked, stops=tuple(config["stops"]))
+    own = experiment.config()
+    growing = ("orders", "seeds", "steps", "stops") if extend else ()
+    left, right = ({k: v for k, v in c.items() if k not in growing} for c in (config, own))
+    found = differences(left, right)
+    new = schema_of(experiment, live)
+    shape, wanted = schema.to_json(), new.to_json()  # these too: a function's globals may have changed
+    if extend:
+        shape, wanted = (
+            {k: v for k, v in s.items() if k not in ("steps", "snapshots", *growing)} for s in (shape, wanted)
+        )
+        if new.snapshots[: len(schema.snapshots)] != schema.snapshots:
+            found.append("record: steps up to the last one would be recorded at other places")
+    found += differences(shape, wanted, "schema.")
     if found:
         raise ConflictError(
             f"experiment {stored.name!r} is stored already and differs in {'; '.join(found)} (stored / asked for); "
-            "choose another name"
+            "choose another name" + ("" if extend else ", or give --extend if it is to grow by orders, seeds or steps")
         )
-    if not resume:
+    if not (resume or extend):
         raise ConflictError(
             f"experiment {stored.name!r} is stored already with this configuration; "
             "give --resume to go on with it, or another --name"
         )
+    return experiment
 
 
 @contextmanager
@@ -274,16 +254,15 @@ def _noted(stored: StoredExperiment, slabs: Sequence[Slab], where: dict[str, Any
     schema = stored.schema
     named = [[str(order), schema.seeds[position]] for order, position in slabs]
     fill = {"id": uuid.uuid4().hex, "slabs": named, "began": now(), "ended": None, **where}
-    _note_fill(stored, fill)
+    _notefill_here(stored, fill)
     spent: dict[str, float] = {}
     yield spent
-    _note_fill(stored, fill | {"ended": now(), "seconds": {what: round(s, 3) for what, s in spent.items()}})
+    _notefill_here(stored, fill | {"ended": now(), "seconds": {what: round(s, 3) for what, s in spent.items()}})
 
 
-def _note_fill(stored: StoredExperiment, fill: dict[str, Any]) -> None:
-    store = stored.store
-    with lock(store.locks / "declare.lock", f"store {store.path}", patience=60):
+def _notefill_here(stored: StoredExperiment, fill: dict[str, Any]) -> None:
+    with stored.store.declaring():
         group = zarr.open_group(stored.group.store, path=stored.name, mode="r+")
         attributes: Any = group.attrs["trajstore"]
         others = [other for other in attributes["fills"] if other["id"] != fill["id"]]
-        group.attrs["trajstore"] = attributes | {"fills": [*others, fill]}
+        set_attributes(group, attributes | {"fills": [*others, fill]})

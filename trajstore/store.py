@@ -21,7 +21,8 @@ import zarr
 from zarr.errors import GroupNotFoundError
 
 from trajstore.errors import ConfigurationError, FormatError, NotFoundError, TrajstoreError, choices
-from trajstore.storage.local import DurableStore
+from trajstore.storage.local import Durability, DurableStore
+from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import FORMAT, Schema, check_format
 
@@ -63,9 +64,9 @@ def make_place(store: Store) -> None:
         raise ConfigurationError(f"cannot write to {root}: you may not write in {refused}")
 
 
-def open_root(path: str | Path) -> zarr.Group:
+def open_root(path: str | Path, durability: Durability = "segment") -> zarr.Group:
     """Open the root group for writing, creating the store where there is nothing yet."""
-    group = zarr.open_group(DurableStore(path), mode="a", zarr_format=3)
+    group = zarr.open_group(DurableStore(path, durable=durability == "segment"), mode="a", zarr_format=3)
     if "trajstore" not in group.attrs:
         group.attrs["trajstore"] = {"format": FORMAT}
     return group
@@ -104,6 +105,12 @@ class Store:
     def locks(self) -> Path:
         """The folder of lock files."""
         return self.companion / "locks"
+
+    @contextmanager
+    def declaring(self) -> Iterator[None]:
+        """Hold the lock of whoever changes shapes or attributes."""
+        with lock(self.locks / "declare.lock", f"store {self.path}", patience=60):
+            yield
 
     @cached_property
     def root(self) -> zarr.Group:
@@ -216,7 +223,11 @@ class StoredExperiment:
         with _damage_told(f"experiment {self.name!r} in {self.store.path}"):
             array = self.group[name]
             assert isinstance(array, zarr.Array)
-            return np.asarray(array[...])
+            return np.asarray(array[tuple(slice(0, n) for n in self._shape)])
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return len(self.schema.orders), len(self.schema.seeds), self.schema.steps + 1
 
     def slab_lock(self, order: str, seed: int) -> Path:
         """Return the lock file of a slab."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import zarr
 
+from trajstore.errors import ConflictError, WriteError
 from trajstore.storage import writer as writer_module
+from trajstore.storage.declaring import declare
 from trajstore.storage.layout import Entry, Layout
 from trajstore.storage.local import DurableStore
+from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.reader import Commits
-from trajstore.storage.schema import Schema, declare
-from trajstore.storage.writer import SlabWriter
+from trajstore.storage.schema import Schema
+from trajstore.storage.writer import Ledger, SlabWriter
 
 STEPS, EVERY = 23, 2
 SNAPSHOTS = (*range(0, STEPS, EVERY), STEPS)
@@ -41,11 +45,28 @@ def group(tmp_path: Path) -> zarr.Group:
     return declare(root, "e", SCHEMA, {"name": "e"}, [])
 
 
-def write(group: zarr.Group, until: int) -> SlabWriter:
-    slab = SlabWriter(group, SCHEMA, 1, 0)
-    for n in range(until + 1):
-        slab.append(n, 0, *values(n))
-    return slab
+class Writing:
+    """A slab's writer with a pipeline of its own; `commit` waits until what it commits is true."""
+
+    def __init__(self, group: zarr.Group) -> None:
+        self.pipeline = Pipeline()
+        self.slab = SlabWriter(Ledger(group, SCHEMA, 1, 0), self.pipeline)
+
+    def append(self, n: int, **other) -> None:
+        metrics, sketch, snapshot = values(n)
+        self.slab.append(n, 0, {**metrics, **other}, sketch, snapshot)
+
+    def commit(self) -> None:
+        self.slab.commit()
+        self.pipeline.drain()
+
+
+def write(group: zarr.Group, until: int, begin: int = 0) -> Writing:
+    writing = Writing(group)
+    for n in range(begin, until + 1):
+        writing.append(n)
+    writing.pipeline.drain()
+    return writing
 
 
 def test_everything_comes_back(group):
@@ -75,7 +96,7 @@ def test_digests_are_those_of_the_format_page(group):
         for n in range(begin, end):
             metrics, sketch, snapshot = values(n)
             digest.update(struct.pack("<qqq", n, 0, 3 if "b" in metrics else 1))
-            digest.update(struct.pack("<2d", metrics["a"], float("nan")))
+            digest.update(struct.pack(f"<{len(metrics)}d", *metrics.values()))
             digest.update(struct.pack("<4d", *sketch))
             if snapshot:
                 digest.update(struct.pack("<5f", *snapshot[0]) + struct.pack("<q", n))
@@ -104,7 +125,7 @@ def test_a_partial_segment_is_committed_and_replaced_by_one_with_the_same_prefix
     assert commits.last_step[1, 0] == 12
     partial = commits.records[1, 0, 1].copy()
     for n in range(14, STEPS + 1):
-        slab.append(n, 0, *values(n))
+        slab.append(n)
     slab.commit()
     assert Commits.of(group, SCHEMA).complete[1, 0]
     assert group["committed"][1, 0, 1].tolist() != partial.tolist()
@@ -124,10 +145,107 @@ def test_data_beyond_the_record_is_hidden_even_where_it_is_on_disk(group):
     assert not commits.complete[1, 0]
 
 
-def test_a_new_recording_of_a_slab_first_takes_back_the_old_one(group):
+def chunks(group: zarr.Group) -> dict[str, bytes]:
+    root = Path(group.store.root)
+    return {str(f): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("until", [0, 3, 9, 10, 13, 20])
+def test_a_new_writer_goes_on_in_the_middle_of_a_segment(group, tmp_path, until):
     write(group, STEPS).commit()
-    write(group, 3)
-    assert not Commits.of(group, SCHEMA).steps[1, 0].any()
+    whole = chunks(group)
+    other = zarr.open_group(DurableStore(tmp_path / "t.zarr"), mode="a", zarr_format=3)
+    half = declare(other, "e", SCHEMA, {"name": "e"}, [])
+    write(half, until).commit()
+    write(half, STEPS, begin=until + 1).commit()
+    assert list(chunks(half).values()) == list(whole.values())
+
+
+def test_steps_that_are_committed_may_be_written_again_only_as_they_are(group):
+    write(group, 13).commit()
+    before = chunks(group)
+    again = write(group, 13)
+    assert chunks(group) == before
+    with pytest.raises(ConflictError, match=r"order 'backward', seed 0: step 12 is recorded already, with other"):
+        again.append(12, a=0.5)
+    for n in range(14, STEPS + 1):
+        again.append(n)
+    again.commit()
+    with pytest.raises(ConflictError, match="step 20 is recorded already"):
+        again.append(20, a=0.5)
+    assert Commits.of(group, SCHEMA).complete[1, 0]
+
+
+def test_what_a_writer_that_died_left_uncommitted_does_not_count(group):
+    """It recorded every step of a segment; the next one records every second."""
+    write(group, 9).commit()
+    dead = write(group, 18)
+    ledger = dead.slab.ledger
+    cut = dead.slab._segment.cut()
+    for block in cut.blocks():
+        block()
+    for name, column in cut.written().series.items():
+        ledger._series[name].put(cut.written().steps, column)
+    writing = Writing(group)
+    for n in range(10, STEPS + 1, 3):
+        writing.append(n)
+    writing.commit()
+    assert np.flatnonzero(Commits.of(group, SCHEMA).steps[1, 0]).tolist() == [*range(10), *range(10, STEPS + 1, 3)]
+    assert group["leg"][1, 0].tolist().count(-1) == 14 - 5
+
+
+def test_changing_what_was_appended_changes_nothing_that_is_stored(group):
+    writing = Writing(group)
+    rows = {n: values(n) for n in range(STEPS + 1)}
+    for n, (metrics, sketch, snapshot) in rows.items():
+        writing.slab.append(n, 0, metrics, sketch, snapshot)
+        sketch += 1
+        metrics["a"] = -1.0
+        for vector in snapshot or ():
+            vector += 1
+    writing.commit()
+    for n in SNAPSHOTS:
+        assert np.array_equal(group["params"][1, 0, :, SNAPSHOTS.index(n)], values(n)[2][0])
+        assert np.array_equal(group["sketch"][1, 0, n], values(n)[1])
+        assert group["a"][1, 0, n] == values(n)[0]["a"]
+
+
+def test_the_first_error_is_raised_at_the_next_call_and_at_the_end(group, monkeypatch):
+    def full(self, key, value):
+        if "params" in key:
+            raise OSError(28, "No space left on device")
+        original(self, key, value)
+
+    original = DurableStore.set_sync
+    monkeypatch.setattr(DurableStore, "set_sync", full)
+    writing = Writing(group)
+    for n in range(10):
+        writing.append(n)
+    message = r"order 'backward', seed 0: steps 0 to 9 could not be written \(No space left on device\); what was"
+    writing.slab.commit()
+    with pytest.raises(WriteError, match=message):
+        writing.pipeline.drain()
+    with pytest.raises(WriteError, match=message):
+        writing.append(10)
+    with pytest.raises(WriteError, match=message):
+        writing.pipeline.close()
+    assert not Commits.of(group, SCHEMA).steps.any()
+
+
+def test_a_forked_child_cannot_write(group):
+    writing = write(group, 3)
+    child = os.fork()
+    if child == 0:
+        try:
+            writing.append(4)
+        except ConflictError as error:
+            os._exit(42 if "is a fork of process" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+    for n in range(4, STEPS + 1):
+        writing.append(n)
+    writing.commit()
+    assert Commits.of(group, SCHEMA).complete[1, 0]
 
 
 def test_the_record_is_written_after_everything_that_it_vouches_for(group, monkeypatch):

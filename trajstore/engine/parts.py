@@ -40,15 +40,22 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    stretches: Sequence[Stretch], grid: Sequence[int], segment_of: Callable[[int], int], most: int
+    stretches: Sequence[Stretch],
+    grid: Sequence[int],
+    segment_of: Callable[[int], int],
+    most: int,
+    missing: Callable[[Stretch, int], bool] = lambda _stretch, _segment: True,
 ) -> list[Part]:
-    """Cut stretches into parts, none of more than `most` operator applications unless it is one iterate."""
+    """Cut stretches into parts, none of more than `most` operator applications unless it is one iterate.
+
+    Only segments that are `missing` are wanted.
+    """
     parts = []
     for k, stretch in enumerate(stretches):
-        wanted = grid[bisect_right(grid, stretch.begin) : bisect_right(grid, stretch.end)]
+        here = grid[bisect_right(grid, stretch.begin) : bisect_right(grid, stretch.end)]
         if stretch.begin == 0:
-            wanted = (0, *wanted)
-        for steps in _pieces(stretch, wanted, segment_of, most):
+            here = (0, *here)
+        for steps in _pieces(stretch, here, segment_of, most, missing):
             before = _before(stretches, k, grid, steps[0])
             cost = stretch.work(steps).applications
             if before is not None:
@@ -77,12 +84,20 @@ def bundles(parts: Sequence[Part], least: int, chains: int) -> list[list[Part]]:
 
 
 def _pieces(
-    stretch: Stretch, wanted: Sequence[int], segment_of: Callable[[int], int], most: int
+    stretch: Stretch,
+    here: Sequence[int],
+    segment_of: Callable[[int], int],
+    most: int,
+    missing: Callable[[Stretch, int], bool],
 ) -> Iterator[Sequence[int]]:
     if stretch.leg.kind == "forward":
-        yield from [wanted] if wanted else []
+        for wanted, run in groupby(here, lambda step: missing(stretch, segment_of(step))):
+            if wanted:
+                yield list(run)
         return
-    for _, group in groupby(wanted, segment_of):
+    for segment, group in groupby(here, segment_of):
+        if not missing(stretch, segment):
+            continue
         piece: list[int] = []
         cost = 0
         for step in group:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,13 @@ class SegmentDigest:
         step: int,
         leg: int,
         measured: int,
-        metrics: NDArray[np.float64],
+        metrics: Sequence[float],
         sketch: NDArray[np.float64],
         snapshot: tuple[NDArray[Any], NDArray[np.int64]] | None,
     ) -> None:
-        """Add one recorded step, with params and counters where it is a snapshot."""
-        for values in (np.array([step, leg, measured], dtype=np.int64), metrics, sketch, *(snapshot or ())):
+        """Add one recorded step: the metrics that were measured; params and counters where a state is stored."""
+        head, measurements = np.array([step, leg, measured], dtype=np.int64), np.array(metrics, dtype=np.float64)
+        for values in (head, measurements, sketch, *(snapshot or ())):
             self._hash.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)
 
     def words(self) -> NDArray[np.int64]:

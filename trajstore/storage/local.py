@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import uuid
 from pathlib import Path
+from typing import Literal
 
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-__all__ = ["DurableStore", "user_cache"]
+__all__ = ["Durability", "DurableStore", "user_cache"]
+
+Durability = Literal["segment", "none"]
+"""Whether what is committed is fsynced first."""
 
 
 class DurableStore(LocalStore):
     """LocalStore with fsync."""
 
-    def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
+    def __init__(self, root: Path | str, *, read_only: bool = False, durable: bool = True) -> None:
+        """Without `durable` nothing is fsynced: a power cut may then take what was committed, a crash may not."""
         super().__init__(root, read_only=read_only)
-        self._touched: set[Path] = set()
+        self._durable, self._touched, self._lock = durable, set[Path](), threading.Lock()
+
+    def with_read_only(self, read_only: bool = False) -> DurableStore:
+        """Return the same store, read-only or not."""
+        return type(self)(self.root, read_only=read_only, durable=self._durable)
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write a file durably under a temporary name, then rename it."""
@@ -37,17 +47,22 @@ class DurableStore(LocalStore):
         try:
             with partial.open("wb") as file:
                 file.write(value.as_buffer_like())
-                file.flush()
-                os.fsync(file.fileno())
+                if self._durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        self._touched.add(path.parent)
+        with self._lock:
+            self._touched.add(path.parent)
 
     def flush(self) -> None:
         """Make every rename since the last flush durable, up to the root."""
-        touched, self._touched = self._touched, set()
+        with self._lock:
+            touched, self._touched = self._touched, set[Path]()
+        if not self._durable:
+            return
         folders = {f for t in touched for f in (t, *t.parents) if f.is_relative_to(self.root)}
         for folder in sorted(folders, key=lambda f: len(f.parts), reverse=True):
             descriptor = os.open(folder, os.O_RDONLY)

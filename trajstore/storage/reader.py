@@ -31,10 +31,16 @@ class Commits:
     """(order, seed, step): ≥ 0 where an iterate was recorded."""
 
     @classmethod
-    def of(cls, group: zarr.Group, schema: Schema) -> Commits:
-        """Read the records first and the data after: what they vouch for is then on disk."""
-        records = _values(group, "committed")
-        return cls(schema, records, _values(group, "leg"))
+    def of(cls, group: zarr.Group, schema: Schema, slab: tuple[int, int] | None = None) -> Commits:
+        """Read the records first and the data after: what they vouch for is then on disk.
+
+        `slab` gives the positions of one order and one seed to read; the dimensions stay.
+        """
+        orders, seeds = (slice(0, n) for n in (len(schema.orders), len(schema.seeds)))
+        if slab is not None:
+            orders, seeds = (slice(k, k + 1) for k in slab)
+        records = _values(group, "committed", (orders, seeds, slice(0, schema.segments)))
+        return cls(schema, records, _values(group, "leg", (orders, seeds, slice(0, schema.steps + 1))))
 
     @cached_property
     def steps(self) -> NDArray[np.bool_]:
@@ -76,11 +82,11 @@ class Commits:
         return np.diff(self.schema.segment_starts, append=self.schema.steps + 1)
 
 
-def _values(group: zarr.Group, name: str) -> NDArray[Any]:
+def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[Any]:
     array = group.get(name)
     if not isinstance(array, zarr.Array):
         raise FormatError(f"experiment {group.basename!r}: array {name!r} is missing; the store is damaged")
     try:
-        return np.asarray(array[...])
+        return np.asarray(array[where])
     except (ValueError, RuntimeError) as error:
         raise FormatError(f"experiment {group.basename!r}: a chunk of {name!r} is damaged ({error})") from None

@@ -1,13 +1,9 @@
-"""The schema of one experiment: which arrays there are, their dimensions, chunks and attributes.
-
-`declare` alone decides shapes. It creates every array at its full size; chunks that nobody wrote cost
-nothing. The group's ``trajstore`` attribute is written last: a group without it was never declared.
-"""
+"""The schema of one experiment: which arrays there are, their dimensions, chunks and attributes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -15,12 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from trajstore.errors import ConfigurationError, FormatError
 from trajstore.measures import about
-from trajstore.storage.codecs import Codec, chunk_codecs
-from trajstore.storage.digest import SegmentDigest, config_digest
+from trajstore.storage.codecs import Codec
+from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.layout import Layout
 
 __all__ = [
@@ -30,7 +25,6 @@ __all__ = [
     "Schema",
     "check_format",
     "check_metric_names",
-    "declare",
     "segment_length",
 ]
 
@@ -87,6 +81,16 @@ class Schema:
         """The first step of each segment."""
         return np.array(self.snapshots[:: self.snapshots_per_segment], dtype=np.int64)
 
+    def steps_of(self, segment: int) -> tuple[int, int]:
+        """Return the first step of a segment, and the first one after it."""
+        starts = self.segment_starts
+        return int(starts[segment]), int(starts[segment + 1]) if segment + 1 < len(starts) else self.steps + 1
+
+    def snapshots_of(self, segment: int) -> tuple[int, ...]:
+        """Return the steps that have a place for a state in a segment."""
+        first = segment * self.snapshots_per_segment
+        return self.snapshots[first : first + self.snapshots_per_segment]
+
     def segment_of(self, step: int) -> int:
         """Return the segment that a step belongs to."""
         return int(np.searchsorted(self.segment_starts, step, side="right")) - 1
@@ -95,7 +99,7 @@ class Schema:
         """Return the data arrays."""
         series, segment = ("order", "seed", "step"), self.snapshots_per_segment
         floats, counters = self.layout.size("params"), self.layout.size("counters")
-        along = min(_SERIES_CHUNK, self.steps + 1)
+        along = _SERIES_CHUNK
         specs = [
             ArraySpec(
                 "params", ("order", "seed", "param", "snapshot"), self.layout.dtype.name,
@@ -108,7 +112,7 @@ class Schema:
             ),
             ArraySpec(
                 "sketch", ("order", "seed", "step", "component"), "float64",
-                (1, 1, min(512, self.steps + 1), max(1, self.components)), np.nan,
+                (1, 1, 512, max(1, self.components)), np.nan,
                 "projection of the parameters' difference to step 0",
                 {"seed": self.sketch_seed, "identity": self.components == self.layout.parameters},
             ),
@@ -135,7 +139,7 @@ class Schema:
             specs.append(
                 ArraySpec(
                     "batch_index", ("seed", "batch", "example"), "int64",
-                    (1, min(65_536, self.steps), self.batch_size), -1, "the examples in batch B_i", {},
+                    (1, max(1, 65_536 // self.batch_size), self.batch_size), -1, "the examples in batch B_i", {},
                 )
             )  # fmt: skip
         return specs
@@ -172,6 +176,10 @@ class Schema:
     def to_json(self) -> dict[str, Any]:
         """Return what a reader needs beyond the arrays themselves."""
         return {
+            "orders": len(self.orders),
+            "seeds": len(self.seeds),
+            "steps": self.steps,
+            "snapshots": len(self.snapshots),
             "snapshots_per_segment": self.snapshots_per_segment,
             "metrics": dict(self.metrics),
             "codec": self.codec,
@@ -183,14 +191,22 @@ class Schema:
     def of(cls, group: zarr.Group) -> Schema:
         """Read the schema of a declared experiment back."""
         stored: Any = group.attrs["trajstore"]
-        coordinate = {name: _read(group, name) for name in ("order", "seed", "init_seed", "data_seed", "snapshot")}
+        lengths = stored["schema"]
+        # Arrays may be longer for a moment, while a declaration lets them grow: what counts is what it wrote last.
+        coordinate = {
+            name: _read(group, name)[: lengths[length]]
+            for name, length in (
+                ("order", "orders"), ("seed", "seeds"), ("init_seed", "seeds"), ("data_seed", "seeds"),
+                ("snapshot", "snapshots"),
+            )
+        }  # fmt: skip
         sketch = group["sketch"]
         return cls(
             orders=tuple(map(str, coordinate["order"])),
             seeds=tuple(map(int, coordinate["seed"])),
             init_seeds=tuple(map(int, coordinate["init_seed"])),
             data_seeds=tuple(map(int, coordinate["data_seed"])),
-            steps=int(coordinate["snapshot"][-1]),
+            steps=lengths["steps"],
             snapshots=tuple(map(int, coordinate["snapshot"])),
             layout=Layout.from_json(stored["schema"]["layout"]),
             metrics=stored["schema"]["metrics"],
@@ -209,58 +225,6 @@ def segment_length(layout: Layout) -> int:
     """
     wanted = min(max(64, _PARAM_CHUNK * 64 // max(1, layout.size("params"))), 4_096)
     return max(1, min(wanted, _SEGMENT_BYTES // max(1, layout.row_bytes)))
-
-
-def declare(
-    root: zarr.Group,
-    name: str,
-    schema: Schema,
-    config: Mapping[str, Any],
-    batch_index: Sequence[NDArray[np.int64]],
-) -> zarr.Group:
-    """Create an experiment with all its arrays. Hold the declaration's lock.
-
-    `batch_index` has one (batch, example) array for each seed.
-    """
-    # Marked until it is whole: a group with this mark is what a declaration that died left, and may be replaced.
-    group = root.create_group(name, overwrite=True, attributes={"trajstore": {"declaring": True}})
-    lengths = schema.lengths()
-    for spec in schema.arrays():
-        serializer, compressors = (
-            chunk_codecs(schema.codec) if spec.kind == "params" else (BytesCodec(), [ZstdCodec(level=3), Crc32cCodec()])
-        )
-        group.create_array(
-            spec.name,
-            shape=tuple(lengths[dim] for dim in spec.dims),
-            chunks=spec.chunks,
-            dtype=spec.dtype,
-            fill_value=spec.fill,
-            dimension_names=spec.dims,
-            serializer=serializer,
-            compressors=compressors,
-            attributes={"description": spec.about, **spec.attributes},
-            config={"write_empty_chunks": True},
-        )
-    for label, (dim, values, what) in schema.coordinates().items():
-        array = group.create_array(
-            label, shape=values.shape, dtype=values.dtype, chunks=(max(1, min(len(values), 2**20)),),
-            dimension_names=(dim,), compressors=[ZstdCodec(level=3), Crc32cCodec()],
-            attributes={"description": what},
-        )  # fmt: skip
-        array[...] = values
-    for position, indices in enumerate(batch_index if schema.batch_size else ()):
-        stored = group["batch_index"]
-        assert isinstance(stored, zarr.Array)
-        stored[position] = indices
-    group.attrs["coordinates"] = "init_seed data_seed"  # CF: xarray shows them as coordinates of `seed`
-    group.attrs["trajstore"] = {
-        "format": FORMAT,
-        "config": config,
-        "config_digest": config_digest(config),
-        "schema": schema.to_json(),
-        "fills": [],
-    }
-    return group
 
 
 def check_metric_names(schema: Schema) -> None:

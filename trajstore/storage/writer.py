@@ -4,122 +4,146 @@ Data is written and made durable first, the commit record last, so that at any m
 what is really there. A segment is committed when it is full, and in between after 4,096 steps or five
 minutes: its record then counts its first steps, and the next one replaces it.
 
-A segment may also be made somewhere else: a `Segment` writes its states by itself, and the slab's one writer
-adopts what it says of them.
+A segment may also be made somewhere else: whoever did wrote its states, and the slab's `Ledger` adopts what is
+said of them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from trajstore.errors import ConfigurationError, ConflictError, FormatError, TrajstoreError, WriteError
 from trajstore.storage.codecs import write_block
-from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.local import DurableStore
-from trajstore.storage.schema import COMMIT_FIELDS, Schema
+from trajstore.storage.pipeline import Pipeline
+from trajstore.storage.reader import Commits
+from trajstore.storage.resume import ResumeSlots
+from trajstore.storage.schema import Schema
+from trajstore.storage.segment import Corner, Cut, Segment, Snapshot, Spare, Written, array_of
 
-__all__ = ["Segment", "SlabWriter", "Written"]
+__all__ = ["Ledger", "SlabWriter"]
 
 COMMIT_STEPS = 4_096
 COMMIT_SECONDS = 300.0
-Corner = tuple[int, int]
-"""Positions of the slab's order and seed."""
+ResumeState = Callable[[], bytes]
+"""Makes the state from which a recording can go on after the step that it came with."""
 
 
-class Written(NamedTuple):
-    """A segment whose states are durable: its series, and what its commit record will say."""
-
-    segment: int
-    steps: NDArray[np.int64]
-    series: dict[str, NDArray[Any]]
-    """Name of an array along `step` → its values at these steps."""
-    record: list[int]
-
-
-class Segment:
-    """The recorded steps of one segment, kept until they are written."""
-
-    def __init__(self, group: zarr.Group, schema: Schema, corner: Corner, number: int) -> None:
-        self._group, self._schema, self._corner, self.number = group, schema, corner, number
-        self._digest = SegmentDigest()
-        self._steps: list[tuple[int, int, int, NDArray[np.float64], NDArray[np.float64]]] = []
-        self._snapshots = 0
-        self._states: dict[str, NDArray[Any]] = {}
-        """Flat states, one a row."""
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def append(
-        self,
-        step: int,
-        leg: int,
-        metrics: Mapping[str, float],
-        sketch: NDArray[np.float64],
-        snapshot: tuple[NDArray[Any], NDArray[np.int64]] | None,
-    ) -> None:
-        """Add one step; a snapshot is copied."""
-        names = self._schema.metrics
-        measured = sum(1 << k for k, name in enumerate(names) if name in metrics)
-        values = np.array([metrics.get(name, np.nan) for name in names], dtype=np.float64)
-        self._steps.append((step, leg, measured, values, sketch))
-        self._digest.add(step, leg, measured, values, sketch, snapshot)
-        if snapshot is not None:
-            place = self._places.index(step)
-            for name, row in zip(("params", "counters"), snapshot, strict=True):
-                if name not in self._states:
-                    nothing = _array(self._group, name).fill_value
-                    self._states[name] = np.full((len(self._places), len(row)), nothing, row.dtype)
-                self._states[name][place] = row
-            self._snapshots += 1
-
-    @cached_property
-    def _places(self) -> Sequence[int]:
-        """The steps that have a place for a snapshot in this segment."""
-        first = self.number * self._schema.snapshots_per_segment
-        return self._schema.snapshots[first : first + self._schema.snapshots_per_segment]
-
-    def write_states(self) -> Written:
-        """Write the states so far and make them durable; the record is for the slab's writer to commit."""
-        first = self.number * self._schema.snapshots_per_segment
-        for name, rows in self._states.items():
-            array = _array(self._group, name)
-            for begin in range(0, rows.shape[1], array.chunks[2]):
-                block = _transposed(rows[:, begin : begin + array.chunks[2]])
-                write_block(array, (*self._corner, begin, first), block[None, None])
-        assert isinstance(self._group.store, DurableStore)
-        self._group.store.flush()
-        record = [len(self._steps), self._snapshots, *self._digest.words().tolist()]
-        if not self._steps:
-            return Written(self.number, np.array([], dtype=np.int64), {}, record)
-        steps, leg, measured, values, sketch = zip(*self._steps, strict=True)
-        series = {"leg": np.array(leg), "measured": np.array(measured), "sketch": np.stack(sketch)}
-        series |= dict(zip(self._schema.metrics, np.stack(values).T, strict=True))
-        return Written(self.number, np.array(steps), series, record)
-
-
-class SlabWriter:
-    """Writes one (order, seed), from step 0 on. Hold the slab's lock."""
+class Ledger:
+    """The commit records of one slab, and its series. Hold the slab's lock."""
 
     def __init__(self, group: zarr.Group, schema: Schema, order: int, seed: int) -> None:
         store = group.store
         assert isinstance(store, DurableStore)
-        self._store, self._group, self._schema, self._corner = store, group, schema, (order, seed)
+        self._store, self.group, self.schema, self.corner = store, group, schema, (order, seed)
+        self.name = f"experiment {group.basename!r}, order {schema.orders[order]!r}, seed {schema.seeds[seed]}"
+        commits = Commits.of(group, schema, self.corner)
+        self.records = commits.records[0, 0].copy()
+        self.committed = commits.steps[0, 0].copy()
+        """Over steps: recorded and committed."""
+        self._committed_array = array_of(group, "committed")
+        self.slots = ResumeSlots(group, schema.orders[order], schema.seeds[seed])
         self._series = {
-            spec.name: _Series(_array(group, spec.name), order, seed) for spec in schema.arrays() if "step" in spec.dims
+            spec.name: _Series(array_of(group, spec.name), self.corner, self.committed)
+            for spec in schema.arrays()
+            if "step" in spec.dims
         }
-        self._committed = _array(group, "committed")
-        self._records = np.full((schema.segments, len(COMMIT_FIELDS)), -1, dtype=np.int64)
+
+    @property
+    def last_step(self) -> int:
+        """The last committed step, −1 where there is none."""
+        there = np.flatnonzero(self.committed)
+        return int(there[-1]) if len(there) else -1
+
+    def segment(self, number: int, spare: Spare | None = None) -> Segment:
+        """Return a segment with those of its steps that are committed, read back and checked."""
+        counted = max(0, int(self.records[number, 0]))
+        segment = Segment(self.group, self.schema, self.corner, number, counted=counted, spare=spare)
+        if not counted:
+            return segment
+        begin, end = self.schema.steps_of(number)
+        places = {step: k for k, step in enumerate(self.schema.snapshots_of(number))}
+        try:
+            series = {name: one.read(begin, end) for name, one in self._series.items()}
+            states = self._states(number)
+        except (ValueError, RuntimeError) as error:
+            raise FormatError(f"{self.steps_named(number)} are damaged ({error}); {_REPAIR}") from None
+        for at in np.flatnonzero(self.committed[begin:end]).tolist():
+            step = begin + at
+            metrics = {
+                name: float(series[name][at])
+                for bit, name in enumerate(self.schema.metrics)
+                if int(series["measured"][at]) >> bit & 1
+            }
+            snapshot = (states[0][:, places[step]], states[1][:, places[step]]) if step in places else None
+            segment.append(step, int(series["leg"][at]), metrics, series["sketch"][at], snapshot)
+        if segment.cut().written().record != self.records[number].tolist():
+            raise FormatError(f"{self.steps_named(number)} are not what was committed; {_REPAIR}")
+        return segment
+
+    def adopt(self, written: Written, resume: bytes | None = None) -> None:
+        """Commit a segment whose states are durable, in any order of segments."""
+        before = self.records[written.segment].tolist()
+        if before[0] >= 0 and before == written.record:
+            return
+        written.refuse_other(before, self.steps_named(written.segment))
+        for name, values in written.series.items():
+            self._series[name].put(written.steps, values)
+        if resume is not None:
+            self.slots.put(int(written.steps[-1]), resume, self.last_step)
+        self._store.flush()
+        self.records[written.segment] = written.record
+        self._write_record(written.segment)
+        self.committed[written.steps] = True
+
+    def _states(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        first = number * self.schema.snapshots_per_segment
+        stop = first + len(self.schema.snapshots_of(number))
+        params, counters = (
+            np.asarray(array_of(self.group, name)[(*self.corner, slice(None), slice(first, stop))])
+            for name in ("params", "counters")
+        )
+        return params, counters
+
+    def _write_record(self, segment: int) -> None:
+        """Replace the one chunk that holds a segment's record."""
+        length = self._committed_array.chunks[2]
+        start = segment // length * length
+        write_block(self._committed_array, (*self.corner, start, 0), self.records[start : start + length][None, None])
+        self._store.flush()
+
+    def steps_named(self, number: int) -> str:
+        """Name a segment for a message."""
+        begin, end = self.schema.steps_of(number)
+        return f"{self.name}: steps {begin} to {end - 1}"
+
+
+_REPAIR = "`trajstore verify --repair` takes them out, and --resume writes them again"
+
+
+class SlabWriter:
+    """Writes the steps of one slab, in increasing order, through a pipeline. Hold the slab's lock."""
+
+    def __init__(self, ledger: Ledger, pipeline: Pipeline) -> None:
+        self.ledger, self._pipeline = ledger, pipeline
+        self._schema = ledger.schema
+        self.last = ledger.last_step
+        """The last step that was appended or committed."""
+        self._segment: Segment | None = None
         self._counted, self._since = 0, time.monotonic()
-        self._begin_segment(0)
-        for segment in range(0, schema.segments, self._committed.chunks[2]):
-            self._write_record(segment)  # whatever an earlier, unfinished recording left does not count any more
+        self._passed = -1
+        """The last step that was appended."""
+        self._resume: ResumeState | None = None
+        self._encoding: list[Future[None]] = []
+        self._compared: Segment | None = None
 
     def append(
         self,
@@ -127,56 +151,107 @@ class SlabWriter:
         leg: int,
         metrics: Mapping[str, float],
         sketch: NDArray[np.float64],
-        snapshot: tuple[NDArray[Any], NDArray[np.int64]] | None,
+        snapshot: Snapshot | None,
+        resume: ResumeState | None = None,
     ) -> None:
-        """Record the next step."""
+        """Record a step; one that is committed must be what is stored."""
+        self._pipeline.check()
+        if step <= self.last and (step <= self._passed or self.ledger.committed[step]):
+            self._compare(step, leg, metrics, sketch, snapshot)
+            return
         number = self._schema.segment_of(step)
-        while number != self._segment.number:  # a segment without a recorded step counts too, as empty
-            if len(self._segment):
-                self.commit()
-            else:
-                self.adopt(self._segment.write_states())
-            self._begin_segment(self._segment.number + 1)
+        if self._segment is None or number != self._segment.number:
+            self._go_to(number)
+        assert self._segment is not None
         self._segment.append(step, leg, metrics, sketch, snapshot)
+        self.last, self._passed, self._resume = max(step, self.last), step, resume
         if len(self._segment) - self._counted >= COMMIT_STEPS or time.monotonic() - self._since > COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
-        """Make everything so far durable, then true."""
-        if len(self._segment) > self._counted:
-            self.adopt(self._segment.write_states())
+        """Have everything so far made durable, then true."""
+        if self._segment is not None and len(self._segment) > self._counted:
+            self._submit(self._segment)
             self._counted, self._since = len(self._segment), time.monotonic()
 
-    def adopt(self, written: Written) -> None:
-        """Commit a segment whose states are durable, in any order of segments."""
-        for name, values in written.series.items():
-            self._series[name].put(written.steps, values)
-        self._store.flush()
-        self._records[written.segment] = written.record
-        self._write_record(written.segment)
+    def _go_to(self, number: int) -> None:
+        """Begin a segment; those passed over without a recorded step count too, as empty."""
+        if self._segment is not None:
+            passed = self._segment
+            self.commit()
+            self._release(passed)
+            for empty in range(passed.number + 1, number):
+                self._declare_empty(empty)
+        else:
+            for empty in range(number):
+                self._declare_empty(empty)
+        self._segment = self.ledger.segment(number, self._pipeline.spare)
+        self._counted, self._since = len(self._segment), time.monotonic()
+        self._encoding = []
 
-    def _begin_segment(self, number: int) -> None:
-        self._segment = Segment(self._group, self._schema, self._corner, number)
-        self._counted, self._since = 0, time.monotonic()
+    def _declare_empty(self, number: int) -> None:
+        if self.ledger.records[number, 0] < 0:
+            self._submit(self.ledger.segment(number))
 
-    def _write_record(self, segment: int) -> None:
-        """Replace the one chunk that holds a segment's record."""
-        length = self._committed.chunks[2]
-        start = segment // length * length
-        write_block(self._committed, (*self._corner, start, 0), self._records[start : start + length][None, None])
-        self._store.flush()
+    def _submit(self, segment: Segment) -> None:
+        cut = segment.cut()
+        resume = None if self._resume is None or not cut.rows else self._resume()
+        blocks = [self._named(block, cut) for block in cut.blocks()]
+        finish = self._named(lambda: self.ledger.adopt(cut.written(), resume), cut)
+        self._encoding = self._pipeline.submit(blocks, finish, self._encoding)
+
+    def _release(self, segment: Segment) -> None:
+        self._pipeline.submit([], segment.release)
+
+    def _named(self, work: Callable[[], None], cut: Cut) -> Callable[[], None]:
+        """Have what goes wrong with files say to whom it happened."""
+
+        def named() -> None:
+            try:
+                work()
+            except TrajstoreError:
+                raise
+            except OSError as error:
+                steps = f"steps {cut.rows[0].step} to {cut.rows[-1].step}" if cut.rows else "a segment"
+                raise WriteError(
+                    f"{self.ledger.name}: {steps} could not be written ({error.strerror or error}); "
+                    "what was committed before stays, and --resume goes on"
+                ) from error
+
+        return named
+
+    def _compare(
+        self,
+        step: int,
+        leg: int,
+        metrics: Mapping[str, float],
+        sketch: NDArray[np.float64],
+        snapshot: Snapshot | None,
+    ) -> None:
+        """Refuse a step that is recorded with other content."""
+        self.commit()
+        self._pipeline.drain()
+        number = self._schema.segment_of(step)
+        if not self.ledger.committed[step]:
+            raise ConfigurationError(f"{self.ledger.name}: step {step} was passed over; steps must increase")
+        if self._compared is None or self._compared.number != number or step > self._compared.rows[-1].step:
+            self._compared = self.ledger.segment(number)
+        probe = Segment(self.ledger.group, self._schema, self.ledger.corner, number)
+        probe.append(step, leg, metrics, sketch, snapshot)
+        if _bits(self._compared, step) != _bits(probe, step):
+            raise ConflictError(
+                f"{self.ledger.name}: step {step} is recorded already, with other content; "
+                "what is committed never changes"
+            )
 
 
 class _Series:
     """One slab's values of an array along `step`; the chunk that was written last stays in memory."""
 
-    def __init__(self, array: zarr.Array[Any], order: int, seed: int) -> None:
-        self._array, self._corner = array, (order, seed)
+    def __init__(self, array: zarr.Array[Any], corner: Corner, committed: NDArray[np.bool_]) -> None:
+        self._array, self._corner, self._committed = array, corner, committed
         self._length = array.chunks[2]
-        self._buffer = np.full((self._length, *array.chunks[3:]), array.fill_value, array.dtype)
         self._chunk = -1
-        self._written: set[int] = set()
-        """Chunks of this recording; what an earlier one left is written over."""
 
     def put(self, steps: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Write values at steps, chunk by chunk."""
@@ -189,28 +264,30 @@ class _Series:
             start, width = chunk * self._length, self._width(chunk)
             corner = (*self._corner, start, *(0 for _ in self._array.shape[3:]))
             write_block(self._array, corner, self._buffer[:width][None, None])
-            self._written.add(chunk)
+
+    def read(self, begin: int, end: int) -> NDArray[Any]:
+        """Return the stored values of some steps."""
+        return np.asarray(self._array[(*self._corner, slice(begin, end))])
+
+    @cached_property
+    def _buffer(self) -> NDArray[Any]:
+        return np.empty((self._length, *self._array.chunks[3:]), self._array.dtype)
 
     def _load(self, chunk: int) -> None:
-        self._chunk = chunk
+        """Read what is committed of a chunk; what a recording that died left beside it does not count."""
+        start, width = chunk * self._length, self._width(chunk)
+        keep = self._committed[start : start + width]
         self._buffer.fill(self._array.fill_value)
-        if chunk in self._written:
-            start, width = chunk * self._length, self._width(chunk)
-            self._buffer[:width] = self._array[(*self._corner, slice(start, start + width))]
+        if keep.any():
+            self._buffer[:width][keep] = self.read(start, start + width)[keep]
+        self._chunk = chunk
 
     def _width(self, chunk: int) -> int:
-        return min(self._length, int(self._array.shape[2]) - chunk * self._length)
+        return min(self._length, len(self._committed) - chunk * self._length)
 
 
-def _transposed(rows: NDArray[Any]) -> NDArray[Any]:
-    """Return a contiguous transpose, made in tiles that stay in the cache: several times faster than in one go."""
-    block = np.empty(rows.shape[::-1], rows.dtype)
-    for begin in range(0, len(block), 256):
-        block[begin : begin + 256] = rows[:, begin : begin + 256].T
-    return block
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return array
+def _bits(segment: Segment, step: int) -> tuple[object, ...]:
+    """Return all that a segment holds of a step, so that equal means equal in every bit."""
+    row = next(row for row in segment.rows if row.step == step)
+    state = [(v.dtype, v.tobytes()) for v in segment.state(step)] if row.stored else None
+    return row.leg, row.measured, np.array(row.metrics).tobytes(), row.sketch.tobytes(), state

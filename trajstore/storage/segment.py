@@ -1,0 +1,256 @@
+"""A segment: recorded steps that share a commit record, kept in memory until they are durable.
+
+Steps are copied when they are appended. A cut is the segment as it stands at one moment; it can be encoded and
+digested by other threads while further steps are appended.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from trajstore.errors import ConfigurationError, ConflictError
+from trajstore.storage.codecs import write_block
+from trajstore.storage.digest import SegmentDigest
+from trajstore.storage.schema import Schema
+
+__all__ = ["Corner", "Cut", "Row", "Segment", "Spare", "Written", "array_of"]
+
+Corner = tuple[int, int]
+"""Positions of the slab's order and seed."""
+Snapshot = tuple[NDArray[Any], NDArray[np.int64]]
+"""A state as the flat vectors `params` and `counters`."""
+_STATES = ("params", "counters")
+
+
+class Row(NamedTuple):
+    """One recorded step, but for its state."""
+
+    step: int
+    leg: int
+    measured: int
+    """Bit k: metric k was measured."""
+    metrics: tuple[float, ...]
+    """The measured ones, in the order of their bits."""
+    sketch: NDArray[np.float64]
+    stored: bool
+    """Whether a state is stored with it."""
+
+
+class Written(NamedTuple):
+    """A segment whose states are durable: its series, and what its commit record will say."""
+
+    segment: int
+    steps: NDArray[np.int64]
+    series: dict[str, NDArray[Any]]
+    """Name of an array along `step` → its values at these steps."""
+    record: list[int]
+    prefixes: list[list[int]]
+    """Records of its first steps, which this one may replace."""
+
+    def refuse_other(self, before: list[int], what: str) -> None:
+        """Raise where the record before vouches for something else."""
+        if before[0] > 0 and before != self.record and before not in self.prefixes:
+            raise ConflictError(
+                f"{what}: steps that are committed came out differently; what is committed never changes: "
+                "record with the plan that it was begun with, or under another name"
+            )
+
+
+class Spare:
+    """Buffers that can be used again: fresh memory costs a page fault every 4 kB."""
+
+    _MOST = 2**29
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[NDArray[Any]] = []
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return a buffer, its contents arbitrary."""
+        with self._lock:
+            for k, buffer in enumerate(self._free):
+                if buffer.shape == shape and buffer.dtype == dtype:
+                    return self._free.pop(k)
+        return np.empty(shape, dtype)
+
+    def give(self, buffers: Sequence[NDArray[Any]]) -> None:
+        """Take buffers back that nobody uses any more."""
+        with self._lock:
+            for buffer in buffers:
+                if sum(b.nbytes for b in self._free) + buffer.nbytes <= self._MOST:
+                    self._free.append(buffer)
+
+
+class Segment:
+    """The recorded steps of one segment."""
+
+    def __init__(
+        self,
+        group: zarr.Group,
+        schema: Schema,
+        corner: Corner,
+        number: int,
+        *,
+        counted: int = 0,
+        spare: Spare | None = None,
+    ) -> None:
+        """`counted` steps of it are committed already; they have to be appended first all the same."""
+        self.group, self.schema, self.corner, self.number, self.counted = group, schema, corner, number, counted
+        first = number * schema.snapshots_per_segment
+        places = schema.snapshots[first : first + schema.snapshots_per_segment]
+        self._place = {step: k for k, step in enumerate(places)}
+        self._spare = spare or Spare()
+        self.rows: list[Row] = []
+        self.states: dict[str, NDArray[Any]] = {}
+        """Flat states, one a row."""
+        self._digest, self._digested = SegmentDigest(), 0
+        self._prefixes: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def append(
+        self,
+        step: int,
+        leg: int,
+        metrics: Mapping[str, float],
+        sketch: NDArray[np.float64],
+        snapshot: Snapshot | None,
+    ) -> None:
+        """Add one step; everything is copied."""
+        if unknown := set(metrics) - set(self.schema.metrics):
+            raise ConfigurationError(f"step {step}: metric {min(unknown)!r} is not declared")
+        if snapshot is not None:
+            for name, row in zip(_STATES, snapshot, strict=True):
+                if name not in self.states:
+                    self.states[name] = self._spare.take((len(self._place), len(row)), row.dtype)
+                self.states[name][self._place[step]] = row
+        names = [name for name in self.schema.metrics if name in metrics]
+        measured = sum(1 << k for k, name in enumerate(self.schema.metrics) if name in metrics)
+        values = tuple(float(metrics[name]) for name in names)
+        self.rows.append(Row(step, leg, measured, values, np.array(sketch, dtype=np.float64), snapshot is not None))
+
+    def state(self, step: int) -> Snapshot:
+        """Return the state that was appended with a step."""
+        params, counters = (self.states[name][self._place[step]] for name in _STATES)
+        return params, counters
+
+    def cut(self) -> Cut:
+        """Return the segment as it stands now."""
+        return Cut(self, tuple(self.rows))
+
+    def release(self) -> None:
+        """Give the buffers back: nobody will look at this segment again."""
+        self._spare.give(list(self.states.values()))
+        self.states = {}
+
+    def place(self, step: int) -> int:
+        """Return a step's position among the segment's places for states."""
+        return self._place[step]
+
+    @property
+    def places(self) -> int:
+        """How many states the segment has a place for."""
+        return len(self._place)
+
+    def record_of(self, rows: Sequence[Row]) -> tuple[list[int], list[list[int]]]:
+        """Return the commit record of the first rows, and those of fewer. Call with ever more rows."""
+        for row in rows[self._digested :]:
+            state = self.state(row.step) if row.stored else None
+            self._digest.add(row.step, row.leg, row.measured, row.metrics, row.sketch, state)
+            self._digested += 1
+            if self._digested == self.counted:
+                self._prefixes.append(self._record(rows[: self._digested]))
+        record, prefixes = self._record(rows), list(self._prefixes)
+        self._prefixes.append(record)
+        return record, prefixes
+
+    def _record(self, rows: Sequence[Row]) -> list[int]:
+        return [len(rows), sum(row.stored for row in rows), *self._digest.words().tolist()]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The first steps of a segment."""
+
+    segment: Segment
+    rows: tuple[Row, ...]
+
+    def blocks(self) -> Iterator[Callable[[], None]]:
+        """Return what writes the states, one call a chunk, to be made in any order and by any thread."""
+        there = [self.segment.place(row.step) for row in self.rows if row.stored]
+        for name, states in self.segment.states.items() if there else ():
+            array = array_of(self.segment.group, name)
+            for begin in range(0, states.shape[1], array.chunks[2]):
+                yield _Block(array, self.segment, states, begin, there)
+
+    def written(self) -> Written:
+        """Digest the steps; the states are durable by now."""
+        rows, schema = self.rows, self.segment.schema
+        record, prefixes = self.segment.record_of(rows)
+        if not rows:
+            return Written(self.segment.number, np.array([], dtype=np.int64), {}, record, prefixes)
+        measured = np.array([row.measured for row in rows])
+        series = {
+            "leg": np.array([row.leg for row in rows]),
+            "measured": measured,
+            "sketch": np.stack([row.sketch for row in rows]),
+        }
+        values = [iter(row.metrics) for row in rows]
+        for bit, name in enumerate(schema.metrics):
+            series[name] = np.array(
+                [next(v) if m >> bit & 1 else np.nan for v, m in zip(values, measured, strict=True)]
+            )
+        return Written(self.segment.number, np.array([row.step for row in rows]), series, record, prefixes)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Writes one chunk of states."""
+
+    array: zarr.Array[Any]
+    segment: Segment
+    states: NDArray[Any]
+    begin: int
+    there: Sequence[int]
+
+    def __call__(self) -> None:
+        rows = self.states[:, self.begin : self.begin + self.array.chunks[2]]
+        block = _transposed(rows)
+        missing = np.ones(len(rows), dtype=bool)
+        missing[self.there] = False
+        if missing.any():
+            block[:, missing] = self.array.fill_value
+        first = self.segment.number * self.segment.schema.snapshots_per_segment
+        write_block(self.array, (*self.segment.corner, self.begin, first), block[None, None])
+
+
+_own = threading.local()
+
+
+def _transposed(rows: NDArray[Any]) -> NDArray[Any]:
+    """Return a contiguous transpose in a buffer of this thread's own, valid until the next call.
+
+    It is made in tiles that stay in the cache: several times faster than in one go.
+    """
+    block = getattr(_own, "block", None)
+    if block is None or block.size < rows.size or block.dtype != rows.dtype:
+        block = _own.block = np.empty(rows.size, rows.dtype)
+    block = block[: rows.size].reshape(rows.shape[::-1])
+    for begin in range(0, len(block), 256):
+        block[begin : begin + 256] = rows[:, begin : begin + 256].T
+    return block
+
+
+def array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """Return an array of an experiment."""
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array
