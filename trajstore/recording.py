@@ -229,9 +229,8 @@ def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, re
     new = schema_of(experiment, live)
     shape, wanted = schema.to_json(), new.to_json()  # these too: a function's globals may have changed
     if extend:
-        shape, wanted = (
-            {k: v for k, v in s.items() if k not in ("steps", "snapshots", *growing)} for s in (shape, wanted)
-        )
+        lengths = ("orders", "seeds", "init_seeds", "data_seeds", "steps", "snapshots")
+        shape, wanted = ({k: v for k, v in s.items() if k not in lengths} for s in (shape, wanted))
         if new.snapshots[: len(schema.snapshots)] != schema.snapshots:
             found.append("record: steps up to the last one would be recorded at other places")
     found += differences(shape, wanted, "schema.")

@@ -132,7 +132,11 @@ class Store:
     def __iter__(self) -> Iterator[str]:
         """Yield the names of the experiments, damaged ones too: a store that hides them would look sound."""
         _ = self.root
-        return iter(sorted(f.name for f in self.path.iterdir() if standing(f) in ("experiment", "damaged")))
+        return iter(self.names())
+
+    def names(self) -> list[str]:
+        """Return the names of the experiments, whatever the root document says."""
+        return sorted(f.name for f in self.path.iterdir() if standing(f) in ("experiment", "damaged"))
 
     def __contains__(self, name: object) -> bool:
         return name in list(self)

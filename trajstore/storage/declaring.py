@@ -23,7 +23,7 @@ from trajstore.storage.resume import GROUP
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema
 from trajstore.storage.segment import array_of
 
-__all__ = ["ATTRIBUTE", "declare", "grow", "set_attributes", "sound_attributes"]
+__all__ = ["ATTRIBUTE", "batch_digest", "declare", "grow", "set_attributes", "sound_attributes"]
 
 ATTRIBUTE = "trajstore"
 _LABELS = 65_536
@@ -47,7 +47,7 @@ def declare(
     for label, (dim, values, what) in schema.coordinates().items():
         array = group.create_array(
             label, shape=values.shape, dtype=values.dtype, chunks=(_LABELS,), dimension_names=(dim,),
-            compressors=_SHORT, attributes={"description": what},
+            compressors=_SHORT, attributes={"description": what}, config={"write_empty_chunks": True},
         )  # fmt: skip
         array[...] = values
     if schema.batch_size:
@@ -99,23 +99,18 @@ def sound_attributes(attributes: Mapping[str, Any]) -> bool:
     return bool(attributes.get("digest") == config_digest(rest))
 
 
-def values_digest(values: NDArray[Any]) -> str:
-    """Return the SHA-256 of numbers as little-endian bytes, or of text, a line each."""
-    if values.dtype.kind == "T":
-        content = "".join(f"{text}\n" for text in values).encode()
-    else:
-        content = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()
-    return "sha256:" + hashlib.sha256(content).hexdigest()
+def batch_digest(indices: NDArray[np.int64]) -> str:
+    """Return the SHA-256 of one seed's batch indices as little-endian int64."""
+    return "sha256:" + hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").tobytes()).hexdigest()
 
 
 def _declared(schema: Schema, config: Mapping[str, Any], batch_index: Sequence[NDArray[np.int64]]) -> dict[str, Any]:
-    labels = {label: values_digest(values) for label, (_, values, _) in schema.coordinates().items()}
     return {
         "format": FORMAT,
         "config": config,
         "config_digest": config_digest(config),
         "schema": schema.to_json(),
-        "digests": labels | ({"batch_index": list(map(values_digest, batch_index))} if schema.batch_size else {}),
+        "batch_digests": [batch_digest(indices) for indices in batch_index] if schema.batch_size else [],
     }
 
 

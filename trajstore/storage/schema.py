@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -174,48 +175,58 @@ class Schema:
         return len(self.seeds) * (len(self.orders) * recorded * a_step + 8 * self.steps * self.batch_size)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a reader needs beyond the arrays themselves."""
+        """Return the schema as the attribute that is stored."""
         return {
-            "orders": len(self.orders),
-            "seeds": len(self.seeds),
+            "orders": list(self.orders),
+            "seeds": list(self.seeds),
+            "init_seeds": list(self.init_seeds),
+            "data_seeds": list(self.data_seeds),
             "steps": self.steps,
-            "snapshots": len(self.snapshots),
+            "snapshots": _runs(self.snapshots),
             "snapshots_per_segment": self.snapshots_per_segment,
             "metrics": dict(self.metrics),
+            "components": self.components,
+            "batch_size": self.batch_size,
             "codec": self.codec,
             "sketch_seed": self.sketch_seed,
             "layout": self.layout.to_json(),
         }
 
     @classmethod
-    def of(cls, group: zarr.Group) -> Schema:
-        """Read the schema of a declared experiment back."""
-        stored: Any = group.attrs["trajstore"]
-        lengths = stored["schema"]
-        # Arrays may be longer for a moment, while a declaration lets them grow: what counts is what it wrote last.
-        coordinate = {
-            name: _read(group, name)[: lengths[length]]
-            for name, length in (
-                ("order", "orders"), ("seed", "seeds"), ("init_seed", "seeds"), ("data_seed", "seeds"),
-                ("snapshot", "snapshots"),
-            )
-        }  # fmt: skip
-        sketch = group["sketch"]
+    def from_json(cls, stored: Mapping[str, Any]) -> Schema:
+        """Read the stored attribute."""
+        ranges = (range(first, last + 1, step) for first, last, step in stored["snapshots"])
         return cls(
-            orders=tuple(map(str, coordinate["order"])),
-            seeds=tuple(map(int, coordinate["seed"])),
-            init_seeds=tuple(map(int, coordinate["init_seed"])),
-            data_seeds=tuple(map(int, coordinate["data_seed"])),
-            steps=lengths["steps"],
-            snapshots=tuple(map(int, coordinate["snapshot"])),
-            layout=Layout.from_json(stored["schema"]["layout"]),
-            metrics=stored["schema"]["metrics"],
-            components=int(sketch.shape[-1]) if isinstance(sketch, zarr.Array) else 0,
-            batch_size=int(batches.shape[-1]) if isinstance(batches := group.get("batch_index"), zarr.Array) else 0,
-            codec=stored["schema"]["codec"],
-            snapshots_per_segment=stored["schema"]["snapshots_per_segment"],
-            sketch_seed=stored["schema"]["sketch_seed"],
+            **{
+                **stored,
+                **{name: tuple(stored[name]) for name in ("orders", "seeds", "init_seeds", "data_seeds")},
+                "snapshots": tuple(chain.from_iterable(ranges)),
+                "layout": Layout.from_json(stored["layout"]),
+            }
         )
+
+    @classmethod
+    def of(cls, group: zarr.Group) -> Schema:
+        """Return the schema of a declared experiment. Its arrays may be longer, while they grow."""
+        attributes: Any = group.attrs["trajstore"]
+        return cls.from_json(attributes["schema"])
+
+
+def _runs(steps: Sequence[int]) -> list[list[int]]:
+    """Return increasing numbers as evenly spaced runs: first, last, spacing.
+
+    >>> _runs([0, 10, 20, 30, 31])
+    [[0, 30, 10], [31, 31, 1]]
+    """
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and runs[-1][0] == runs[-1][1]:
+            runs[-1][1:] = [step, step - runs[-1][0]]
+        elif runs and step - runs[-1][1] == runs[-1][2]:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step, 1])
+    return runs
 
 
 def segment_length(layout: Layout) -> int:
@@ -246,10 +257,3 @@ def check_format(attributes: Mapping[str, Any], where: str) -> None:
         raise FormatError(
             f"{where} has store format {found!r}, this trajstore reads format {FORMAT}; install a newer trajstore"
         )
-
-
-def _read(group: zarr.Group, name: str) -> NDArray[Any]:
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise FormatError(f"experiment {group.basename!r}: {name!r} is not an array; the store is damaged")
-    return np.asarray(array[...])

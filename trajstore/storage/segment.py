@@ -250,7 +250,7 @@ def _transposed(rows: NDArray[Any]) -> NDArray[Any]:
 
 
 def array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of an experiment."""
+    """Return an array of an experiment. What is written to it is there, even where it is the fill value."""
     array = group[name]
     assert isinstance(array, zarr.Array)
-    return array
+    return array.with_config({"write_empty_chunks": True})

@@ -11,7 +11,7 @@ said of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
@@ -103,6 +103,15 @@ class Ledger:
         self.records[written.segment] = written.record
         self._write_record(written.segment)
         self.committed[written.steps] = True
+
+    def discard(self, segments: Iterable[int]) -> None:
+        """Have segments count no more: what was committed of them is lost."""
+        for segment in segments:
+            self.records[segment] = -1
+            begin, end = self.schema.steps_of(segment)
+            self.committed[begin:end] = False
+        for segment in range(0, self.schema.segments, self._committed_array.chunks[2]):
+            self._write_record(segment)
 
     def _states(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
         first = number * self.schema.snapshots_per_segment

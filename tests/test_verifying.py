@@ -1,0 +1,133 @@
+"""Verify finds every damage, says where it is, and repairs so that resume mends it."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+import trajstore as ts
+from tests.conftest import SMALL_NET
+from tests.test_resume import contents
+from trajstore.storage.segment import array_of
+from trajstore.verifying import verify
+
+HOW = {"engine": "reference"}
+TINY = {
+    **SMALL_NET, "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5}, "steps": 9, "seeds": [0],
+    "record": {"sketch": 4},
+}  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+    ts.run(ts.Experiment.of(TINY), tmp_path / "s.zarr", **HOW)
+    return tmp_path / "s.zarr"
+
+
+def found(store: Path, **how) -> list[str]:
+    return [str(finding) for finding in verify(ts.Store(store), **how)]
+
+
+def resume(store: Path) -> None:
+    ts.run(ts.Experiment.of(TINY), store, resume=True, **HOW)
+
+
+def test_a_sound_store_is_sound(store):
+    assert found(store) == []
+    resume(store)
+    assert found(store) == []
+
+
+def test_a_flipped_byte_anywhere_is_found(store):
+    """A sample of bytes of every file; `make torture` takes each."""
+    files = sorted(f for f in store.rglob("*") if f.is_file())
+    rng = random.Random(0)
+    for file in files:
+        whole = file.read_bytes()
+        for at in {0, len(whole) - 1, rng.randrange(len(whole))}:
+            broken = bytearray(whole)
+            broken[at] ^= 1 << rng.randrange(8)
+            file.write_bytes(broken)
+            assert found(store) or harmless(whole, bytes(broken)), (file, at)
+        file.write_bytes(whole)
+    assert found(store) == []
+
+
+def harmless(whole: bytes, broken: bytes) -> bool:
+    """Whitespace between the words of a document."""
+    import json
+
+    try:
+        return json.loads(whole) == json.loads(broken)
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("tiny/params/c/1/0/0/1", r"order 'backward', seed 0, steps 4 to 7: not what was committed"),
+        ("tiny/train_loss/c/0/0/0", r"order 'forward', seed 0, steps 0 to 3: not what was committed"),
+        ("tiny/leg/c/1/0/0", r"order 'backward', seed 0: the commit records cannot be read"),
+        ("tiny/committed/c/0/0/0/0", r"order 'forward', seed 0: the commit records cannot be read"),
+        ("tiny/resume/forward.0.0/c/0", r"order 'forward', seed 0: a resume state is damaged"),
+        ("tiny/sketch/zarr.json", r"a document is damaged, missing, or of a declaration that died"),
+        ("tiny/step/c/0", r"the coordinate 'step' is damaged"),
+        ("zarr.json", "the root document is damaged"),
+    ],
+)
+@pytest.mark.parametrize("how", ["flipped", "missing", "truncated"])
+def test_repair_takes_out_what_is_damaged_and_resume_writes_it_again(store, pattern, told, how):
+    import re
+
+    store = store.rename(store.with_name("t.zarr"))
+    whole = contents(store)
+    file = store / pattern.replace("tiny", "net")
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[:-7])
+    else:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 64
+        file.write_bytes(content)
+    if how == "missing":  # a missing chunk reads as nothing
+        told = {
+            "tiny/resume/forward.0.0/c/0": "a resume state was begun and not written",
+            "tiny/leg/c/1/0/0": "order 'backward', seed 0, steps 0 to 3: not what was committed",
+            "tiny/committed/c/0/0/0/0": "order 'forward', seed 0: it was recorded, and its commit records are missing",
+        }.get(pattern, told)
+    messages = found(store)
+    assert any(re.search(told, message) for message in messages), messages
+    assert str(file.relative_to(store)) in "".join(messages) or re.search("resume|step", pattern)
+    repaired = found(store, repair=True)
+    assert all(message.endswith("; taken out") for message in repaired), repaired
+    assert found(store) == []
+    resume(store)
+    assert found(store) == []
+    assert contents(store) == whole
+
+
+def test_what_cannot_be_repaired_is_told(store):
+    document = store / "net" / "zarr.json"
+    document.write_text(document.read_text().replace('"lr": 0.05', '"lr": 0.06'))
+    message = "experiment 'net': its document is damaged; restore it from a copy (net/zarr.json)"
+    assert found(store) == [message]
+    assert found(store, repair=True) == [message]
+
+
+def test_a_half_recorded_store_is_sound_and_leftovers_are_named(store):
+    shutil.rmtree(store / "net" / "params" / "c" / "1")  # as if a slab had not been begun
+    array_of(ts.store.open_root(store)["net"], "committed")[1] = -1
+    shutil.rmtree(store / "net" / "resume" / "backward.0.0")
+    shutil.rmtree(store / "net" / "resume" / "backward.0.1")
+    (store / "net" / "params" / "0.abc.partial").write_bytes(b"half")
+    (finding,) = verify(ts.Store(store))
+    assert str(finding) == "experiment 'net': left by a writer that was killed (net/params/0.abc.partial)"
+    assert finding.harmless
+    found(store, repair=True)
+    assert found(store) == []

@@ -1,0 +1,344 @@
+"""Verify: is everything that was committed still there, bit for bit?
+
+Everything is read: documents are compared with those that a declaration would write, chunks with their checksums,
+steps with the digest in their commit record. What is found names the experiment, the slab, the steps and the file.
+Repairing takes out what is wrong, so that it counts no more and a recording writes it again; it never guesses.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.metadata.v3 import ArrayV3Metadata
+from zarr.storage import MemoryStore
+
+from trajstore.errors import FormatError, NotFoundError, TrajstoreError, choices
+from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
+from trajstore.storage.local import DurableStore
+from trajstore.storage.locks import lock
+from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
+from trajstore.storage.schema import FORMAT, Schema
+from trajstore.storage.segment import array_of
+from trajstore.storage.writer import Ledger
+from trajstore.store import Store, StoredExperiment, open_root
+
+__all__ = ["Finding", "verify"]
+
+_DOCUMENT = "zarr.json"
+_GONE = "recording it again with --resume writes it anew"
+_DECODING = (ValueError, RuntimeError, KeyError, TypeError, OSError)
+"""What zarr and its codecs raise on bytes that are not what was written."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong, or worth knowing."""
+
+    experiment: str | None
+    what: str
+    file: str | None = None
+    """Relative to the store."""
+    order: str | None = None
+    seed: int | None = None
+    steps: tuple[int, int] | None = None
+    """First and last."""
+    harmless: bool = False
+    """Nothing that was committed is touched."""
+    repaired: bool = False
+
+    def __str__(self) -> str:
+        slab = "" if self.order is None else f", order {self.order!r}, seed {self.seed}"
+        steps = "" if self.steps is None else f", steps {self.steps[0]} to {self.steps[1]}"
+        where = "the store" if self.experiment is None else f"experiment {self.experiment!r}{slab}{steps}"
+        file = "" if self.file is None else f" ({self.file})"
+        return f"{where}: {self.what}{file}{'; taken out' if self.repaired else ''}"
+
+
+def verify(store: Store, name: str | None = None, *, repair: bool = False) -> Iterator[Finding]:
+    """Yield what is found in a store, or in one of its experiments; repair what can be repaired."""
+    if not store.path.is_dir() or not store.names():
+        _ = store.root  # says what is there instead of a store
+    names = store.names()
+    if name is not None and name not in names:
+        raise NotFoundError(f"no experiment {name!r} in {store.path}; {choices(name, names)}")
+    yield from _root(store, repair)
+    for experiment in [name] if name is not None else names:
+        yield from _Verifying(store, experiment, repair).everything()
+
+
+def _root(store: Store, repair: bool) -> Iterator[Finding]:
+    expected = {"attributes": {ATTRIBUTE: {"format": FORMAT}}, "zarr_format": 3, "node_type": "group"}
+    if _read_document(store.path / _DOCUMENT) != expected:
+        if repair:
+            (store.path / _DOCUMENT).unlink(missing_ok=True)
+            open_root(store.path)
+        yield Finding(None, "the root document is damaged", _DOCUMENT, repaired=repair)
+
+
+class _Verifying:
+    """One experiment under examination."""
+
+    def __init__(self, store: Store, name: str, repair: bool) -> None:
+        self.store, self.name, self.repair = store, name, repair
+        self.folder = store.path / name
+
+    def everything(self) -> Iterator[Finding]:
+        try:
+            yield from self._everything()
+        except TrajstoreError:
+            raise
+        except _DECODING as error:
+            yield Finding(self.name, f"it cannot be read: {' '.join(str(error).split())}", f"{self.name}/{_DOCUMENT}")
+
+    def _everything(self) -> Iterator[Finding]:
+        document = _read_document(self.folder / _DOCUMENT)
+        try:
+            attributes = document["attributes"][ATTRIBUTE]
+            sound = sound_attributes(attributes) and document == {
+                "attributes": {"coordinates": "init_seed data_seed", ATTRIBUTE: attributes},
+                "zarr_format": 3,
+                "node_type": "group",
+            }
+        except (KeyError, TypeError):
+            sound = False
+        if not sound:
+            # The configuration is gone with it: nothing could be said of the rest.
+            yield Finding(self.name, "its document is damaged; restore it from a copy", f"{self.name}/{_DOCUMENT}")
+            return
+        with ExitStack() as locks:
+            if self.repair:
+                locks.enter_context(self.store.declaring())
+                for order, seed in product(self.schema.orders, self.schema.seeds):
+                    what = f"experiment {self.name!r}, order {order!r}, seed {seed}"
+                    locks.enter_context(lock(self.stored.slab_lock(order, seed), what))
+            yield from self._documents()
+            yield from self._labels()
+            for order, seed in product(range(len(self.schema.orders)), range(len(self.schema.seeds))):
+                yield from self._slab(order, seed)
+            yield from self._chunks()
+            for order, seed in product(self.schema.orders, self.schema.seeds):
+                yield from self._slots(order, seed)
+            yield from self._files()
+
+    @cached_property
+    def group(self) -> zarr.Group:
+        place = DurableStore(self.store.path, read_only=not self.repair)
+        return zarr.open_group(place, path=self.name, mode="r+" if self.repair else "r", zarr_format=3)
+
+    @cached_property
+    def stored(self) -> StoredExperiment:
+        return StoredExperiment(self.store, self.group)
+
+    @cached_property
+    def schema(self) -> Schema:
+        return Schema.of(self.group)
+
+    @cached_property
+    def expected(self) -> dict[str, Any]:
+        """Path of a document in the experiment → its contents, as a declaration writes it."""
+        memory = MemoryStore()
+        attributes: Any = self.group.attrs[ATTRIBUTE]
+        root = zarr.open_group(memory, mode="w", zarr_format=3)
+        declare(root, self.name, self.schema, attributes["config"], [])
+        found = {}
+        for key, content in memory._store_dict.items():
+            parent, _, last = key.partition("/")[2].rpartition("/")
+            if last == _DOCUMENT and key.startswith(f"{self.name}/") and parent:
+                found[f"{parent}/{_DOCUMENT}"] = json.loads(content.to_bytes())
+        return found
+
+    def _documents(self) -> Iterator[Finding]:
+        """Compare the documents of all arrays with those that were declared."""
+        for path, expected in self.expected.items():
+            file = self.folder / path
+            if not _equal(_read_document(file), expected):
+                if self.repair:
+                    file.parent.mkdir(exist_ok=True)
+                    file.write_text(json.dumps(expected, indent=2))
+                yield self._found("a document is damaged, missing, or of a declaration that died", file)
+
+    def _labels(self) -> Iterator[Finding]:
+        """Compare the coordinates with the schema, and the batches with their digests."""
+        for name, (_, values, _) in self.schema.coordinates().items():
+            if not self._reads_as(name, values):
+                if self.repair:
+                    for file in (self.folder / name / "c").rglob("*"):
+                        file.unlink()
+                    array_of(self.group, name)[...] = values
+                yield self._found(f"the coordinate {name!r} is damaged", self.folder / name)
+        attributes: Any = self.group.attrs[ATTRIBUTE]
+        for k, digest in enumerate(attributes["batch_digests"]):
+            try:
+                sound = batch_digest(np.asarray(array_of(self.group, "batch_index")[k])) == digest
+            except _DECODING:
+                sound = False
+            if not sound:  # what it held is gone: only the problem could draw it again
+                yield self._found("the record of its batches is damaged; restore it", self.folder / "batch_index",
+                                  repaired=False, seed=self.schema.seeds[k])  # fmt: skip
+
+    def _reads_as(self, name: str, values: np.ndarray[Any, Any]) -> bool:
+        try:
+            return np.array_equal(np.asarray(array_of(self.group, name)[...]), values)
+        except _DECODING:
+            return False
+
+    def _slab(self, order: int, seed: int) -> Iterator[Finding]:
+        """Compare every committed segment with its record."""
+        label, number = self.schema.orders[order], self.schema.seeds[seed]
+        slab: dict[str, Any] = {"order": label, "seed": number}
+        try:
+            ledger = Ledger(self.group, self.schema, order, seed)
+        except TrajstoreError:
+            if self.repair:
+                for name in ("committed", "leg"):
+                    for file in self._bad(name, (order, seed)):
+                        file.unlink()
+            for name in ("committed", "leg"):
+                for file in self._bad(name, (order, seed)):
+                    yield self._found(f"the commit records cannot be read; {_GONE}", file, **slab)
+            if self.repair:
+                Ledger(self.group, self.schema, order, seed).discard(range(self.schema.segments))
+            return
+        attributes: Any = self.group.attrs[ATTRIBUTE]
+        ended = [fill for fill in attributes["fills"] if fill["ended"] and [label, number] in fill["slabs"]]
+        for file in self._bad("committed", (order, seed)) if ended else ():
+            if self.repair:
+                ledger.discard(range(self.schema.segments))
+            yield self._found(f"it was recorded, and its commit records are missing; {_GONE}", file, **slab)
+        damaged = []
+        for segment in np.flatnonzero(ledger.records[:, 0] >= 0).tolist():
+            try:
+                ledger.segment(segment)
+            except FormatError:
+                damaged.append(segment)
+        files = {segment: self._bad_of(ledger, segment) for segment in damaged}
+        if self.repair and damaged:
+            ledger.discard(damaged)
+            for file in {f for those in files.values() for f in those}:
+                file.unlink(missing_ok=True)
+        for segment, those in files.items():
+            begin, end = self.schema.steps_of(segment)
+            what = f"not what was committed; {_GONE}"
+            yield from (self._found(what, file, **slab, steps=(begin, end - 1)) for file in those or [self.folder])
+
+    def _bad_of(self, ledger: Ledger, segment: int) -> list[Path]:
+        """Return the files of a segment that are missing or cannot be decoded."""
+        begin, end = self.schema.steps_of(segment)
+        first = segment * self.schema.snapshots_per_segment
+        found = []
+        for spec in self.schema.arrays():
+            if spec.name != "committed" and {"order", "seed"} <= set(spec.dims):
+                along = range(begin, end) if "step" in spec.dims else range(first, first + 1)
+                found += self._bad(spec.name, ledger.corner, along)
+        return found
+
+    def _bad(self, name: str, corner: tuple[int, int], along: range | None = None) -> list[Path]:
+        """Return the chunks of a slab's array that are missing or cannot be decoded, as files."""
+        array = array_of(self.group, name)
+        chunks = [range(-(-n // c)) for n, c in zip(array.shape, array.chunks, strict=True)]
+        chunks[:2] = [range(k, k + 1) for k in corner]
+        if along is not None:
+            at = 3 if name in ("params", "counters") else 2
+            chunks[at] = range(along.start // array.chunks[at], (along.stop - 1) // array.chunks[at] + 1)
+        return [
+            file
+            for chunk in product(*chunks)
+            if not (file := self._file(array, chunk)).exists() or not self._decodes(array, chunk)
+        ]
+
+    def _chunks(self) -> Iterator[Finding]:
+        """Decode every chunk that is there, committed or not."""
+        for path in self.expected:
+            if path.startswith(GROUP):
+                continue
+            array = array_of(self.group, path.rpartition("/")[0])
+            for file in sorted(self.folder.joinpath(array.basename, "c").rglob("*")):
+                try:
+                    chunk = tuple(map(int, file.relative_to(self.folder / array.basename / "c").parts))
+                except ValueError:
+                    continue
+                if file.is_file() and len(chunk) == array.ndim and not self._decodes(array, chunk):
+                    if array.basename == "batch_index":
+                        continue  # found already
+                    if self.repair:
+                        file.unlink()
+                    yield self._found("a chunk that nothing committed needs is damaged", file)
+
+    def _slots(self, order: str, seed: int) -> Iterator[Finding]:
+        """Look at the resume states of a slab."""
+        slots = ResumeSlots(self.group, order, seed)
+        for path in slots.paths:
+            folder = self.folder / path
+            if not folder.exists():
+                continue
+            begun = (folder / _DOCUMENT).exists() and not (folder / "c" / "0").exists()
+            if begun or not (slots.whole(path) and self._is_slot(path)):
+                if self.repair:
+                    shutil.rmtree(folder)
+                what = "a resume state was begun and not written" if begun else "a resume state is damaged"
+                yield self._found(what, folder, order=order, seed=seed, harmless=begun)
+
+    def _is_slot(self, path: str) -> bool:
+        """Tell whether the document of a slot is as it would be written."""
+        found = _read_document(self.folder / path / _DOCUMENT)
+        memory = MemoryStore()
+        create_slot(zarr.open_group(memory, mode="w", zarr_format=3), path, found["shape"][0])
+        return _equal(found, json.loads(memory._store_dict[f"{path}/{_DOCUMENT}"].to_bytes()))
+
+    def _files(self) -> Iterator[Finding]:
+        """Name the files that belong to nothing."""
+        known = {self.folder / path for path in self.expected} | {self.folder / _DOCUMENT}
+        for file in sorted(f for f in self.folder.rglob("*") if f.is_file() and f not in known):
+            parts = file.relative_to(self.folder).parts
+            if file.name.endswith(".partial"):
+                if self.repair:
+                    file.unlink()
+                yield self._found("left by a writer that was killed", file, harmless=True)
+            elif parts[0] != GROUP and (f"{parts[0]}/{_DOCUMENT}" not in self.expected or parts[1:2] != ("c",)):
+                yield self._found("this file is not the store's", file, harmless=True, repaired=False)
+
+    def _decodes(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> bool:
+        where = tuple(slice(k * c, (k + 1) * c) for k, c in zip(chunk, array.chunks, strict=True))
+        if any(s.start >= n for s, n in zip(where, array.shape, strict=True)):
+            return True  # beyond what is declared: a declaration that died, or one that is under way
+        try:
+            array[where]
+        except _DECODING:
+            return False
+        return True
+
+    def _file(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> Path:
+        return self.folder / array.basename / array.metadata.encode_chunk_key(chunk)
+
+    def _found(self, what: str, file: Path, *, repaired: bool | None = None, **where: Any) -> Finding:  # noqa: ANN401
+        mended = self.repair if repaired is None else repaired
+        return Finding(self.name, what, str(file.relative_to(self.store.path)), repaired=mended, **where)
+
+
+def _read_document(file: Path) -> Any:  # noqa: ANN401
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _equal(found: Any, expected: dict[str, Any]) -> bool:  # noqa: ANN401
+    """Tell whether two documents mean the same to zarr, whichever release wrote them."""
+    if found == expected:
+        return True
+    try:
+        if found["node_type"] != "array" or set(found) - set(expected):
+            return False
+        return bool(ArrayV3Metadata.from_dict(dict(found)) == ArrayV3Metadata.from_dict(dict(expected)))
+    except _DECODING:
+        return False
