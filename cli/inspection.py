@@ -23,7 +23,7 @@ def ls(store: StorePath, json: JSON = False) -> None:
     for name in opened:
         try:
             experiment = opened[name]
-            complete = experiment.commits().complete
+            complete = experiment.complete(experiment.commits())
         except FormatError as error:  # the others can be read all the same
             damaged.append(error)
             continue

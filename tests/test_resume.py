@@ -12,6 +12,8 @@ from tests.conftest import SMALL_NET
 from trajstore.errors import ConflictError
 from trajstore.storage import writer
 
+PLAIN = {"engine": "reference", "durability": "none"}
+WAVE = {"engine": "wavefront", "lanes": 3, "durability": "none"}
 ORDERS = ["forward", "backward", "forward+backward@7", "backward+backward@7", "backward/4", "backward/3?train_loss"]
 WAYS = {
     "plain": {},
@@ -49,7 +51,7 @@ def short_segments(monkeypatch):
     monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
 
 
-@pytest.mark.parametrize("how", [{"engine": "reference"}, {"engine": "wavefront", "lanes": 3}], ids=["plain", "wave"])
+@pytest.mark.parametrize("how", [PLAIN, WAVE], ids=["plain", "wave"])
 @pytest.mark.parametrize("changes", WAYS.values(), ids=list(WAYS))
 def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path, changes, how):
     experiment = ts.Experiment.of({**SMALL_NET, "steps": 14, "orders": ORDERS, **changes})
@@ -68,7 +70,7 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path, changes, how):
 def test_a_forward_leg_goes_on_from_its_last_commit(tmp_path):
     experiment = ts.Experiment.of({**SMALL_NET, "steps": 30, "orders": ["forward"], "seeds": [0]})
     with pytest.raises(KeyboardInterrupt):
-        ts.run(experiment, tmp_path / "s.zarr", progress=stop_after(20), engine="reference")
+        ts.run(experiment, tmp_path / "s.zarr", progress=stop_after(20), **PLAIN)
     (begun,) = ts.open(tmp_path / "s.zarr")["net"].slabs()
     done = 0
 
@@ -76,26 +78,26 @@ def test_a_forward_leg_goes_on_from_its_last_commit(tmp_path):
         nonlocal done
         done += more
 
-    ts.run(experiment, tmp_path / "s.zarr", resume=True, progress=count, engine="reference")
+    ts.run(experiment, tmp_path / "s.zarr", resume=True, progress=count, **PLAIN)
     assert begun.last_step == 20
     assert done == 30 - begun.last_step
 
 
 def test_without_its_resume_state_a_slab_is_computed_from_the_start_and_left_as_it_is(tmp_path):
     experiment = ts.Experiment.of({**SMALL_NET, "steps": 30, "orders": ["forward", "backward"]})
-    ts.run(experiment, tmp_path / "whole.zarr", engine="reference")
+    ts.run(experiment, tmp_path / "whole.zarr", **PLAIN)
     place = tmp_path / "s.zarr"
     with pytest.raises(KeyboardInterrupt):
-        ts.run(experiment, place, progress=stop_after(100), engine="reference")
+        ts.run(experiment, place, progress=stop_after(100), **PLAIN)
     for file in (place / "net" / "resume").rglob("c/0"):
         file.write_bytes(b"damaged")
-    ts.run(experiment, place, resume=True, engine="reference")
+    ts.run(experiment, place, resume=True, **PLAIN)
     assert contents(place) == contents(tmp_path / "whole.zarr")
 
 
 def test_holes_are_filled_and_the_rest_is_left_alone(tmp_path, monkeypatch):
     experiment = ts.Experiment.of({**SMALL_NET, "steps": 30, "orders": ["forward", "backward", "backward/8"]})
-    ts.run(experiment, tmp_path / "s.zarr", engine="reference")
+    ts.run(experiment, tmp_path / "s.zarr", **PLAIN)
     whole = contents(tmp_path / "s.zarr")
     committed = ts.store.open_root(tmp_path / "s.zarr")["net"]["committed"]
     for order, seed, segment in [(0, 0, 2), (1, 0, 0), (1, 1, 5), (2, 1, 3), (2, 1, 7)]:
@@ -103,14 +105,14 @@ def test_holes_are_filled_and_the_rest_is_left_alone(tmp_path, monkeypatch):
     appended: list[int] = []
     original = writer.Segment.append
     monkeypatch.setattr(writer.Segment, "append", lambda self, *a: (appended.append(a[0]), original(self, *a))[1])
-    ts.run(experiment, tmp_path / "s.zarr", resume=True, engine="reference")
+    ts.run(experiment, tmp_path / "s.zarr", resume=True, **PLAIN)
     assert contents(tmp_path / "s.zarr") == whole
     assert len(appended) == 4 * 4 + 3  # the last segment has three steps
 
 
 def test_extending_adds_orders_seeds_and_steps(tmp_path):
     base = {**SMALL_NET, "record": {"every": 4}}
-    how = {"engine": "wavefront", "lanes": 3, "extend": True}
+    how = {**WAVE, "extend": True}
     first = ts.Experiment.of({**base, "steps": 14, "orders": ["backward"], "seeds": [3]})
     ts.run(first, tmp_path / "s.zarr", **how)
     before = ts.open(tmp_path / "s.zarr")["net"].dataset().load()
@@ -121,7 +123,7 @@ def test_extending_adds_orders_seeds_and_steps(tmp_path):
     assert stored.schema.snapshots == (0, 4, 8, 12, 14, 16, 20, 24, 28, 30)  # 14 was the last step once
     assert all(slab.complete for slab in stored.slabs())
     now = stored.dataset().load()
-    at_once = ts.run(more, tmp_path / "other.zarr", engine="wavefront", lanes=3).dataset().load()
+    at_once = ts.run(more, tmp_path / "other.zarr", **WAVE).dataset().load()
     shared = [n for n in range(31) if n in at_once.snapshot]
     for name in ("params", "train_loss", "counters", "sketch"):
         dim = "step" if "step" in now[name].dims else "snapshot"
@@ -139,7 +141,7 @@ def test_extending_adds_orders_seeds_and_steps(tmp_path):
 
 def test_workers_fill_only_what_is_missing(tmp_path):
     experiment = ts.Experiment.of({**SMALL_NET, "steps": 30, "orders": ["forward", "backward", "backward/8"]})
-    how = {"engine": "wavefront", "lanes": 3}
+    how = WAVE
     ts.run(experiment, tmp_path / "whole.zarr", **how)
     place = tmp_path / "s.zarr"
     with pytest.raises(KeyboardInterrupt):

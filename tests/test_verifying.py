@@ -14,7 +14,7 @@ from tests.test_resume import contents
 from trajstore.storage.segment import array_of
 from trajstore.verifying import verify
 
-HOW = {"engine": "reference"}
+HOW = {"engine": "reference", "durability": "none"}
 TINY = {
     **SMALL_NET, "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5}, "steps": 9, "seeds": [0],
     "record": {"sketch": 4},

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from trajstore.errors import TrajstoreError
     from trajstore.experiment import Experiment, Record
     from trajstore.orders import Order
+    from trajstore.policies import every, log_then_every, window
     from trajstore.problems._module import ModuleProblem
+    from trajstore.recorder import Recorder, record
     from trajstore.recording import run
     from trajstore.store import Store, StoredExperiment, open
 
@@ -31,12 +33,17 @@ __all__ = [
     "ModuleProblem",
     "Order",
     "Record",
+    "Recorder",
     "Store",
     "StoredExperiment",
     "TrajstoreError",
     "cost",
+    "every",
+    "log_then_every",
     "open",
+    "record",
     "run",
+    "window",
 ]
 
 __version__ = "0.1.0"
@@ -46,12 +53,17 @@ _HOME = {
     "ModuleProblem": "problems._module",
     "Order": "orders",
     "Record": "experiment",
+    "Recorder": "recorder",
     "Store": "store",
     "StoredExperiment": "store",
     "TrajstoreError": "errors",
     "cost": "costing",
+    "every": "policies",
+    "log_then_every": "policies",
     "open": "store",
+    "record": "recorder",
     "run": "recording",
+    "window": "policies",
 }
 
 

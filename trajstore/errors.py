@@ -15,6 +15,7 @@
     └── StatisticError (ValueError)         too little data for the number that was asked for
 
     SlowPlanWarning (UserWarning)           a recording runs slower than it could, and why
+    ResumedWarning (UserWarning)            a training loop goes on, and its batches are its own affair
 
 Each message is one line that says what happened, to which experiment, order, seed and step where
 there are such, and what to do now.
@@ -33,6 +34,7 @@ __all__ = [
     "NotFoundError",
     "OrderError",
     "QueryError",
+    "ResumedWarning",
     "SlowPlanWarning",
     "StatisticError",
     "TrajstoreError",
@@ -87,6 +89,10 @@ class WorkerError(TrajstoreError, RuntimeError):
 
 class StatisticError(TrajstoreError, ValueError):
     """A statistic that the data cannot support."""
+
+
+class ResumedWarning(UserWarning):
+    """A training loop goes on from where it was; the message says what it has to see to itself."""
 
 
 class SlowPlanWarning(UserWarning):

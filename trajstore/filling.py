@@ -74,8 +74,8 @@ def _progress(ledger: Ledger, device: torch.device) -> Progress | None:
     last = ledger.last_step
     if last < 0 or (ledger.records[: ledger.schema.segment_of(last), 0] < 0).any():
         return None
-    state = ledger.slots.get(last)
-    return None if state is None else unpack(state, device)
+    found = ledger.slots.latest(last)
+    return None if found is None else unpack(found[1], device)
 
 
 def _still_wanted(experiment: Experiment, done: NDArray[np.bool_], progress: Progress | None) -> Sequence[int]:

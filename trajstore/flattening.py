@@ -77,6 +77,7 @@ def schema_of(experiment: Experiment, live: LiveProblem) -> Schema:
         layout=layout,
         metrics=metrics,
         components=min(experiment.record.sketch, layout.parameters),
+        parameters=layout.parameters,
         batch_size=stream.batch_size,
         codec=experiment.record.codec,
         snapshots_per_segment=segment_length(layout),

@@ -8,10 +8,8 @@ from __future__ import annotations
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +25,16 @@ from trajstore.engine.walk import Slab, applications
 from trajstore.errors import ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
 from trajstore.filling import fill_here, ledgers_of
+from trajstore.fills import noted
 from trajstore.flattening import schema_of
 from trajstore.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.problems import LiveProblem
-from trajstore.provenance import now, provenance
-from trajstore.storage.declaring import declare, grow, set_attributes
+from trajstore.provenance import provenance
+from trajstore.storage.declaring import declare, grow
 from trajstore.storage.local import Durability
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
-from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, standing
+from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, refuse_foreign, standing
 
 __all__ = ["accept", "record_here", "refuse_conflict", "run"]
 
@@ -80,7 +79,7 @@ def run(
     make_place(store)
     with store.declaring():
         root = open_root(path, durability)
-        _refuse_foreign(store, experiment.name)
+        refuse_foreign(store, experiment.name)
         if experiment.name in store:
             experiment = accept(store[experiment.name], experiment, live, resume=resume, extend=extend)
             schema = schema_of(experiment, live)
@@ -100,15 +99,16 @@ def run(
     plan = _stored_plan(stored, wishes) or plan or plan_for(experiment, live, wishes)
     plan, fit = afford(plan, experiment, live, schema, wishes)
     packs = list(_waves(plan, experiment, missing, fit))
+
+    def named(slabs: Sequence[Slab]) -> list[tuple[str, int]]:
+        return [(str(order), experiment.seeds[position]) for order, position in slabs]
+
     if scheduler is not None or plan.workers:
+        origin = {"plan": plan.to_json(), **provenance(where)}
         place = str(store.path.absolute())
         job = Job(uuid.uuid4().hex, experiment, place, durability, replace(plan, threads=1), where.type)
-        together = [slabs for slabs in missing if slabs]
-        noted = _noted(
-            stored, [slab for slabs in together for slab in slabs], {"plan": plan.to_json(), **provenance(where)}
-        )
         on_workers = connected_to(scheduler) if scheduler else connected(plan.workers)
-        with noted as note, on_workers as client:
+        with noted(stored, named([slab for slabs in missing for slab in slabs]), origin) as note, on_workers as client:
             spent = fill(client, job, packs, lambda slabs: ledgers_of(stored, slabs), progress)
             note.update(spent._asdict())
         return store[experiment.name]
@@ -117,8 +117,9 @@ def run(
         warnings.warn(f"experiment {experiment.name!r}: {plan}", SlowPlanWarning, stacklevel=2)
     if progress is not None:
         computing = _Metered(computing, progress, schema.seeds)
+    origin = {"plan": plan.to_json(), **provenance(where)}
     for slabs in packs:
-        with _noted(stored, slabs, {"plan": plan.to_json(), **provenance(where)}) as note:
+        with noted(stored, named(slabs), origin) as note:
             note.update(fill_here(stored, experiment, slabs, computing, where)._asdict())
     return store[experiment.name]
 
@@ -210,14 +211,6 @@ class _Metered:
             yield k, iterate
 
 
-def _refuse_foreign(store: Store, name: str) -> None:
-    if standing(store.path / name) == "foreign":
-        raise ConflictError(
-            f"{store.path / name} is there and is no experiment, or has lost its zarr.json; "
-            "move it away, or choose another name"
-        )
-
-
 def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, resume: bool, extend: bool) -> Experiment:
     """Return the stored experiment, grown by what is asked for; refuse one that contradicts it."""
     config, schema = stored.config, stored.schema
@@ -245,23 +238,3 @@ def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, re
             "give --resume to go on with it, or another --name"
         )
     return experiment
-
-
-@contextmanager
-def _noted(stored: StoredExperiment, slabs: Sequence[Slab], where: dict[str, Any]) -> Iterator[dict[str, float]]:
-    """Write down who records these slabs, before and after; takes what it spent."""
-    schema = stored.schema
-    named = [[str(order), schema.seeds[position]] for order, position in slabs]
-    fill = {"id": uuid.uuid4().hex, "slabs": named, "began": now(), "ended": None, **where}
-    _notefill_here(stored, fill)
-    spent: dict[str, float] = {}
-    yield spent
-    _notefill_here(stored, fill | {"ended": now(), "seconds": {what: round(s, 3) for what, s in spent.items()}})
-
-
-def _notefill_here(stored: StoredExperiment, fill: dict[str, Any]) -> None:
-    with stored.store.declaring():
-        group = zarr.open_group(stored.group.store, path=stored.name, mode="r+")
-        attributes: Any = group.attrs["trajstore"]
-        others = [other for other in attributes["fills"] if other["id"] != fill["id"]]
-        set_attributes(group, attributes | {"fills": [*others, fill]})

@@ -114,7 +114,7 @@ def _refresh(store: Store) -> tuple[Path, dict[str, set[Path]]]:
     parts: list[tuple[StoredExperiment, list[dict[str, Any]]]] = []
     for experiment in experiments:
         commits = experiment.commits()
-        rows = []
+        complete, rows = experiment.complete(commits), []
         for i, order in enumerate(experiment.schema.orders):
             for k, seed in enumerate(experiment.schema.seeds):
                 stamp = _stamp(experiment.attributes["config_digest"], commits.records[i, k].tobytes())
@@ -126,7 +126,7 @@ def _refresh(store: Store) -> tuple[Path, dict[str, set[Path]]]:
                     {
                         "order": order, "seed": seed,
                         "init_seed": experiment.schema.init_seeds[k], "data_seed": experiment.schema.data_seeds[k],
-                        "last_step": int(commits.last_step[i, k]), "complete": bool(commits.complete[i, k]),
+                        "last_step": int(commits.last_step[i, k]), "complete": bool(complete[i, k]),
                     }
                 )  # fmt: skip
         parts.append((experiment, rows))

@@ -18,9 +18,10 @@ from urllib.parse import quote
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.errors import GroupNotFoundError
 
-from trajstore.errors import ConfigurationError, FormatError, NotFoundError, TrajstoreError, choices
+from trajstore.errors import ConfigurationError, ConflictError, FormatError, NotFoundError, TrajstoreError, choices
 from trajstore.storage.local import Durability, DurableStore
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
@@ -31,7 +32,17 @@ if TYPE_CHECKING:
     import torch
     import xarray as xr
 
-__all__ = ["SlabStatus", "Store", "StoredExperiment", "check_place", "make_place", "open", "open_root", "standing"]
+__all__ = [
+    "SlabStatus",
+    "Store",
+    "StoredExperiment",
+    "check_place",
+    "make_place",
+    "open",
+    "open_root",
+    "refuse_foreign",
+    "standing",
+]
 
 
 def open(path: str | Path) -> Store:
@@ -105,6 +116,10 @@ class Store:
     def locks(self) -> Path:
         """The folder of lock files."""
         return self.companion / "locks"
+
+    def slab_lock(self, name: str, order: str, seed: int) -> Path:
+        """Return the lock file of a slab."""
+        return self.locks / name / f"{quote(order, safe='')}.{seed}.lock"
 
     @contextmanager
     def declaring(self) -> Iterator[None]:
@@ -202,10 +217,17 @@ class StoredExperiment:
         with _damage_told(f"experiment {self.name!r} in {self.store.path}"):
             return Commits.of(self.group, self.schema)
 
+    def complete(self, commits: Commits) -> NDArray[np.bool_]:
+        """Return (order, seed): everything that was to be recorded is; for a training loop, that it came to its end."""
+        if self.config["problem"].get("family") != "loop":
+            return commits.complete
+        ended = [slab for fill in self.attributes["fills"] if fill["ended"] for slab in fill["slabs"]]
+        return np.array([[[order, seed] in ended for seed in self.schema.seeds] for order in self.schema.orders])
+
     def slabs(self) -> list[SlabStatus]:
         """Return the status of every (order, seed)."""
         commits = self.commits()
-        last, complete = commits.last_step, commits.complete
+        last, complete = commits.last_step, self.complete(commits)
         infinite = np.zeros_like(commits.steps)
         measured = self._values("measured")
         for bit, metric in enumerate(self.schema.metrics):
@@ -235,7 +257,7 @@ class StoredExperiment:
 
     def slab_lock(self, order: str, seed: int) -> Path:
         """Return the lock file of a slab."""
-        return self.store.locks / self.name / f"{quote(order, safe='')}.{seed}.lock"
+        return self.store.slab_lock(self.name, order, seed)
 
     def dataset(self) -> xr.Dataset:
         """Return a lazy dataset of what is committed."""
@@ -283,7 +305,7 @@ class StoredExperiment:
         return sum(f.stat().st_size for f in (self.store.path / self.name).rglob("*") if f.is_file())
 
     def __repr__(self) -> str:
-        done = self.commits().complete
+        done = self.complete(self.commits())
         return f"<experiment {self.name!r}: {done.size} slabs, {done.sum()} complete, {self.schema.steps} steps>"
 
 
@@ -313,6 +335,15 @@ def standing(folder: Path) -> Standing:
     if not isinstance(mark, dict):
         return "foreign"
     return "half declared" if "declaring" in mark else "experiment"
+
+
+def refuse_foreign(store: Store, name: str) -> None:
+    """Refuse to write where something else is."""
+    if standing(store.path / name) == "foreign":
+        raise ConflictError(
+            f"{store.path / name} is there and is no experiment, or has lost its zarr.json; "
+            "move it away, or choose another name"
+        )
 
 
 def _name_of(table: dict[str, Any]) -> str:

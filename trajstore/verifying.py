@@ -123,8 +123,8 @@ class _Verifying:
                     locks.enter_context(lock(self.stored.slab_lock(order, seed), what))
             yield from self._documents()
             yield from self._labels()
-            for order, seed in product(range(len(self.schema.orders)), range(len(self.schema.seeds))):
-                yield from self._slab(order, seed)
+            for i, k in product(range(len(self.schema.orders)), range(len(self.schema.seeds))):
+                yield from self._slab(i, k)
             yield from self._chunks()
             for order, seed in product(self.schema.orders, self.schema.seeds):
                 yield from self._slots(order, seed)

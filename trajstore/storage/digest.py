@@ -32,11 +32,11 @@ class SegmentDigest:
         measured: int,
         metrics: Sequence[float],
         sketch: NDArray[np.float64],
-        snapshot: tuple[NDArray[Any], NDArray[np.int64]] | None,
+        state: Sequence[NDArray[Any]],
     ) -> None:
         """Add one recorded step: the metrics that were measured; params and counters where a state is stored."""
         head, measurements = np.array([step, leg, measured], dtype=np.int64), np.array(metrics, dtype=np.float64)
-        for values in (head, measurements, sketch, *(snapshot or ())):
+        for values in (head, measurements, sketch, *state):
             self._hash.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)
 
     def words(self) -> NDArray[np.int64]:

@@ -42,7 +42,10 @@ class DurableStore(LocalStore):
         """Write a file durably under a temporary name, then rename it."""
         self._check_writable()
         path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock:  # the names of new folders lie in the folders above
+                self._touched.update(f for f in path.parent.parents if f.is_relative_to(self.root))
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with partial.open("wb") as file:
@@ -58,13 +61,12 @@ class DurableStore(LocalStore):
             self._touched.add(path.parent)
 
     def flush(self) -> None:
-        """Make every rename since the last flush durable, up to the root."""
+        """Make every rename since the last flush durable."""
         with self._lock:
             touched, self._touched = self._touched, set[Path]()
         if not self._durable:
             return
-        folders = {f for t in touched for f in (t, *t.parents) if f.is_relative_to(self.root)}
-        for folder in sorted(folders, key=lambda f: len(f.parts), reverse=True):
+        for folder in sorted(touched, key=lambda f: len(f.parts), reverse=True):
             descriptor = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

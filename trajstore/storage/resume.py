@@ -26,26 +26,25 @@ class ResumeSlots:
     def __init__(self, group: zarr.Group, order: str, seed: int) -> None:
         self._group = group
         self.paths = [f"{GROUP}/{quote(order, safe='')}.{seed}.{slot}" for slot in (0, 1)]
-        self._steps: list[int | None] | None = None
+        self._steps: list[int] | None = None
 
-    def get(self, step: int) -> bytes | None:
-        """Return the state that was put for a step; None where there is none that is whole."""
-        for path in self.paths:
-            content = self._read(path)
-            if content is not None and content[0] == step:
-                return content[1]
-        return None
+    def latest(self, committed: int) -> tuple[int, bytes] | None:
+        """Return the latest state that is whole, not later than the last committed step, and its step."""
+        there = [content for path in self.paths if (content := self._read(path)) is not None]
+        return max((content for content in there if content[0] <= committed), default=None)
 
     def put(self, step: int, state: bytes, committed: int) -> None:
-        """Store the state for a step, beside that of the step which is committed now."""
+        """Store the state for a step, beside the latest that counts already."""
         if self._steps is None:
             contents = [self._read(path) for path in self.paths]
-            self._steps = [None if content is None else content[0] for content in contents]
-        slot = 1 if self._steps[0] == committed else 0
+            self._steps = [-1 if content is None else content[0] for content in contents]
+        # What lies beyond the last commit is of a recording that died before it could commit.
+        counts = [one if one <= committed else -1 for one in self._steps]
+        slot = 0 if counts[0] < counts[1] else 1
         content = np.frombuffer(step.to_bytes(_HEAD, "little", signed=True) + state, dtype=np.uint8)
         path, size = self.paths[slot], len(content)
-        array = self._group.get(path)
-        if not isinstance(array, zarr.Array) or array.shape != (size,) or array.chunks != (size,):
+        array: Any = self._group.get(path) if self._read(path) is not None else None
+        if array is None or array.shape != (size,):
             array = create_slot(self._group, path, size)
         array[...] = content
         self._steps[slot] = step

@@ -67,6 +67,8 @@ class Schema:
     metrics: Mapping[str, int | None]
     """Metric → examples it averages, None where it is no average. The order is that of the bits."""
     components: int
+    parameters: int
+    """How many parameters the sketch is of, whether their states are stored or not."""
     batch_size: int
     codec: Codec
     snapshots_per_segment: int
@@ -115,7 +117,7 @@ class Schema:
                 "sketch", ("order", "seed", "step", "component"), "float64",
                 (1, 1, 512, max(1, self.components)), np.nan,
                 "projection of the parameters' difference to step 0",
-                {"seed": self.sketch_seed, "identity": self.components == self.layout.parameters},
+                {"seed": self.sketch_seed, "identity": self.components == self.parameters},
             ),
             ArraySpec(
                 "leg", series, "int64", (1, 1, along), -1,
@@ -186,6 +188,7 @@ class Schema:
             "snapshots_per_segment": self.snapshots_per_segment,
             "metrics": dict(self.metrics),
             "components": self.components,
+            "parameters": self.parameters,
             "batch_size": self.batch_size,
             "codec": self.codec,
             "sketch_seed": self.sketch_seed,

@@ -20,7 +20,7 @@ from trajstore.storage.codecs import write_block
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.schema import Schema
 
-__all__ = ["Corner", "Cut", "Row", "Segment", "Spare", "Written", "array_of"]
+__all__ = ["Corner", "Cut", "Row", "Segment", "Snapshot", "Spare", "Written", "array_of", "row_of"]
 
 Corner = tuple[int, int]
 """Positions of the slab's order and seed."""
@@ -89,7 +89,7 @@ class Spare:
 
 
 class Segment:
-    """The recorded steps of one segment."""
+    """The recorded steps of one segment, as they come in: rows until they are cut off, states until the end."""
 
     def __init__(
         self,
@@ -103,18 +103,20 @@ class Segment:
     ) -> None:
         """`counted` steps of it are committed already; they have to be appended first all the same."""
         self.group, self.schema, self.corner, self.number, self.counted = group, schema, corner, number, counted
-        first = number * schema.snapshots_per_segment
-        places = schema.snapshots[first : first + schema.snapshots_per_segment]
+        places = schema.snapshots_of(number)
         self._place = {step: k for k, step in enumerate(places)}
         self._spare = spare or Spare()
-        self.rows: list[Row] = []
+        self._rows: list[Row] = []
+        self._length = 0
+        self.stored: list[int] = []
+        """Places of the states so far."""
         self.states: dict[str, NDArray[Any]] = {}
         """Flat states, one a row."""
-        self._digest, self._digested = SegmentDigest(), 0
+        self._digest, self._digested, self._digested_states = SegmentDigest(), 0, 0
         self._prefixes: list[list[int]] = []
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._length
 
     def append(
         self,
@@ -125,76 +127,80 @@ class Segment:
         snapshot: Snapshot | None,
     ) -> None:
         """Add one step; everything is copied."""
-        if unknown := set(metrics) - set(self.schema.metrics):
-            raise ConfigurationError(f"step {step}: metric {min(unknown)!r} is not declared")
+        self._rows.append(row_of(self.schema, step, leg, metrics, sketch, snapshot))
+        self._length += 1
         if snapshot is not None:
             for name, row in zip(_STATES, snapshot, strict=True):
                 if name not in self.states:
                     self.states[name] = self._spare.take((len(self._place), len(row)), row.dtype)
                 self.states[name][self._place[step]] = row
-        names = [name for name in self.schema.metrics if name in metrics]
-        measured = sum(1 << k for k, name in enumerate(self.schema.metrics) if name in metrics)
-        values = tuple(float(metrics[name]) for name in names)
-        self.rows.append(Row(step, leg, measured, values, np.array(sketch, dtype=np.float64), snapshot is not None))
-
-    def state(self, step: int) -> Snapshot:
-        """Return the state that was appended with a step."""
-        params, counters = (self.states[name][self._place[step]] for name in _STATES)
-        return params, counters
+            self.stored.append(self._place[step])
 
     def cut(self) -> Cut:
-        """Return the segment as it stands now."""
-        return Cut(self, tuple(self.rows))
+        """Cut off the rows since the last cut."""
+        rows, self._rows = tuple(self._rows), []
+        return Cut(self, rows, tuple(self.stored))
 
     def release(self) -> None:
         """Give the buffers back: nobody will look at this segment again."""
         self._spare.give(list(self.states.values()))
         self.states = {}
 
-    def place(self, step: int) -> int:
-        """Return a step's position among the segment's places for states."""
-        return self._place[step]
-
-    @property
-    def places(self) -> int:
-        """How many states the segment has a place for."""
-        return len(self._place)
-
-    def record_of(self, rows: Sequence[Row]) -> tuple[list[int], list[list[int]]]:
-        """Return the commit record of the first rows, and those of fewer. Call with ever more rows."""
-        for row in rows[self._digested :]:
-            state = self.state(row.step) if row.stored else None
+    def record_with(self, rows: Sequence[Row]) -> tuple[list[int], list[list[int]]]:
+        """Return the commit record with some more rows, and those that it may replace. Call in the order of cuts."""
+        for row in rows:
+            state = [self.states[name][self._place[row.step]] for name in _STATES] if row.stored else []
             self._digest.add(row.step, row.leg, row.measured, row.metrics, row.sketch, state)
             self._digested += 1
+            self._digested_states += row.stored
             if self._digested == self.counted:
-                self._prefixes.append(self._record(rows[: self._digested]))
-        record, prefixes = self._record(rows), list(self._prefixes)
+                self._prefixes.append(self._record())
+        record, prefixes = self._record(), list(self._prefixes)
         self._prefixes.append(record)
         return record, prefixes
 
-    def _record(self, rows: Sequence[Row]) -> list[int]:
-        return [len(rows), sum(row.stored for row in rows), *self._digest.words().tolist()]
+    def _record(self) -> list[int]:
+        return [self._digested, self._digested_states, *self._digest.words().tolist()]
+
+
+def row_of(
+    schema: Schema,
+    step: int,
+    leg: int,
+    metrics: Mapping[str, float],
+    sketch: NDArray[np.float64],
+    snapshot: Snapshot | None,
+) -> Row:
+    """Return a step as a row, copied."""
+    if unknown := set(metrics) - set(schema.metrics):
+        raise ConfigurationError(f"step {step}: metric {min(unknown)!r} is not declared")
+    names = [name for name in schema.metrics if name in metrics]
+    measured = sum(1 << k for k, name in enumerate(schema.metrics) if name in metrics)
+    values = tuple(float(metrics[name]) for name in names)
+    return Row(step, leg, measured, values, np.array(sketch, dtype=np.float64), snapshot is not None)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The first steps of a segment."""
+    """Rows of a segment that come after those of the cut before, and the states so far."""
 
     segment: Segment
     rows: tuple[Row, ...]
+    stored: tuple[int, ...]
+    """Places of all states of the segment, those of earlier cuts too: a chunk is written whole."""
 
     def blocks(self) -> Iterator[Callable[[], None]]:
         """Return what writes the states, one call a chunk, to be made in any order and by any thread."""
-        there = [self.segment.place(row.step) for row in self.rows if row.stored]
-        for name, states in self.segment.states.items() if there else ():
-            array = array_of(self.segment.group, name)
-            for begin in range(0, states.shape[1], array.chunks[2]):
-                yield _Block(array, self.segment, states, begin, there)
+        if any(row.stored for row in self.rows):
+            for name, states in self.segment.states.items():
+                array = array_of(self.segment.group, name)
+                for begin in range(0, states.shape[1], array.chunks[2]):
+                    yield _Block(array, self.segment, states, begin, self.stored)
 
     def written(self) -> Written:
-        """Digest the steps; the states are durable by now."""
+        """Digest the rows, and return what is to be written of them."""
         rows, schema = self.rows, self.segment.schema
-        record, prefixes = self.segment.record_of(rows)
+        record, prefixes = self.segment.record_with(rows)
         if not rows:
             return Written(self.segment.number, np.array([], dtype=np.int64), {}, record, prefixes)
         measured = np.array([row.measured for row in rows])
@@ -205,9 +211,8 @@ class Cut:
         }
         values = [iter(row.metrics) for row in rows]
         for bit, name in enumerate(schema.metrics):
-            series[name] = np.array(
-                [next(v) if m >> bit & 1 else np.nan for v, m in zip(values, measured, strict=True)]
-            )
+            there = measured >> bit & 1 > 0
+            series[name] = np.array([next(v) if has else np.nan for v, has in zip(values, there, strict=True)])
         return Written(self.segment.number, np.array([row.step for row in rows]), series, record, prefixes)
 
 
@@ -219,13 +224,13 @@ class _Block:
     segment: Segment
     states: NDArray[Any]
     begin: int
-    there: Sequence[int]
+    stored: Sequence[int]
 
     def __call__(self) -> None:
         rows = self.states[:, self.begin : self.begin + self.array.chunks[2]]
         block = _transposed(rows)
         missing = np.ones(len(rows), dtype=bool)
-        missing[self.there] = False
+        missing[list(self.stored)] = False
         if missing.any():
             block[:, missing] = self.array.fill_value
         first = self.segment.number * self.segment.schema.snapshots_per_segment

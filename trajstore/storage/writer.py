@@ -11,7 +11,7 @@ said of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
@@ -27,12 +27,14 @@ from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.reader import Commits
 from trajstore.storage.resume import ResumeSlots
 from trajstore.storage.schema import Schema
-from trajstore.storage.segment import Corner, Cut, Segment, Snapshot, Spare, Written, array_of
+from trajstore.storage.segment import Corner, Cut, Segment, Snapshot, Spare, Written, array_of, row_of
 
 __all__ = ["Ledger", "SlabWriter"]
 
 COMMIT_STEPS = 4_096
 COMMIT_SECONDS = 300.0
+StoredRow = tuple[int, int, dict[str, float], NDArray[np.float64], Snapshot | None]
+"""A recorded step as `append` takes it."""
 ResumeState = Callable[[], bytes]
 """Makes the state from which a recording can go on after the step that it came with."""
 
@@ -67,27 +69,39 @@ class Ledger:
         """Return a segment with those of its steps that are committed, read back and checked."""
         counted = max(0, int(self.records[number, 0]))
         segment = Segment(self.group, self.schema, self.corner, number, counted=counted, spare=spare)
-        if not counted:
-            return segment
+        record = self.records[number].tolist()
+        for rows in self._stored_rows(number) if counted else ():
+            for row in rows:
+                segment.append(*row)
+            record = segment.cut().written().record
+        if counted and (record != self.records[number].tolist() or len(segment) != counted):
+            raise FormatError(f"{self.steps_named(number)} are not what was committed; {_REPAIR}")
+        return segment
+
+    def stored(self, step: int) -> StoredRow:
+        """Return a committed step as it is stored."""
+        rows = (row for rows in self._stored_rows(self.schema.segment_of(step)) for row in rows)
+        return next(row for row in rows if row[0] == step)
+
+    def _stored_rows(self, number: int) -> Iterator[list[StoredRow]]:
+        """Yield the committed steps of a segment, some thousand at a time."""
         begin, end = self.schema.steps_of(number)
         places = {step: k for k, step in enumerate(self.schema.snapshots_of(number))}
         try:
-            series = {name: one.read(begin, end) for name, one in self._series.items()}
-            states = self._states(number)
+            params, counters = self._states(number)
+            for start in range(begin, end, COMMIT_STEPS):
+                stop = min(start + COMMIT_STEPS, end)
+                series = {name: one.read(start, stop) for name, one in self._series.items()}
+                rows: list[StoredRow] = []
+                for at in np.flatnonzero(self.committed[start:stop]).tolist():
+                    bits, step = int(series["measured"][at]), start + at
+                    measured = [name for bit, name in enumerate(self.schema.metrics) if bits >> bit & 1]
+                    metrics = {name: float(series[name][at]) for name in measured}
+                    state = (params[:, places[step]], counters[:, places[step]]) if step in places else None
+                    rows.append((step, int(series["leg"][at]), metrics, series["sketch"][at], state))
+                yield rows
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"{self.steps_named(number)} are damaged ({error}); {_REPAIR}") from None
-        for at in np.flatnonzero(self.committed[begin:end]).tolist():
-            step = begin + at
-            metrics = {
-                name: float(series[name][at])
-                for bit, name in enumerate(self.schema.metrics)
-                if int(series["measured"][at]) >> bit & 1
-            }
-            snapshot = (states[0][:, places[step]], states[1][:, places[step]]) if step in places else None
-            segment.append(step, int(series["leg"][at]), metrics, series["sketch"][at], snapshot)
-        if segment.cut().written().record != self.records[number].tolist():
-            raise FormatError(f"{self.steps_named(number)} are not what was committed; {_REPAIR}")
-        return segment
 
     def adopt(self, written: Written, resume: bytes | None = None) -> None:
         """Commit a segment whose states are durable, in any order of segments."""
@@ -152,7 +166,6 @@ class SlabWriter:
         """The last step that was appended."""
         self._resume: ResumeState | None = None
         self._encoding: list[Future[None]] = []
-        self._compared: Segment | None = None
 
     def append(
         self,
@@ -166,7 +179,7 @@ class SlabWriter:
         """Record a step; one that is committed must be what is stored."""
         self._pipeline.check()
         if step <= self.last and (step <= self._passed or self.ledger.committed[step]):
-            self._compare(step, leg, metrics, sketch, snapshot)
+            self._compare(step, leg, dict(metrics), sketch, snapshot)
             return
         number = self._schema.segment_of(step)
         if self._segment is None or number != self._segment.number:
@@ -233,21 +246,16 @@ class SlabWriter:
         self,
         step: int,
         leg: int,
-        metrics: Mapping[str, float],
+        metrics: dict[str, float],
         sketch: NDArray[np.float64],
         snapshot: Snapshot | None,
     ) -> None:
         """Refuse a step that is recorded with other content."""
         self.commit()
         self._pipeline.drain()
-        number = self._schema.segment_of(step)
         if not self.ledger.committed[step]:
             raise ConfigurationError(f"{self.ledger.name}: step {step} was passed over; steps must increase")
-        if self._compared is None or self._compared.number != number or step > self._compared.rows[-1].step:
-            self._compared = self.ledger.segment(number)
-        probe = Segment(self.ledger.group, self._schema, self.ledger.corner, number)
-        probe.append(step, leg, metrics, sketch, snapshot)
-        if _bits(self._compared, step) != _bits(probe, step):
+        if _bits(self._schema, self.ledger.stored(step)) != _bits(self._schema, (step, leg, metrics, sketch, snapshot)):
             raise ConflictError(
                 f"{self.ledger.name}: step {step} is recorded already, with other content; "
                 "what is committed never changes"
@@ -295,8 +303,8 @@ class _Series:
         return min(self._length, len(self._committed) - chunk * self._length)
 
 
-def _bits(segment: Segment, step: int) -> tuple[object, ...]:
-    """Return all that a segment holds of a step, so that equal means equal in every bit."""
-    row = next(row for row in segment.rows if row.step == step)
-    state = [(v.dtype, v.tobytes()) for v in segment.state(step)] if row.stored else None
-    return row.leg, row.measured, np.array(row.metrics).tobytes(), row.sketch.tobytes(), state
+def _bits(schema: Schema, stored: StoredRow) -> tuple[object, ...]:
+    """Return all that there is of a step, so that equal means equal in every bit."""
+    row = row_of(schema, *stored)
+    state = [(v.dtype, v.tobytes()) for v in stored[-1] or ()]
+    return row.leg, row.measured, np.array(row.metrics).tobytes(), row.sketch.tobytes(), row.stored, state

@@ -1,0 +1,37 @@
+"""Fills: who recorded which slabs, where, with what, and what it took; stored with the experiment."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import zarr
+
+from trajstore.provenance import now
+from trajstore.storage.declaring import ATTRIBUTE, set_attributes
+from trajstore.store import StoredExperiment
+
+__all__ = ["noted"]
+
+
+@contextmanager
+def noted(
+    stored: StoredExperiment, slabs: Sequence[tuple[str, int]], where: dict[str, Any]
+) -> Iterator[dict[str, float]]:
+    """Write down who records these slabs, given as order and seed, before and after; takes what it spent."""
+    named = [[order, seed] for order, seed in slabs]
+    fill = {"id": uuid.uuid4().hex, "slabs": named, "began": now(), "ended": None, **where}
+    _note(stored, fill)
+    spent: dict[str, float] = {}
+    yield spent
+    _note(stored, fill | {"ended": now(), "seconds": {what: round(s, 3) for what, s in spent.items()}})
+
+
+def _note(stored: StoredExperiment, fill: dict[str, Any]) -> None:
+    with stored.store.declaring():
+        group = zarr.open_group(stored.group.store, path=stored.name, mode="r+")
+        attributes: Any = group.attrs[ATTRIBUTE]
+        others = [other for other in attributes["fills"] if other["id"] != fill["id"]]
+        set_attributes(group, attributes | {"fills": [*others, fill]})

@@ -1,0 +1,443 @@
+"""The recorder: three lines in any training loop.
+
+::
+
+    with ts.record("runs.zarr", "mine", model, seed=0) as rec:
+        for x, y in batches:
+            ...
+            rec.step(loss=loss.item())
+
+What a step looks like is copied when `step` is called; norms, sketch, compression and writing happen in threads of the
+recorder's own. Whatever goes wrong there is raised at the next call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trajstore import trees
+from trajstore.configuration import differences
+from trajstore.errors import ConfigurationError, ConflictError, OrderError, ResumedWarning
+from trajstore.experiment import check_name
+from trajstore.fills import noted
+from trajstore.measures import MEASURES
+from trajstore.policies import Policy, every
+from trajstore.provenance import provenance
+from trajstore.storage.codecs import Codec
+from trajstore.storage.declaring import declare, grow
+from trajstore.storage.layout import Layout
+from trajstore.storage.local import Durability
+from trajstore.storage.locks import lock
+from trajstore.storage.pipeline import Pipeline
+from trajstore.storage.schema import Schema, check_metric_names, segment_length
+from trajstore.storage.sketch import Sketch
+from trajstore.storage.writer import COMMIT_SECONDS, COMMIT_STEPS, Ledger, SlabWriter
+from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, refuse_foreign
+from trajstore.watching import Watched, random_state
+
+__all__ = ["Recorder", "record"]
+
+_AHEAD = 8
+"""So many steps may wait to be observed."""
+_GROWTH = 4_096
+_PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def record(
+    path: str | Path,
+    name: str,
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    order: str = "forward",
+    optimizer: Optimizer | None = None,
+    also: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    snapshots: Policy | None = None,
+    layers: str | Sequence[str] | None = None,
+    dtype: str | None = None,
+    optimizer_state: bool = False,
+    sketch: int = 128,
+    codec: Codec = "pcodec",
+    durability: Durability = "segment",
+    resume: bool = False,
+) -> Recorder:
+    """Record what becomes of a model: a context manager, whose `step` is called after each step of the optimizer.
+
+    The model's state is step 0. `snapshots` says at which steps the state is stored (every step, unless you choose
+    `every(k)`, `log_then_every(k)`, `window(a, b)` or a combination by ``|`` and ``&``), `layers` which tensors, as
+    globs of their names, `dtype` to what precision, `optimizer_state` whether with the optimizer's memory. Norms,
+    distances, and a sketch of all parameters are recorded at every step. `config` holds hyperparameters to find the
+    run by. `steps` is how many there will be, if that is known; a recording can be longer.
+
+    With ``resume=True`` a slab (an order and a seed of an experiment) that was begun goes on: the model, the
+    `optimizer`, whatever `also` names (a scheduler, say) and the random generators are put back to where they were at
+    `last`. To give the batches in the same order again is the loop's part.
+    """
+    globs = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    if dtype is not None and dtype not in _PRECISIONS:
+        raise ConfigurationError(f"dtype is {dtype!r}; choose one of {', '.join(_PRECISIONS)}, or leave it out")
+    if sketch < 1 or sketch & (sketch - 1):
+        raise ConfigurationError(f"sketch is {sketch}; it must be a power of two")
+    check_name(name)
+    if not order or len(order) > 100 or any(c.isspace() or c == "," for c in order):
+        raise OrderError(f"order {order!r}: use up to 100 characters without spaces and commas, as in 'forward'")
+    if not 0 <= seed < 2**63:
+        raise ConfigurationError(f"seed {seed} must be a whole number from 0 to 2^63 − 1")
+    watched = Watched(
+        model, optimizer, also or {}, layers=globs, memory=optimizer_state,
+        precision=None if dtype is None else _PRECISIONS[dtype],
+    )  # fmt: skip
+    policy = every(1) if snapshots is None else snapshots
+    what = {"snapshots": str(policy), "layers": globs, "dtype": dtype, "optimizer_state": optimizer_state}
+    table: dict[str, Any] = {
+        "name": name,
+        "problem": {"family": "loop", "model": type(model).__qualname__, **_plain("config", config or {})},
+        "operator": _operator(optimizer),
+        "init_seed": None,
+        "stops": [],
+        "record": {**what, "sketch": sketch, "codec": codec},
+    }
+    return Recorder(Store(path), table, watched, policy, order, seed, steps, durability, resume)
+
+
+@dataclass
+class _Step:
+    """What was copied of a step."""
+
+    number: int
+    weights: Tensor
+    state: tuple[Tensor, Tensor] | None
+    metrics: dict[str, float]
+    resume: bytes | None
+
+
+class Recorder:
+    """Records one slab: the steps of one order and seed. Made by `record`."""
+
+    last = -1
+    """The last step that was recorded."""
+    resumed = False
+    """Whether it goes on from an earlier recording."""
+
+    def __init__(
+        self,
+        store: Store,
+        table: dict[str, Any],
+        watched: Watched,
+        policy: Policy,
+        order: str,
+        seed: int,
+        steps: int | None,
+        durability: Durability,
+        resume: bool,
+    ) -> None:
+        self._store, self._table, self._watched, self._policy = store, table, watched, policy
+        self._order, self._seed, self._asked, self._durability, self._resume = order, seed, steps, durability, resume
+        self._held = ExitStack()
+        self._begun = False
+        self._pending: _Step | None = None
+
+    def __enter__(self) -> Recorder:
+        """Begin: declare what is to be recorded, and record θ₀, or go on."""
+        if self._begun:
+            raise ConflictError("this recorder was used already; make another with ts.record")
+        self._begun = True
+        try:
+            self._begin()
+        except BaseException:
+            self._held.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Commit everything that was recorded, also when the loop failed."""
+        try:
+            self._flush()
+        except BaseException as failure:
+            if kind is None:  # otherwise the loop's own error is the one that matters
+                kind, error, trace = type(failure), failure, failure.__traceback__
+                raise
+        finally:
+            for pipeline in (self._observing, self._writing):
+                with suppress(Exception):
+                    pipeline.close()
+            with suppress(BaseException) if kind is not None else nullcontext():
+                self._held.__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """End the recording; leaving the `with` block does it."""
+        self.__exit__(None, None, None)
+
+    def step(self, step: int | None = None, *, batch: Any = None, **metrics: Any) -> None:  # noqa: ANN401
+        """Record the model as it is now, after a step of its optimizer, with any scalars.
+
+        Steps count by one unless a number is given. `batch` is the batch of this step, or what tells it from others
+        (tensors or numbers, its indices for example); its hash is recorded as the metric `batch_id`.
+        """
+        self._check()
+        number = self.last + 1 if step is None else step
+        if number <= self.last:
+            raise ConflictError(f"{self._named}: step {number} comes after step {self.last}; steps must increase")
+        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        if batch is not None:
+            values["batch_id"] = _batch_id(batch)
+        self._see(number, values)
+
+    def log(self, **metrics: Any) -> None:  # noqa: ANN401
+        """Add scalars to the last recorded step."""
+        self._check()
+        if self._pending is None:
+            raise ConflictError(f"{self._named}: no step was recorded since it was resumed; call step first")
+        self._pending.metrics |= {name: _scalar(name, value) for name, value in metrics.items()}
+
+    @property
+    def _named(self) -> str:
+        return f"experiment {self._table['name']!r}, order {self._order!r}, seed {self._seed}"
+
+    def _check(self) -> None:
+        if not self._begun:
+            raise ConflictError("begin with `with ts.record(...) as rec:`")
+        self._observing.check()
+        self._writing.check()
+
+    def _begin(self) -> None:
+        check_place(self._store)
+        make_place(self._store)
+        what = self._named
+        path = self._store.slab_lock(self._table["name"], self._order, self._seed)
+        self._held.enter_context(lock(path, what))
+        schema = self._declared(self._asked or 0, ())
+        self._ledger = Ledger(self._group, schema, schema.orders.index(self._order), schema.seeds.index(self._seed))
+        found = self._ledger.last_step
+        if found >= 0 and not self._resume:
+            raise ConflictError(
+                f"{what} is recorded already, to step {found}; give resume=True to go on, or another seed or name"
+            )
+        self._writing, self._observing = Pipeline(), Pipeline(threads=1, depth=_AHEAD)
+        self._writer = SlabWriter(self._ledger, self._writing)
+        self._sketch = Sketch(schema.parameters, self._table["record"]["sketch"], schema.sketch_seed)
+        self._before: Tensor | None = None
+        self._due = time.monotonic()
+        self._since = 0
+        self._marks: tuple[int, ...] = ()
+        device = self._watched.parameters[0].device
+        self._held.enter_context(
+            noted(StoredExperiment(self._store, self._group), [(self._order, self._seed)], provenance(device))
+        )
+        if found >= 0:
+            self._go_on(found)
+        else:
+            self._start = self._watched.weights().double()
+            self._see(0, {})
+
+    def _go_on(self, found: int) -> None:
+        stored = self._ledger.slots.latest(found)
+        if stored is None:
+            raise ConflictError(
+                f"{self._named}: it was recorded to step {found}, and no state to go on from can be read; "
+                "record it again under another seed or name"
+            )
+        self.last, content = stored
+        tree = trees.unpack(content)
+        self._watched.restore(tree["loop"], self._named)
+        device = self._watched.parameters[0].device
+        self._start = tree["start"].to(device)
+        self._before = self._watched.weights().double()
+        self.resumed = True
+        again = f"; steps {self.last + 1} to {found} are recorded already and must come out the same"
+        warnings.warn(
+            f"{self._named}: resumed at step {self.last}. Your loop has to go on with the batches after that step: "
+            f"their order is not restored{again if found > self.last else ''}",
+            ResumedWarning,
+            stacklevel=4,
+        )
+
+    def _see(self, number: int, metrics: dict[str, float]) -> None:
+        """Copy what is to be recorded of a step."""
+        self._send()
+        schema = self._ledger.schema
+        if number > schema.steps:
+            schema = self._grow(max(number, schema.steps + max(_GROWTH, schema.steps // 4)), ())
+        weights = self._watched.weights()
+        stored = number == 0 or number in self._policy
+        state = self._watched.vectors(schema.layout) if stored else None
+        randomness = random_state()
+        resume = None
+        if number > 0 and self._is_due(schema, number):
+            resume = self._state(randomness)
+        self._pending = _Step(number, weights, state, metrics, resume)
+        self.last, self._marks, self._randomness = number, self._watched.marks(), randomness
+
+    def _is_due(self, schema: Schema, number: int) -> bool:
+        """Tell whether to commit after this step, and to store what it takes to go on from it."""
+        self._since += 1
+        ends = schema.snapshots_of(schema.segment_of(number))[-1] == number
+        if ends or self._since >= COMMIT_STEPS or time.monotonic() - self._due > COMMIT_SECONDS / 2:
+            self._since, self._due = 0, time.monotonic()
+            return True
+        return False
+
+    def _state(self, randomness: Mapping[str, Any]) -> bytes:
+        return trees.pack({"loop": self._watched.state(randomness), "start": self._start})
+
+    def _send(self) -> None:
+        """Hand the pending step over: nothing can be added to it any more."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        schema = self._ledger.schema
+        if new := [name for name in pending.metrics if name not in schema.metrics]:
+            self._grow(schema.steps, new)
+        self._observing.submit([], partial(self._observe, pending))
+
+    def _observe(self, step: _Step) -> None:
+        """Measure and append a step, in the observing thread."""
+        here = step.weights.double()
+        difference = here - self._start
+        lengths = [here.norm(), difference.norm(), *([] if self._before is None else [(here - self._before).norm()])]
+        self._before = here
+        names = ("param_norm", "start_distance", "step_distance")
+        metrics = {**step.metrics, **dict(zip(names, torch.stack(lengths).tolist(), strict=False))}
+        sketch = self._sketch(difference.numpy(force=True))
+        state = None if step.state is None else (step.state[0].numpy(force=True), step.state[1].numpy(force=True))
+        resume = step.resume
+        self._writer.append(step.number, 0, metrics, sketch, state, None if resume is None else lambda: resume)
+        if resume is not None:
+            self._writer.commit()
+
+    def _flush(self) -> None:
+        """Commit what was recorded; with the state to go on from, if nothing has changed since the last step."""
+        last = self._pending
+        if last is not None and last.resume is None and self._marks == self._watched.marks():
+            with suppress(ConfigurationError):
+                last.resume = self._state(self._randomness)
+        self._send()
+        self._observing.drain()
+        self._writer.commit()
+        self._writing.drain()
+
+    def _grow(self, steps: int, metrics: Sequence[str]) -> Schema:
+        """Declare more steps or metrics, and go on writing with the arrays as they are then."""
+        self._observing.drain()
+        self._writer.commit()
+        self._writing.drain()
+        schema = self._declared(steps, metrics)
+        self._ledger = Ledger(self._group, schema, schema.orders.index(self._order), schema.seeds.index(self._seed))
+        self._writer = SlabWriter(self._ledger, self._writing)
+        return schema
+
+    def _declared(self, steps: int, metrics: Sequence[str]) -> Schema:
+        """Declare the experiment, or let it grow by what it does not have yet."""
+        name = self._table["name"]
+        with self._store.declaring():
+            root = open_root(self._store.path, self._durability)
+            refuse_foreign(self._store, name)
+            there = name in self._store
+            stored = self._store[name] if there else None
+            schema = self._merged(None if stored is None else stored.schema, steps, metrics)
+            check_metric_names(schema)
+            sizes = {"steps": schema.steps, "orders": list(schema.orders), "seeds": list(schema.seeds)}
+            config = {**self._table, **sizes}
+            if stored is None:
+                self._group = declare(root, name, schema, config, [])
+                return schema
+            found = differences({k: v for k, v in stored.config.items() if k not in sizes}, self._table)
+            found += _different(stored.schema.layout, self._watched.layout())
+            if found:
+                raise ConflictError(
+                    f"experiment {name!r} is stored already and differs in {'; '.join(found)} (stored / asked for); "
+                    "choose another name"
+                )
+            self._group = zarr.open_group(root.store, path=name, mode="r+", zarr_format=3)
+            if schema != stored.schema:
+                grow(self._group, schema, config, [])
+            return schema
+
+    def _merged(self, stored: Schema | None, steps: int, metrics: Sequence[str]) -> Schema:
+        record, size = self._table["record"], self._watched.size
+        if stored is None:
+            layout = self._watched.layout()
+            stored = Schema(
+                orders=(), seeds=(), init_seeds=(), data_seeds=(), steps=0, snapshots=(0,), layout=layout,
+                metrics=dict.fromkeys(MEASURES), components=min(record["sketch"], size), parameters=size,
+                batch_size=0, codec=record["codec"], snapshots_per_segment=segment_length(layout),
+            )  # fmt: skip
+        seeds = tuple(dict.fromkeys((*stored.seeds, self._seed)))
+        length = max(steps, stored.steps) or (_GROWTH - 1)
+        grid = tuple(n for n in range(length + 1) if n == 0 or n in self._policy)
+        return replace(
+            stored,
+            orders=tuple(dict.fromkeys((*stored.orders, self._order))),
+            seeds=seeds, init_seeds=seeds, data_seeds=seeds,
+            steps=length, snapshots=grid,
+            metrics={**stored.metrics, **{name: None for name in metrics if name not in stored.metrics}},
+        )  # fmt: skip
+
+
+def _different(stored: Layout, own: Layout) -> list[str]:
+    """Return how the tensors of a model differ from those that are stored."""
+    left, right = ({f"{e.role} {e.name}": (e.shape, e.dtype) for e in layout.entries} for layout in (stored, own))
+    return differences(left, right)
+
+
+def _scalar(name: str, value: Any) -> float:  # noqa: ANN401
+    try:
+        if isinstance(value, Tensor | np.ndarray):
+            return float(value.item())
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        raise ConfigurationError(f"metric {name!r} is a {type(value).__name__}{shape}; give one number") from None
+
+
+def _batch_id(batch: Any) -> float:  # noqa: ANN401
+    """Return 48 bits of a hash, which a float64 holds exactly."""
+    digest = hashlib.blake2b(digest_size=6)
+    pieces = batch if isinstance(batch, list | tuple) else [batch]
+    for piece in pieces:
+        array = piece.detach().cpu().numpy() if isinstance(piece, Tensor) else np.asarray(piece)
+        digest.update(f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return float(int.from_bytes(digest.digest(), "little"))
+
+
+def _operator(optimizer: Optimizer | None) -> dict[str, Any]:
+    if optimizer is None:
+        return {"family": "unknown"}
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in optimizer.defaults.items()}
+    return {"family": type(optimizer).__name__.lower(), **{k: v for k, v in settings.items() if _is_plain(v)}}
+
+
+def _plain(what: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in table.items():
+        if not _is_plain(value):
+            kind = type(value).__name__
+            raise ConfigurationError(f"{what}: {key!r} is a {kind}; give numbers, text, or lists of them")
+    return dict(table)
+
+
+def _is_plain(value: Any) -> bool:  # noqa: ANN401
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
