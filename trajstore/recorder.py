@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -136,6 +139,7 @@ class Recorder:
     """The last step that was recorded."""
     resumed = False
     """Whether it goes on from an earlier recording."""
+    closed = False
 
     def __init__(
         self,
@@ -171,6 +175,9 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Commit everything that was recorded, also when the loop failed."""
+        if self.closed:
+            return
+        self.closed = True
         try:
             self._flush()
         except BaseException as failure:
@@ -215,8 +222,8 @@ class Recorder:
         return f"experiment {self._table['name']!r}, order {self._order!r}, seed {self._seed}"
 
     def _check(self) -> None:
-        if not self._begun:
-            raise ConflictError("begin with `with ts.record(...) as rec:`")
+        if not self._begun or self.closed:
+            raise ConflictError("record inside of `with ts.record(...) as rec:`")
         self._observing.check()
         self._writing.check()
 
@@ -234,6 +241,7 @@ class Recorder:
                 f"{what} is recorded already, to step {found}; give resume=True to go on, or another seed or name"
             )
         self._writing, self._observing = Pipeline(), Pipeline(threads=1, depth=_AHEAD)
+        _at_exit(weakref.ref(self))
         self._writer = SlabWriter(self._ledger, self._writing)
         self._sketch = Sketch(schema.parameters, self._table["record"]["sketch"], schema.sketch_seed)
         self._before: Tensor | None = None
@@ -248,6 +256,7 @@ class Recorder:
             self._go_on(found)
         else:
             self._start = self._watched.weights().double()
+            self._state(random_state())  # what could not be stored is better known now
             self._see(0, {})
 
     def _go_on(self, found: int) -> None:
@@ -329,8 +338,7 @@ class Recorder:
         """Commit what was recorded; with the state to go on from, if nothing has changed since the last step."""
         last = self._pending
         if last is not None and last.resume is None and self._marks == self._watched.marks():
-            with suppress(ConfigurationError):
-                last.resume = self._state(self._randomness)
+            last.resume = self._state(self._randomness)
         self._send()
         self._observing.drain()
         self._writer.commit()
@@ -392,6 +400,20 @@ class Recorder:
             steps=length, snapshots=grid,
             metrics={**stored.metrics, **{name: None for name in metrics if name not in stored.metrics}},
         )  # fmt: skip
+
+
+def _at_exit(made: weakref.ref[Recorder]) -> None:
+    """Close a recorder that its program forgot, while its threads still run: `atexit` would come too late."""
+
+    def close() -> None:
+        recorder = made()
+        if recorder is not None and not recorder.closed and os.getpid() == process:
+            recorder.close()
+
+    process = os.getpid()
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        register(close)
 
 
 def _different(stored: Layout, own: Layout) -> list[str]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trajstore import trees
 from trajstore.errors import ConfigurationError, FormatError
 from trajstore.storage.layout import Entry, Layout, Role
 
@@ -89,15 +88,14 @@ class Watched:
             tensors += [t for slots in self.optimizer.state.values() for t in slots.values() if isinstance(t, Tensor)]
         return tuple(t._version for t in tensors)
 
-    def state(self, randomness: Mapping[str, Any]) -> bytes:
+    def state(self, randomness: Mapping[str, Any]) -> dict[str, Any]:
         """Return everything that it takes to go on from here."""
         own = {"model": self.model, "optimizer": self.optimizer, **{f"also {k}": v for k, v in self._also.items()}}
         tree = {name: dict(thing.state_dict()) for name, thing in own.items() if thing is not None}
-        return trees.pack({**tree, "random": dict(randomness)})
+        return {**tree, "random": dict(randomness)}
 
-    def restore(self, content: bytes, what: str) -> None:
+    def restore(self, tree: Mapping[str, Any], what: str) -> None:
         """Put everything back into the state that was stored."""
-        tree = trees.unpack(content)
         own = {"model": self.model, "optimizer": self.optimizer, **{f"also {k}": v for k, v in self._also.items()}}
         for name, thing in own.items():
             if thing is not None:
