@@ -39,6 +39,8 @@ app.command("sql")(inspection.sql)
 app.command("plot")(plotting.plot)
 app.command("export")(exchange.export)
 app.command("verify")(maintenance.verify)
+app.command("merge")(maintenance.merge)
+app.command("rm")(maintenance.rm)
 
 
 def main() -> None:

@@ -1,14 +1,23 @@
-"""`trajstore verify`: look after a store."""
+"""`trajstore verify`, `merge` and `rm`: look after a store."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from trajstore.cli.console import print_json, say
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
-__all__ = ["verify"]
+from trajstore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from trajstore.replaying import Replayed
+    from trajstore.store import Store
+
+__all__ = ["merge", "rm", "verify"]
 
 _FOUND = 1
 
@@ -18,6 +27,9 @@ def verify(
     exp: Annotated[str | None, typer.Argument(metavar="[EXP]", autocompletion=complete_experiment)] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Take out what is damaged, so that a recording writes it again.")
+    ] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Compute the iterates again, and compare them with those stored.")
     ] = False,
     json: JSON = False,
 ) -> None:
@@ -30,11 +42,65 @@ def verify(
     opened = ts.Store(store)
     findings = list(found_in(opened, exp, repair=repair))
     wrong = [finding for finding in findings if not finding.harmless]
+    replayed = [] if wrong or not replay else list(_replayed(opened, exp))
+    different = [slab for _, slab in replayed if slab.differs_from is not None]
     if json:
-        print_json({"sound": not wrong, "findings": [asdict(finding) for finding in findings]})
+        told = {"sound": not wrong, "findings": [asdict(finding) for finding in findings]}
+        again = {"replayed": [{"experiment": name, **asdict(slab)} for name, slab in replayed]} if replay else {}
+        print_json({**told, **again})
     else:
         for finding in findings:
             say(str(finding))
+        for name, slab in replayed:
+            say(f"experiment {name!r}, {slab}")
         say(f"{store}: {'sound' if not wrong else f'{len(wrong)} findings'}")
-    if wrong:
+    if wrong or different:
         raise typer.Exit(_FOUND)
+
+
+def _replayed(store: Store, exp: str | None) -> Iterator[tuple[str, Replayed]]:
+    from trajstore.replaying import replay
+
+    for name in [exp] if exp is not None else list(store):
+        yield from ((name, slab) for slab in replay(store[name]))
+
+
+def merge(
+    source: Annotated[Path, typer.Argument(metavar="FROM", help="The store to take from; it stays as it is.")],
+    target: Annotated[Path, typer.Argument(metavar="INTO", help="The store to add to; made if there is none.")],
+    exp: Annotated[list[str] | None, typer.Argument(metavar="[EXP]...", help="All of them by default.")] = None,
+    json: JSON = False,
+) -> None:
+    """Take experiments over from another store: whole ones, and orders, seeds and steps of those that both have."""
+    from dataclasses import asdict
+
+    import trajstore as ts
+    from trajstore.merging import merge as merged
+
+    done = merged(ts.open(source), ts.Store(target), exp)
+    if json:
+        print_json([asdict(slab) for slab in done])
+        return
+    for name in dict.fromkeys(slab.experiment for slab in done):
+        copied = [slab.copied for slab in done if slab.experiment == name]
+        say(f"{name}: {sum(copied)} slabs copied, {len(copied) - sum(copied)} were there already")
+
+
+def rm(
+    store: StorePath,
+    exp: Annotated[str, typer.Argument(metavar="EXP", autocompletion=complete_experiment)],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove an experiment and everything recorded of it."""
+    import trajstore as ts
+    from trajstore.merging import remove
+
+    opened = ts.open(store)
+    experiment = opened[exp]
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigurationError(f"rm removes experiment {exp!r} for good; give --yes to do it without being asked")
+        slabs = sum(slab.recorded > 0 for slab in experiment.slabs())
+        typer.confirm(f"Remove experiment {exp!r} with {slabs} recorded slabs for good?", abort=True, err=True)
+    remove(opened, exp)
+    say(f"removed {exp} from {store}")

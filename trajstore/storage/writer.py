@@ -52,6 +52,8 @@ class Ledger:
         self.committed = commits.steps[0, 0].copy()
         """Over steps: recorded and committed."""
         self._committed_array = array_of(group, "committed")
+        self._at_hand: tuple[int, dict[int, StoredRow]] = (-1, {})
+        """The segment that was read last, and its steps."""
         self.slots = ResumeSlots(group, schema.orders[order], schema.seeds[seed])
         self._series = {
             spec.name: _Series(array_of(group, spec.name), self.corner, self.committed)
@@ -67,21 +69,31 @@ class Ledger:
 
     def segment(self, number: int, spare: Spare | None = None) -> Segment:
         """Return a segment with those of its steps that are committed, read back and checked."""
-        counted = max(0, int(self.records[number, 0]))
+        return self._read(number, max(0, int(self.records[number, 0])), spare)[0]
+
+    def read(self, number: int, counted: int = 0) -> Written:
+        """Read a committed segment and check it; tell also what the record of its first steps was."""
+        return self._read(number, counted, None)[1]
+
+    def _read(self, number: int, counted: int, spare: Spare | None) -> tuple[Segment, Written]:
         segment = Segment(self.group, self.schema, self.corner, number, counted=counted, spare=spare)
         record = self.records[number].tolist()
-        for rows in self._stored_rows(number) if counted else ():
+        for rows in self._stored_rows(number) if record[0] > 0 else ():
             for row in rows:
                 segment.append(*row)
-            record = segment.cut().written().record
-        if counted and (record != self.records[number].tolist() or len(segment) != counted):
+            written = segment.cut().written()
+        if record[0] <= 0:
+            return segment, segment.cut().written()
+        if written.record != record or len(segment) != record[0]:
             raise FormatError(f"{self.steps_named(number)} are not what was committed; {_REPAIR}")
-        return segment
+        return segment, written
 
     def stored(self, step: int) -> StoredRow:
         """Return a committed step as it is stored."""
-        rows = (row for rows in self._stored_rows(self.schema.segment_of(step)) for row in rows)
-        return next(row for row in rows if row[0] == step)
+        number = self.schema.segment_of(step)
+        if self._at_hand[0] != number:
+            self._at_hand = number, {row[0]: row for rows in self._stored_rows(number) for row in rows}
+        return self._at_hand[1][step]
 
     def _stored_rows(self, number: int) -> Iterator[list[StoredRow]]:
         """Yield the committed steps of a segment, some thousand at a time."""
@@ -109,6 +121,7 @@ class Ledger:
         if before[0] >= 0 and before == written.record:
             return
         written.refuse_other(before, self.steps_named(written.segment))
+        self._at_hand = -1, {}
         for name, values in written.series.items():
             self._series[name].put(written.steps, values)
         if resume is not None:
@@ -117,6 +130,13 @@ class Ledger:
         self.records[written.segment] = written.record
         self._write_record(written.segment)
         self.committed[written.steps] = True
+
+    def take_over(self, records: NDArray[np.int64]) -> None:
+        """Commit segments by the records of another ledger, whose chunks were copied here."""
+        self._store.flush()
+        self.records[: len(records)] = records
+        for segment in range(0, self.schema.segments, self._committed_array.chunks[2]):
+            self._write_record(segment)
 
     def discard(self, segments: Iterable[int]) -> None:
         """Have segments count no more: what was committed of them is lost."""

@@ -1,0 +1,210 @@
+"""Merge and remove: experiments and slabs from one store into another, and out of one.
+
+What is taken over is read and checked first; chunks are copied as they are, a slab's commit records last, as when it
+was recorded. What both stores have must be the same, as far as both have it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.buffer.cpu import Buffer
+
+from trajstore.configuration import differences
+from trajstore.errors import ConflictError
+from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes
+from trajstore.storage.locks import lock
+from trajstore.storage.schema import Schema
+from trajstore.storage.segment import array_of
+from trajstore.storage.writer import Ledger
+from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, refuse_foreign
+
+__all__ = ["Merged", "merge", "remove"]
+
+_GROWING = ("orders", "seeds", "steps", "stops")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of one slab."""
+
+    experiment: str
+    order: str
+    seed: int
+    copied: bool
+    """Otherwise it was there already."""
+
+
+def remove(store: Store, name: str) -> None:
+    """Remove an experiment, with everything in it."""
+    experiment = store[name]
+    with ExitStack() as held:
+        held.enter_context(store.declaring())
+        _lock_slabs(held, experiment)
+        # It is gone at once, whole; deleting its many files may take a while.
+        grave = store.companion / "removed" / uuid.uuid4().hex
+        grave.parent.mkdir(parents=True, exist_ok=True)
+        (store.path / name).rename(grave)
+    shutil.rmtree(grave)
+
+
+def merge(source: Store, target: Store, names: Sequence[str] | None = None) -> list[Merged]:
+    """Take experiments of one store over into another, all of them by default."""
+    experiments = [source[name] for name in (list(source) if names is None else names)]
+    if source.path.resolve() == target.path.resolve():
+        raise ConflictError(f"{source.path} and {target.path} are the same store")
+    check_place(target)
+    there = target.path.is_dir() and (target.path / "zarr.json").exists()
+    for experiment in experiments:  # what contradicts is known before anything is written
+        if there and experiment.name in target:
+            _union(target[experiment.name], experiment)
+    make_place(target)
+    return [merged for experiment in experiments for merged in _take_over(experiment, target)]
+
+
+def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
+    name = experiment.name
+    with ExitStack() as held:
+        with target.declaring():
+            root = open_root(target.path)
+            refuse_foreign(target, name)
+            if name in target:
+                config, schema = _union(target[name], experiment)
+                group = zarr.open_group(root.store, path=name, mode="r+", zarr_format=3)
+                if schema != Schema.of(group):
+                    grow(group, schema, config, _batches(schema, StoredExperiment(target, group), experiment))
+            else:
+                batches = _batches(experiment.schema, experiment)
+                group = declare(root, name, experiment.schema, experiment.config, batches)
+        stored = StoredExperiment(target, group)
+        _lock_slabs(held, experiment, stored)
+        done = [
+            Merged(name, order, seed, _copy_slab(experiment, stored, order, seed))
+            for order, seed in product(experiment.schema.orders, experiment.schema.seeds)
+        ]
+        with target.declaring():
+            attributes: Any = zarr.open_group(root.store, path=name, mode="r").attrs[ATTRIBUTE]
+            known = {fill["id"] for fill in attributes["fills"]}
+            new = [fill for fill in experiment.attributes["fills"] if fill["id"] not in known]
+            if new:
+                set_attributes(group, attributes | {"fills": [*attributes["fills"], *new]})
+    return done
+
+
+def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, Any], Schema]:
+    """Return configuration and schema of what both have together; refuse what does not go together."""
+    left, right = ({k: v for k, v in e.config.items() if k not in _GROWING} for e in (here, there))
+    found = differences(left, right)
+    a, b = here.schema, there.schema
+    growing = ("orders", "seeds", "init_seeds", "data_seeds", "steps", "snapshots", "metrics")
+    shape, other = ({k: v for k, v in s.to_json().items() if k not in growing} for s in (a, b))
+    found += differences(shape, other, "schema.")
+    names = list(a.metrics), list(b.metrics)
+    shorter = min(map(len, names))
+    if names[0][:shorter] != names[1][:shorter]:
+        found.append(f"metrics: {', '.join(names[0])} / {', '.join(names[1])}")
+    if a.steps != b.steps and a.batch_size:
+        found.append(f"steps: {a.steps} / {b.steps} (extend the shorter one first)")
+    grids = sorted((a.snapshots, b.snapshots), key=len)
+    if grids[1][: len(grids[0])] != grids[0]:
+        found.append("the steps whose states are stored")
+    seeds = dict(zip(a.seeds, a.init_seeds, strict=True))
+    found += [
+        f"init seed of seed {seed}: {seeds[seed]} / {init}"
+        for seed, init in zip(b.seeds, b.init_seeds, strict=True)
+        if seeds.get(seed, init) != init
+    ]
+    if found:
+        raise ConflictError(
+            f"experiment {here.name!r} is in {here.store.path} and in {there.store.path}, and differs in "
+            f"{'; '.join(found)}"
+        )
+    inits = {**dict(zip(b.seeds, b.init_seeds, strict=True)), **seeds}
+    together = tuple(dict.fromkeys((*a.seeds, *b.seeds)))
+    longer = a if len(a.snapshots) >= len(b.snapshots) else b
+    schema = replace(
+        a,
+        orders=tuple(dict.fromkeys((*a.orders, *b.orders))),
+        seeds=together,
+        init_seeds=tuple(inits[seed] for seed in together),
+        data_seeds=together,
+        steps=max(a.steps, b.steps),
+        snapshots=longer.snapshots,
+        metrics=max(a.metrics, b.metrics, key=len),
+    )
+    sizes = {"orders": list(schema.orders), "seeds": list(schema.seeds), "steps": schema.steps}
+    stops = sorted({*here.config["stops"], *there.config["stops"]})
+    return {**here.config, **sizes, "stops": stops}, schema
+
+
+def _batches(schema: Schema, *experiments: StoredExperiment) -> list[np.ndarray[Any, Any]]:
+    """Return the batches of each seed, from the first of the experiments that has it."""
+    if not schema.batch_size:
+        return []
+    homes = [next(e for e in experiments if seed in e.schema.seeds) for seed in schema.seeds]
+    places = [home.schema.seeds.index(seed) for home, seed in zip(homes, schema.seeds, strict=True)]
+    return [np.asarray(array_of(home.group, "batch_index")[k]) for home, k in zip(homes, places, strict=True)]
+
+
+def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, seed: int) -> bool:
+    """Copy a slab that the target has less of; tell whether there was anything to copy."""
+    theirs, ours = (
+        Ledger(e.group, e.schema, e.schema.orders.index(order), e.schema.seeds.index(seed)) for e in (source, target)
+    )
+    more = False
+    for number, record in enumerate(theirs.records.tolist()):
+        own = ours.records[number].tolist()
+        if own == record or record[0] < 0:
+            continue
+        checked = theirs.read(number, counted=max(0, own[0]))
+        if own[0] > record[0]:
+            ours.read(number, counted=record[0]).refuse_other(record, theirs.steps_named(number))
+            continue
+        checked.refuse_other(own, ours.steps_named(number))
+        more = True
+    if not more:
+        return False
+    ahead = [n for n in range(len(theirs.records)) if ours.records[n, 0] > theirs.records[n, 0]]
+    if ahead:
+        raise ConflictError(
+            f"{ours.name}: each of the two stores has steps that the other does not have; resume one of them first"
+        )
+    for spec in source.schema.arrays():
+        if {"order", "seed"} <= set(spec.dims) and spec.name != "committed":
+            _copy_chunks(source, target, spec.name, theirs.corner, ours.corner)
+    for path in theirs.slots.paths:
+        if (source.store.path / source.name / path).is_dir():
+            shutil.copytree(
+                source.store.path / source.name / path, target.store.path / target.name / path, dirs_exist_ok=True
+            )
+    ours.take_over(theirs.records)
+    return True
+
+
+def _copy_chunks(
+    source: StoredExperiment, target: StoredExperiment, name: str, theirs: tuple[int, int], ours: tuple[int, int]
+) -> None:
+    here, there = (
+        e.store.path / e.name / name / "c" / str(corner[0]) / str(corner[1])
+        for e, corner in ((source, theirs), (target, ours))
+    )
+    store: Any = target.group.store
+    for file in sorted(f for f in here.rglob("*") if f.is_file() and not f.name.endswith(".partial")):
+        key = (there / file.relative_to(here)).relative_to(target.store.path)
+        store.set_sync(str(key), Buffer.from_bytes(file.read_bytes()))
+
+
+def _lock_slabs(held: ExitStack, experiment: StoredExperiment, place: StoredExperiment | None = None) -> None:
+    """Hold the locks of an experiment's slabs, in its own store or in another."""
+    where = place or experiment
+    for order, seed in product(experiment.schema.orders, experiment.schema.seeds):
+        what = f"experiment {experiment.name!r}, order {order!r}, seed {seed}"
+        held.enter_context(lock(where.slab_lock(order, seed), what))
