@@ -204,6 +204,43 @@ def test_metrics_appear_when_they_like_and_batches_are_told_apart(tmp_path):
     assert list(verify(ts.open(tmp_path / "s.zarr"))) == []
 
 
+def test_what_is_known_later_may_come_in_any_order_of_steps(tmp_path):
+    net = nn.Linear(2, 1)
+    with ts.record(tmp_path / "s.zarr", "a", net, steps=200, **QUICK) as rec:
+        for n in range(1, 201):
+            rec.step(loss=n)
+            if n % 20 == 0:
+                rec.log(n - 20, sharpness=-n)
+        for step, value in ((3, 0.5), (1, float("nan")), (2, 7)):
+            rec.log(step, sharpness=value)
+        with pytest.raises(ConflictError, match="'loss' is recorded with its step, and step 5 is recorded already"):
+            rec.log(5, loss=1)
+        with pytest.raises(ConflictError, match="'sharpness' is known already for step 3, and differs"):
+            rec.log(3, sharpness=0.6)
+        with pytest.raises(ConflictError, match="step 201 is not recorded yet"):
+            rec.log(201, sharpness=0.6)
+    stored = ts.open(tmp_path / "s.zarr")["a"]
+    expected = {20 * k: -20.0 * (k + 1) for k in range(10)} | {3: 0.5, 2: 7.0}
+    found = stored.dataset().sharpness.sel(order="forward", seed=0)
+    assert {n: float(found[n]) for n in range(201) if not np.isnan(found[n])} == expected
+    query = "SELECT count(sharpness), count(*) FILTER (isnan(sharpness)), count(*) FROM metrics"
+    assert stored.store.sql(query).fetchall() == [(13, 1, 201)]  # not a number is not the same as not measured
+    assert list(verify(stored.store)) == []
+    with pytest.warns(ResumedWarning):
+        rec = ts.record(tmp_path / "s.zarr", "a", net, steps=200, resume=True, **QUICK).__enter__()
+    rec.log(100, sharpness=-120)
+    rec.log(7, sharpness=1)
+    rec.close()
+    assert float(stored.dataset().sharpness[0, 0, 7]) == 1
+    (chunk,) = (tmp_path / "s.zarr/a/sharpness/c").rglob("0/0/0")
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (finding,) = [f for f in verify(stored.store) if "chunk" not in f.what]
+    assert "steps 0 to 200: 'sharpness' is not what was committed" in str(finding)
+    list(verify(stored.store, repair=True))
+    assert list(verify(stored.store)) == []
+
+
 def test_a_recording_may_be_longer_than_was_said(tmp_path, monkeypatch):
     monkeypatch.setattr("trajstore.recorder._GROWTH", 16)
     net = nn.Linear(2, 1)

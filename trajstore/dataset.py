@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from trajstore.storage.schema import late_records
+
 if TYPE_CHECKING:
     from trajstore.store import StoredExperiment
 
@@ -36,8 +38,15 @@ def dataset(experiment: StoredExperiment) -> xr.Dataset:
     fills = {spec.name: spec.fill for spec in schema.arrays()}
     recorded = xr.DataArray(commits.steps, dims=("order", "seed", "step"))
     stored = xr.DataArray(commits.snapshots, dims=("order", "seed", "snapshot"))
-    shown = opened.drop_vars("committed").assign_coords(recorded=recorded, stored=stored)
+    late = experiment.late()
+    records = ["committed", *map(late_records, late)]
+    shown = opened.drop_vars(records).assign_coords(recorded=recorded, stored=stored)
+    for name, (known, _) in late.items():
+        mask = xr.DataArray(known, dims=("order", "seed", "step"))
+        shown[name] = shown[name].where(mask).assign_attrs(shown[name].attrs)
     for name, variable in shown.data_vars.items():
+        if name in late:
+            continue
         for mask in (recorded, stored):
             if set(mask.dims) <= set(variable.dims) and not bool(mask.all()):
                 nothing = np.asarray(fills[str(name)], dtype=variable.dtype)

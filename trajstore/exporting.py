@@ -51,7 +51,7 @@ def export_metrics(
     """Write what is committed of the metrics as one Parquet file: not measured is NULL, diverged is NaN."""
     import duckdb
 
-    from trajstore.sql import _literal, _write_slab
+    from trajstore.sql import literal, write_slab
 
     check_outside(experiment, file)
     with (
@@ -63,12 +63,12 @@ def export_metrics(
             for number, slab in enumerate(slabs_of(experiment, orders, seeds)):
                 part = Path(folder, f"{number}.parquet")
                 with reading(slab.where):
-                    _write_slab(part, experiment, slab.order, slab.seed, *slab.corner, slab.recorded)
+                    write_slab(part, experiment, slab.order, slab.seed, *slab.corner, slab.recorded)
                 parts.append(str(part))
-            told = ", ".join(f"{key}: {_literal(value)}" for key, value in origin(experiment).items())
+            told = ", ".join(f"{key}: {literal(value)}" for key, value in origin(experiment).items())
             with duckdb.connect() as connection:
                 connection.read_parquet(parts).create_view("slabs")
-                connection.execute(f"COPY slabs TO {_literal(str(partial))} (FORMAT parquet, KV_METADATA {{{told}}})")
+                connection.execute(f"COPY slabs TO {literal(str(partial))} (FORMAT parquet, KV_METADATA {{{told}}})")
         except duckdb.Error as error:
             text = " ".join(str(error).split())
             raise WriteError(f"{file} could not be written ({text}); nothing of it was kept") from None

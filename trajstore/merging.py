@@ -21,8 +21,9 @@ from zarr.core.buffer.cpu import Buffer
 from trajstore.configuration import differences
 from trajstore.errors import ConflictError
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes
+from trajstore.storage.late import LateSeries
 from trajstore.storage.locks import lock
-from trajstore.storage.schema import Schema
+from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
 from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, refuse_foreign
@@ -104,7 +105,7 @@ def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, A
     left, right = ({k: v for k, v in e.config.items() if k not in _GROWING} for e in (here, there))
     found = differences(left, right)
     a, b = here.schema, there.schema
-    growing = ("orders", "seeds", "init_seeds", "data_seeds", "steps", "snapshots", "metrics")
+    growing = ("orders", "seeds", "init_seeds", "data_seeds", "steps", "snapshots", "metrics", "late")
     shape, other = ({k: v for k, v in s.to_json().items() if k not in growing} for s in (a, b))
     found += differences(shape, other, "schema.")
     names = list(a.metrics), list(b.metrics)
@@ -139,6 +140,7 @@ def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, A
         steps=max(a.steps, b.steps),
         snapshots=longer.snapshots,
         metrics=max(a.metrics, b.metrics, key=len),
+        late=tuple(dict.fromkeys((*a.late, *b.late))),
     )
     sizes = {"orders": list(schema.orders), "seeds": list(schema.seeds), "steps": schema.steps}
     stops = sorted({*here.config["stops"], *there.config["stops"]})
@@ -159,6 +161,10 @@ def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, s
     theirs, ours = (
         Ledger(e.group, e.schema, e.schema.orders.index(order), e.schema.seeds.index(seed)) for e in (source, target)
     )
+    for name in source.schema.late:
+        known, values = LateSeries(source.group, source.schema, theirs.corner, name).read()
+        if known.any():
+            LateSeries(target.group, target.schema, ours.corner, name).put(np.flatnonzero(known), values[known])
     more = False
     for number, record in enumerate(theirs.records.tolist()):
         own = ours.records[number].tolist()
@@ -178,7 +184,7 @@ def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, s
             f"{ours.name}: each of the two stores has steps that the other does not have; resume one of them first"
         )
     for spec in source.schema.arrays():
-        if {"order", "seed"} <= set(spec.dims) and spec.name != "committed":
+        if {"order", "seed"} <= set(spec.dims) and spec.name != "committed" and not _is_late(source.schema, spec.name):
             _copy_chunks(source, target, spec.name, theirs.corner, ours.corner)
     for path in theirs.slots.paths:
         if (source.store.path / source.name / path).is_dir():
@@ -187,6 +193,10 @@ def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, s
             )
     ours.take_over(theirs.records)
     return True
+
+
+def _is_late(schema: Schema, array: str) -> bool:
+    return any(array in (name, late_records(name)) for name in schema.late)
 
 
 def _copy_chunks(

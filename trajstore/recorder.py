@@ -44,6 +44,7 @@ from trajstore.policies import Policy, every
 from trajstore.provenance import provenance
 from trajstore.storage.codecs import Codec
 from trajstore.storage.declaring import declare, grow
+from trajstore.storage.late import LateSeries
 from trajstore.storage.layout import Layout
 from trajstore.storage.local import Durability
 from trajstore.storage.locks import lock
@@ -157,6 +158,7 @@ class Recorder:
         self._order, self._seed, self._asked, self._durability, self._resume = order, seed, steps, durability, resume
         self._held = ExitStack()
         self._begun = False
+        self._late: dict[str, dict[int, float]] = {}
         self._pending: _Step | None = None
 
     def __enter__(self) -> Recorder:
@@ -210,12 +212,30 @@ class Recorder:
             values["batch_id"] = _batch_id(batch)
         self._see(number, values)
 
-    def log(self, **metrics: Any) -> None:  # noqa: ANN401
-        """Add scalars to the last recorded step."""
+    def log(self, step: int | None = None, **metrics: Any) -> None:  # noqa: ANN401
+        """Add scalars to the last recorded step, or to any step before it."""
         self._check()
-        if self._pending is None:
-            raise ConflictError(f"{self._named}: no step was recorded since it was resumed; call step first")
-        self._pending.metrics |= {name: _scalar(name, value) for name, value in metrics.items()}
+        number = self.last if step is None else step
+        if not 0 <= number <= self.last:
+            raise ConflictError(f"{self._named}: step {number} is not recorded yet, so nothing can be said of it")
+        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        with_step = {k: v for k, v in values.items() if k not in self._ledger.schema.late}
+        if self._pending is not None and number == self._pending.number:
+            self._pending.metrics |= with_step
+        else:
+            self._comes_late(number, with_step)
+        self._comes_late(number, {k: v for k, v in values.items() if k not in with_step})
+
+    def _comes_late(self, number: int, metrics: dict[str, float]) -> None:
+        """Keep scalars of an earlier step, until they are written with the others."""
+        for name, value in metrics.items():
+            if name in self._ledger.schema.metrics:
+                raise ConflictError(
+                    f"{self._named}: metric {name!r} is recorded with its step, and step {number} is recorded already; "
+                    "log what comes later under another name"
+                )
+            if self._late.setdefault(name, {}).setdefault(number, value) != value and not math.isnan(value):
+                raise ConflictError(f"{self._named}: {name!r} is known already for step {number}, and differs")
 
     @property
     def _named(self) -> str:
@@ -294,8 +314,19 @@ class Recorder:
         resume = None
         if number > 0 and self._is_due(schema, number):
             resume = self._state(randomness)
+            self._write_late()
         self._pending = _Step(number, weights, state, metrics, resume)
         self.last, self._marks, self._randomness = number, self._watched.marks(), randomness
+
+    def _write_late(self) -> None:
+        """Declare and write what came late."""
+        late, self._late = self._late, {}
+        if new := [name for name in late if name not in self._ledger.schema.late]:
+            self._grow(self._ledger.schema.steps, (), new)
+        for name, values in late.items():
+            series = LateSeries(self._group, self._ledger.schema, self._ledger.corner, name)
+            steps = np.array(sorted(values), dtype=np.int64)
+            series.put(steps, np.array([values[step] for step in steps.tolist()]))
 
     def _is_due(self, schema: Schema, number: int) -> bool:
         """Tell whether to commit after this step, and to store what it takes to go on from it."""
@@ -315,6 +346,8 @@ class Recorder:
         if pending is None:
             return
         schema = self._ledger.schema
+        if taken := [name for name in pending.metrics if name in schema.late or name in self._late]:
+            raise ConflictError(f"{self._named}: metric {taken[0]!r} came late before; go on giving it to `log`")
         if new := [name for name in pending.metrics if name not in schema.metrics]:
             self._grow(schema.steps, new)
         self._observing.submit([], partial(self._observe, pending))
@@ -343,18 +376,19 @@ class Recorder:
         self._observing.drain()
         self._writer.commit()
         self._writing.drain()
+        self._write_late()
 
-    def _grow(self, steps: int, metrics: Sequence[str]) -> Schema:
+    def _grow(self, steps: int, metrics: Sequence[str], late: Sequence[str] = ()) -> Schema:
         """Declare more steps or metrics, and go on writing with the arrays as they are then."""
         self._observing.drain()
         self._writer.commit()
         self._writing.drain()
-        schema = self._declared(steps, metrics)
+        schema = self._declared(steps, metrics, late)
         self._ledger = Ledger(self._group, schema, schema.orders.index(self._order), schema.seeds.index(self._seed))
         self._writer = SlabWriter(self._ledger, self._writing)
         return schema
 
-    def _declared(self, steps: int, metrics: Sequence[str]) -> Schema:
+    def _declared(self, steps: int, metrics: Sequence[str], late: Sequence[str] = ()) -> Schema:
         """Declare the experiment, or let it grow by what it does not have yet."""
         name = self._table["name"]
         with self._store.declaring():
@@ -362,7 +396,7 @@ class Recorder:
             refuse_foreign(self._store, name)
             there = name in self._store
             stored = self._store[name] if there else None
-            schema = self._merged(None if stored is None else stored.schema, steps, metrics)
+            schema = self._merged(None if stored is None else stored.schema, steps, metrics, late)
             check_metric_names(schema)
             sizes = {"steps": schema.steps, "orders": list(schema.orders), "seeds": list(schema.seeds)}
             config = {**self._table, **sizes}
@@ -381,7 +415,7 @@ class Recorder:
                 grow(self._group, schema, config, [])
             return schema
 
-    def _merged(self, stored: Schema | None, steps: int, metrics: Sequence[str]) -> Schema:
+    def _merged(self, stored: Schema | None, steps: int, metrics: Sequence[str], late: Sequence[str]) -> Schema:
         record, size = self._table["record"], self._watched.size
         if stored is None:
             layout = self._watched.layout()
@@ -399,6 +433,7 @@ class Recorder:
             seeds=seeds, init_seeds=seeds, data_seeds=seeds,
             steps=length, snapshots=grid,
             metrics={**stored.metrics, **{name: None for name in metrics if name not in stored.metrics}},
+            late=tuple(dict.fromkeys((*stored.late, *late))),
         )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from trajstore.errors import QueryError
 from trajstore.storage.local import user_cache
 from trajstore.store import Store, StoredExperiment
 
-__all__ = ["query_store", "rows_of"]
+__all__ = ["literal", "query_store", "rows_of", "write_slab"]
 
 _INDEX_VERSION = 1
 _KEEP_SECONDS = 24 * 3600.0
@@ -98,9 +98,9 @@ def _wrong(error: duckdb.Error, query: str) -> QueryError:
 def _confined(folder: Path, index: Mapping[str, set[Path]]) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
     for table, files in index.items():
-        listed = ", ".join(_literal(str(f)) for f in sorted(files))
+        listed = ", ".join(literal(str(f)) for f in sorted(files))
         connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet([{listed}], union_by_name = true)")
-    connection.execute(f"SET allowed_directories = [{_literal(str(folder))}]")
+    connection.execute(f"SET allowed_directories = [{literal(str(folder))}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
@@ -114,14 +114,17 @@ def _refresh(store: Store) -> tuple[Path, dict[str, set[Path]]]:
     parts: list[tuple[StoredExperiment, list[dict[str, Any]]]] = []
     for experiment in experiments:
         commits = experiment.commits()
-        complete, rows = experiment.complete(commits), []
+        complete, late, rows = experiment.complete(commits), experiment.late(), []
         for i, order in enumerate(experiment.schema.orders):
             for k, seed in enumerate(experiment.schema.seeds):
-                stamp = _stamp(experiment.attributes["config_digest"], commits.records[i, k].tobytes())
+                after = {name: (known[i, k], values[i, k]) for name, (known, values) in late.items()}
+                changing = [part.tobytes() for known_values in after.values() for part in known_values]
+                digest = experiment.attributes["config_digest"]
+                stamp = _stamp(digest, *after, commits.records[i, k].tobytes(), *changing)
                 file = index / "metrics" / experiment.name / f"{quote(order, safe='')}.{seed}.{stamp}.parquet"
                 tables["metrics"].add(file)
                 if not file.exists():
-                    _write_slab(file, experiment, order, seed, i, k, commits.steps[i, k])
+                    write_slab(file, experiment, order, seed, i, k, commits.steps[i, k])
                 rows.append(
                     {
                         "order": order, "seed": seed,
@@ -148,29 +151,32 @@ def _refresh(store: Store) -> tuple[Path, dict[str, set[Path]]]:
     return index, tables
 
 
-def _write_slab(
+def write_slab(
     file: Path, experiment: StoredExperiment, order: str, seed: int, i: int, k: int, steps: NDArray[np.bool_]
 ) -> None:
+    """Write the metrics of some steps of a slab as Parquet."""
+
     def values(name: str) -> NDArray[Any]:
         array = experiment.group[name]
         assert isinstance(array, zarr.Array)
-        return np.asarray(array[i, k])[steps]
+        return np.asarray(array[i, k, : len(steps)])[steps]
 
     measured = values("measured")
     columns: dict[str, NDArray[Any]] = {"step": np.flatnonzero(steps), "leg": values("leg")}
     selected = [
-        _literal(experiment.name) + " AS experiment",
-        _literal(order) + ' AS "order"',
+        literal(experiment.name) + " AS experiment",
+        literal(order) + ' AS "order"',
         f"{seed}::BIGINT AS seed",
         "step",
         "leg",
     ]
-    for bit, metric in enumerate(experiment.schema.metrics):
-        column = values(metric)
+    of_metric = {m: (values(m), measured >> bit & 1) for bit, m in enumerate(experiment.schema.metrics)}
+    of_metric |= {m: (value[i, k][steps], known[i, k][steps]) for m, (known, value) in experiment.late().items()}
+    for bit, (metric, (column, there)) in enumerate(of_metric.items()):
         # DuckDB reads NaN in a DataFrame as NULL, so both states travel apart.
         columns[f"v{bit}"], columns[f"m{bit}"], columns[f"n{bit}"] = (
             column,
-            measured >> bit & 1,
+            there,
             np.isnan(column),
         )
         selected.append(
@@ -269,7 +275,7 @@ def _copy(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> None
     """Write a query's rows to a file that appears whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{uuid.uuid4().hex}.partial")
-    connection.execute(f"COPY ({query}) TO {_literal(str(partial))} (FORMAT parquet)")
+    connection.execute(f"COPY ({query}) TO {literal(str(partial))} (FORMAT parquet)")
     partial.replace(file)
 
 
@@ -291,7 +297,8 @@ def _stamp(*parts: str | bytes) -> str:
     return digest.hexdigest()[:16]
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """Return a text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from zarr.errors import GroupNotFoundError
 
 from trajstore.errors import ConfigurationError, ConflictError, FormatError, NotFoundError, TrajstoreError, choices
+from trajstore.storage.late import LateSeries
 from trajstore.storage.local import Durability, DurableStore
 from trajstore.storage.locks import lock
 from trajstore.storage.reader import Commits
@@ -244,6 +246,16 @@ class StoredExperiment:
             for i, order in enumerate(self.schema.orders)
             for k, seed in enumerate(self.schema.seeds)
         ]
+
+    def late(self) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]:
+        """Return the late metrics: for which (order, seed, step) there is a value, and the values."""
+        schema, found = self.schema, {}
+        for name in schema.late:
+            slabs = product(range(len(schema.orders)), range(len(schema.seeds)))
+            series = [LateSeries(self.group, schema, slab, name).read() for slab in slabs]
+            known, values = (np.stack(part).reshape(self._shape) for part in zip(*series, strict=True))
+            found[name] = known, values
+        return found
 
     def _values(self, name: str) -> np.ndarray[Any, Any]:
         with _damage_told(f"experiment {self.name!r} in {self.store.path}"):

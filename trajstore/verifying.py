@@ -24,10 +24,11 @@ from zarr.storage import MemoryStore
 
 from trajstore.errors import FormatError, NotFoundError, TrajstoreError, choices
 from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
+from trajstore.storage.late import LateSeries
 from trajstore.storage.local import DurableStore
 from trajstore.storage.locks import lock
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
-from trajstore.storage.schema import FORMAT, Schema
+from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
 from trajstore.store import Store, StoredExperiment, open_root
@@ -215,6 +216,17 @@ class _Verifying:
             if self.repair:
                 ledger.discard(range(self.schema.segments))
             yield self._found(f"it was recorded, and its commit records are missing; {_GONE}", file, **slab)
+        for name in self.schema.late:
+            series = LateSeries(self.group, self.schema, (order, seed), name)
+            for span in series.damaged():
+                steps = (span * LATE_SPAN, min((span + 1) * LATE_SPAN, self.schema.steps + 1) - 1)
+                if self.repair:
+                    for array in (name, late_records(name)):
+                        for file in self._bad(array, (order, seed), range(span, span + 1)):
+                            file.unlink(missing_ok=True)
+                    series.discard(span)
+                what = f"{name!r} is not what was committed"
+                yield self._found(what, self.folder / name, **slab, steps=steps)
         damaged = []
         for segment in np.flatnonzero(ledger.records[:, 0] >= 0).tolist():
             try:
@@ -237,7 +249,7 @@ class _Verifying:
         first = segment * self.schema.snapshots_per_segment
         found = []
         for spec in self.schema.arrays():
-            if spec.name != "committed" and {"order", "seed"} <= set(spec.dims):
+            if spec.name != "committed" and "span" not in spec.dims and {"order", "seed"} <= set(spec.dims):
                 along = range(begin, end) if "step" in spec.dims else range(first, first + 1)
                 found += self._bad(spec.name, ledger.corner, along)
         return found

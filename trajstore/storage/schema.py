@@ -22,16 +22,22 @@ from trajstore.storage.layout import Layout
 __all__ = [
     "COMMIT_FIELDS",
     "FORMAT",
+    "LATE_SPAN",
+    "LATE_WORDS",
     "ArraySpec",
     "Schema",
     "check_format",
     "check_metric_names",
+    "late_records",
     "segment_length",
 ]
 
 FORMAT = 1
 COMMIT_FIELDS = ("steps", "snapshots", *(f"digest_{k}" for k in range(SegmentDigest.WORDS)))
 
+LATE_SPAN = 4_096
+"""Steps that share a record of a late metric."""
+LATE_WORDS = LATE_SPAN // 64 + SegmentDigest.WORDS
 _PARAM_CHUNK = 65_536
 _SERIES_CHUNK = 4_096
 _SEGMENT_CHUNK = 1_024
@@ -73,6 +79,8 @@ class Schema:
     codec: Codec
     snapshots_per_segment: int
     sketch_seed: int = 0
+    late: tuple[str, ...] = ()
+    """Metrics that come after their steps were recorded."""
 
     @property
     def segments(self) -> int:
@@ -83,6 +91,11 @@ class Schema:
     def segment_starts(self) -> NDArray[np.int64]:
         """The first step of each segment."""
         return np.array(self.snapshots[:: self.snapshots_per_segment], dtype=np.int64)
+
+    @property
+    def spans(self) -> int:
+        """How many records a late metric has in a slab."""
+        return -(-(self.steps + 1) // LATE_SPAN)
 
     def steps_of(self, segment: int) -> tuple[int, int]:
         """Return the first step of a segment, and the first one after it."""
@@ -138,6 +151,14 @@ class Schema:
         for name, examples in self.metrics.items():
             what, more = about(name, examples), {"examples": examples}
             specs.append(ArraySpec(name, series, "float64", (1, 1, along), np.nan, what, more))
+        for name in self.late:
+            what = "measured after its steps were recorded"
+            specs.append(ArraySpec(name, series, "float64", (1, 1, LATE_SPAN), np.nan, what, {"late": True}))
+            dims, what = (
+                ("order", "seed", "span", "word"),
+                f"which steps have a {name} that counts, and the digest of these",
+            )
+            specs.append(ArraySpec(late_records(name), dims, "int64", (1, 1, 1, LATE_WORDS), 0, what, {}))
         if self.batch_size:
             specs.append(
                 ArraySpec(
@@ -168,7 +189,7 @@ class Schema:
             "snapshot": len(self.snapshots), "param": self.layout.size("params"),
             "counter": self.layout.size("counters"), "component": self.components,
             "segment": self.segments, "field": len(COMMIT_FIELDS),
-            "batch": self.steps, "example": self.batch_size,
+            "batch": self.steps, "example": self.batch_size, "span": self.spans, "word": LATE_WORDS,
         }  # fmt: skip
 
     def series_bytes(self, recorded: int) -> int:
@@ -187,6 +208,7 @@ class Schema:
             "snapshots": _runs(self.snapshots),
             "snapshots_per_segment": self.snapshots_per_segment,
             "metrics": dict(self.metrics),
+            "late": list(self.late),
             "components": self.components,
             "parameters": self.parameters,
             "batch_size": self.batch_size,
@@ -202,7 +224,7 @@ class Schema:
         return cls(
             **{
                 **stored,
-                **{name: tuple(stored[name]) for name in ("orders", "seeds", "init_seeds", "data_seeds")},
+                **{name: tuple(stored[name]) for name in ("orders", "seeds", "init_seeds", "data_seeds", "late")},
                 "snapshots": tuple(chain.from_iterable(ranges)),
                 "layout": Layout.from_json(stored["layout"]),
             }
@@ -232,6 +254,11 @@ def _runs(steps: Sequence[int]) -> list[list[int]]:
     return runs
 
 
+def late_records(name: str) -> str:
+    """Return the name of the array that says which values of a late metric count."""
+    return f"{name}_committed"
+
+
 def segment_length(layout: Layout) -> int:
     """Return how many snapshots make a segment.
 
@@ -243,14 +270,14 @@ def segment_length(layout: Layout) -> int:
 
 def check_metric_names(schema: Schema) -> None:
     """Refuse names that could not be an array, a flag and a column."""
-    own = [spec.name for spec in replace(schema, metrics={}).arrays()]
+    own = [spec.name for spec in replace(schema, metrics={}, late=()).arrays()]
     seen = {*own, *schema.coordinates(), *schema.lengths(), "experiment", "recorded", "stored"}
-    for name in schema.metrics:
+    for name in (*schema.metrics, *schema.late):
         if not re.fullmatch(r"[A-Za-z_]\w{0,99}", name):
             raise ConfigurationError(f"metric {name!r}: use letters, digits and '_', beginning with a letter")
         if name.casefold() in seen:
             raise ConfigurationError(f"metric {name!r}: an array or column has that name, upper case or lower")
-        seen.add(name.casefold())
+        seen |= {name.casefold(), late_records(name).casefold()}
 
 
 def check_format(attributes: Mapping[str, Any], where: str) -> None:

@@ -58,7 +58,7 @@ class Ledger:
         self._series = {
             spec.name: _Series(array_of(group, spec.name), self.corner, self.committed)
             for spec in schema.arrays()
-            if "step" in spec.dims
+            if "step" in spec.dims and spec.name not in schema.late
         }
 
     @property

@@ -1,0 +1,105 @@
+"""Late metrics: scalars that are known of a step after it was recorded, in any order of steps.
+
+They are no part of the steps' commit records, so each has records of its own: for every span of steps, which of them
+have a value that counts, and the digest of these values. A value never changes once it counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from trajstore.errors import ConflictError, FormatError
+from trajstore.storage.codecs import write_block
+from trajstore.storage.local import DurableStore
+from trajstore.storage.schema import LATE_SPAN, LATE_WORDS, Schema, late_records
+from trajstore.storage.segment import Corner, array_of
+
+__all__ = ["LateSeries"]
+
+_DECODING = (ValueError, RuntimeError)
+
+
+class LateSeries:
+    """A late metric of one slab. Hold the slab's lock to put values."""
+
+    def __init__(self, group: zarr.Group, schema: Schema, corner: Corner, name: str) -> None:
+        self._group, self._schema, self._corner, self._name = group, schema, corner, name
+        self.what = f"experiment {group.basename!r}, order {schema.orders[corner[0]]!r}, seed {schema.seeds[corner[1]]}"
+
+    def put(self, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+        """Make values durable, then true."""
+        store = self._group.store
+        assert isinstance(store, DurableStore)
+        array, records = array_of(self._group, self._name), array_of(self._group, late_records(self._name))
+        for span in np.unique(steps // LATE_SPAN).tolist():
+            here = steps // LATE_SPAN == span
+            begin = span * LATE_SPAN
+            stored, known, _ = self._span(span)
+            at = steps[here] - begin
+            again = known[at]
+            if stored[at[again]].tobytes() != values[here][again].tobytes():
+                differs = int(at[again][stored[at[again]] != values[here][again]][0]) + begin
+                raise ConflictError(f"{self.what}: {self._name!r} is known already for step {differs}, and differs")
+            stored[at], known[at] = values[here], True
+            width = min(LATE_SPAN, self._schema.steps + 1 - begin)
+            write_block(array, (*self._corner, begin), stored[:width][None, None])
+            store.flush()
+            record = np.concatenate([_words(known), _digest(begin, stored, known)])
+            write_block(records, (*self._corner, span, 0), record[None, None, None])
+            store.flush()
+
+    def read(self) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Return for which steps there is a value, and the values."""
+        known, values = [], []
+        for span in range(self._schema.spans):
+            stored, there, _ = self._span(span)
+            known.append(there)
+            values.append(stored)
+        length = self._schema.steps + 1
+        return np.concatenate(known)[:length], np.concatenate(values)[:length]
+
+    def damaged(self) -> Iterator[int]:
+        """Yield the spans that are not what was committed."""
+        for span in range(self._schema.spans):
+            try:
+                stored, known, digest = self._span(span)
+            except FormatError:
+                yield span
+                continue
+            if known.any() and digest.tolist() != _digest(span * LATE_SPAN, stored, known).tolist():
+                yield span
+
+    def discard(self, span: int) -> None:
+        """Have the values of a span count no more."""
+        record = np.zeros((1, 1, 1, LATE_WORDS), dtype=np.int64)
+        write_block(array_of(self._group, late_records(self._name)), (*self._corner, span, 0), record)
+
+    def _span(self, span: int) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
+        """Return values, which of them count, and their digest; what does not count is NaN."""
+        begin = span * LATE_SPAN
+        try:
+            record = np.asarray(array_of(self._group, late_records(self._name))[(*self._corner, span)])
+            found = np.asarray(array_of(self._group, self._name)[(*self._corner, slice(begin, begin + LATE_SPAN))])
+        except _DECODING as error:
+            told = f"{self.what}: {self._name!r} of steps {begin} to {begin + LATE_SPAN - 1} is damaged ({error})"
+            raise FormatError(f"{told}; `trajstore verify --repair` takes it out") from None
+        known = np.unpackbits(record[: LATE_SPAN // 64].astype("<i8").view(np.uint8), bitorder="little").astype(bool)
+        stored = np.full(LATE_SPAN, np.nan)
+        stored[: len(found)] = found
+        return np.where(known, stored, np.nan), known, record[LATE_SPAN // 64 :]
+
+
+def _words(known: NDArray[np.bool_]) -> NDArray[np.int64]:
+    return np.packbits(known, bitorder="little").view("<i8").astype(np.int64)
+
+
+def _digest(begin: int, values: NDArray[np.float64], known: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the SHA-256 of the steps, then of the values that count, as four numbers."""
+    steps = begin + np.flatnonzero(known)
+    content = steps.astype("<i8").tobytes() + values[known].astype("<f8").tobytes()
+    return np.frombuffer(hashlib.sha256(content).digest(), dtype="<i8").astype(np.int64)
