@@ -28,5 +28,5 @@ def test_the_first_five_minutes(tmp_path):
         told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert told.returncode == 0, f"{text}\n{told.stderr}"
         assert told.stderr == "" or "open_zarr" in text, told.stderr
-    assert list(ts.open(tmp_path / "runs.zarr")) == ["problem", "quadratic", "small"]
-    assert (tmp_path / "small.png").exists()
+    assert list(ts.open(tmp_path / "runs.zarr")) == ["my-loop", "problem", "quadratic", "small"]
+    assert all((tmp_path / name).exists() for name in ("small.png", "model.safetensors", "metrics.parquet"))

@@ -27,8 +27,8 @@ SNAPSHOTS = (*range(0, STEPS, EVERY), STEPS)
 LAYOUT = Layout.of([Entry("w", "parameter", (5,), "float32"), Entry("position", "position", (), "int64")], {})
 SCHEMA = Schema(
     orders=("forward", "backward"), seeds=(0, 1), init_seeds=(0, 1), data_seeds=(0, 1), steps=STEPS,
-    snapshots=SNAPSHOTS, layout=LAYOUT, metrics={"a": 3, "b": None}, components=4, parameters=5, batch_size=0, codec="pcodec",
-    snapshots_per_segment=5,
+    snapshots=SNAPSHOTS, layout=LAYOUT, metrics={"a": 3, "b": None}, components=4, parameters=5, batch_size=0,
+    codec="pcodec", snapshots_per_segment=5,
 )  # fmt: skip
 
 
