@@ -1,0 +1,87 @@
+"""Make the golden store of the present format: `python -m tests.golden.make`. Earlier ones stay as they are.
+
+It is small and has one of everything: shared legs, a reset, a switch, a metric that is not finite, Adam's memory, an
+experiment that was extended, a training loop with BatchNorm in bfloat16, tied weights, late metrics, both codecs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import trajstore as ts
+from trajstore.storage.schema import FORMAT
+
+HERE = Path(__file__).parent
+TINY = {
+    "name": "engine",
+    "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5},
+    "operator": {"family": "adam", "lr": 0.05},
+    "orders": ["forward", "backward+backward@4"],
+    "record": {"sketch": 4, "optimizer_state": True, "every": 2},
+}
+
+
+class Tied(nn.Module):
+    """A module with a buffer, an integer counter and a weight that has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+
+def summary(store: ts.Store) -> dict[str, Any]:
+    """Return what is in a store: a digest of each variable's bits, and some values to look at."""
+    told: dict[str, Any] = {}
+    for name in store:
+        ds = store[name].dataset().load()
+        told[name] = {
+            "sizes": {str(k): int(v) for k, v in ds.sizes.items()},
+            "digests": {
+                str(k): hashlib.sha256(np.ascontiguousarray(v.values.astype("<f8")).tobytes()).hexdigest()
+                for k, v in sorted(ds.variables.items())
+                if v.dtype.kind in "fib"
+            },
+            "labels": {"order": ds.order.values.tolist(), "seed": ds.seed.values.tolist()},
+            "start": [float(v).hex() for v in ds.params.values[0, 0, :3, 0]],
+            "slabs": [[s.order, s.seed, s.last_step, s.recorded, s.complete] for s in store[name].slabs()],
+            "config_digest": store[name].attributes["config_digest"],
+        }
+    return told
+
+
+def make(place: Path) -> None:
+    """Record the golden experiments."""
+    how: dict[str, Any] = {"engine": "reference", "extend": True}
+    ts.run(ts.Experiment.of({**TINY, "steps": 9, "seeds": [3]}), place, **how)
+    ts.run(ts.Experiment.of({**TINY, "steps": 13, "seeds": [1, 3]}), place, **how)
+    wild = {**TINY, "name": "diverging", "operator": {"family": "sgd", "lr": 1e3}, "steps": 9, "seeds": [0]}
+    ts.run(ts.Experiment.of({**wild, "record": {"sketch": 4, "codec": "portable"}}), place, **how)
+    torch.manual_seed(0)
+    model = Tied().bfloat16()
+    policy = ts.every(3) | ts.window(0, 2)
+    with ts.record(place, "loop", model, seed=7, steps=12, snapshots=policy, sketch=4, codec="portable") as rec:
+        for n in range(1, 11):
+            model.norm(torch.randn(4, 3).bfloat16())
+            with torch.no_grad():
+                for p in model.parameters():
+                    p += torch.randn_like(p) / 10
+            rec.step(loss=1 / n)
+            rec.log(n // 2, sharpness=float(n)) if n % 2 else None
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "golden.zarr"
+        make(made)
+        shutil.make_archive(str(HERE / f"v{FORMAT}"), "zip", folder, made.name)
+        (HERE / f"v{FORMAT}.json").write_text(json.dumps(summary(ts.open(made)), indent=1) + "\n")
