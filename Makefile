@@ -10,13 +10,17 @@ FITS := from importlib.metadata import version as v; \
 	print("--system-site-packages" * (fits("torch", 2, 9) and fits("torchvision", 0, 24)))
 SITE = $(shell $(PYTHON) -c '$(FITS)' 2>/dev/null)
 
-.PHONY: demo test check lint types docs clean
+.PHONY: demo test torture check lint types docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/trajstore demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# Some thousand kills, failing disks, power cuts and flipped bytes: about forty minutes.
+torture: $(VENV)/.installed-test
+	$(BIN)/python -m tests.torture
 
 check: lint types test
 

@@ -1,17 +1,20 @@
-"""`trajstore export`: files that other programs read."""
+"""`trajstore export` and `trajstore import`: files that other programs read, or have written."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from trajstore.cli.console import say
+from trajstore.cli.console import human_bytes, say
 from trajstore.cli.options import ExperimentName, StorePath, parse_seeds
 
 from trajstore.errors import ConfigurationError
 
-__all__ = ["export"]
+if TYPE_CHECKING:
+    from trajstore.importing import Import
+
+__all__ = ["export", "import_"]
 
 
 def export(
@@ -79,3 +82,53 @@ def _kind(output: Path, numpy: bool) -> str:
             "or give --numpy for a folder of arrays"
         )
     return kind
+
+
+def import_(
+    store: StorePath,
+    exp: ExperimentName,
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Checkpoints: .pt, .pth or .safetensors.")],
+    pattern: Annotated[
+        str, typer.Option(help="What the ends of their paths mean, as in 'seed{seed}/step{step}.pt'; * is anything.")
+    ],
+    order: Annotated[
+        str | None, typer.Option(help="Their order, where the pattern has no {order}.", show_default="forward")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Their seed, where the pattern has no {seed}.")] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="KEY.KEY", help="Where in a file the state dict is, as in trainer.model.")
+    ] = None,
+    snapshot_dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Round the stored states to this.")
+    ] = None,
+    codec: Annotated[Literal["pcodec", "portable"], typer.Option(help="How states are compressed.")] = "pcodec",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only look at the files, and say what it will do.")
+    ] = False,
+) -> None:
+    """Make an experiment of checkpoints; those that are stored already are compared, and left as they are."""
+    from trajstore.importing import carry_out, prepare
+
+    asked = prepare(
+        store, exp, files, pattern, order=order, seed=seed, key=key, snapshot_dtype=snapshot_dtype, codec=codec
+    )
+    there = sum(map(len, asked.sources.values()))
+    new = sum(map(len, asked.missing.values()))
+    stored = None if dry_run else carry_out(asked)
+    if key is None and asked.keys:
+        say(f"{exp}: the state dicts are under {', '.join(map(repr, asked.keys))}")
+    if stored is None:
+        _dry_run(asked, new, there - new)
+    else:
+        size = human_bytes(stored.bytes_on_disk())
+        say(f"{exp}: {new} files imported, {there - new} stored already, {len(asked.sources)} slabs, {size} in {store}")
+
+
+def _dry_run(asked: Import, new: int, old: int) -> None:
+    layout = asked.layout
+    for (order, seed), sources in asked.sources.items():
+        steps = f"steps {min(sources)} to {max(sources)}"
+        say(f"order {order!r}, seed {seed}: {len(sources)} files, {steps}, {len(asked.missing[order, seed])} to import")
+    say(f"files          {new} to import, {old} stored already")
+    say(f"parameters     {layout.parameters:,} ({layout.dtype}), {len(layout.entries)} tensors")
+    say(f"states         {human_bytes(new * layout.row_bytes)} raw")

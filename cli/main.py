@@ -38,6 +38,7 @@ app.command("info")(inspection.info)
 app.command("sql")(inspection.sql)
 app.command("plot")(plotting.plot)
 app.command("export")(exchange.export)
+app.command("import")(exchange.import_)
 app.command("verify")(maintenance.verify)
 app.command("merge")(maintenance.merge)
 app.command("rm")(maintenance.rm)
@@ -49,7 +50,7 @@ def main() -> None:
     try:
         code = typer.main.get_command(app).main(prog_name="trajstore", standalone_mode=False) or 0
         if code == _INTERRUPTED:
-            _fail("interrupted; what was committed stays, and `record --resume` goes on", code)
+            _fail("interrupted; what was committed stays, and the same command goes on (`record` with --resume)", code)
     except _CommandLineError as error:
         wants_help = type(error).__name__ == "NoArgsIsHelpError"
         code = _fail(error.format_message(), 2, "" if wants_help else "trajstore: ")

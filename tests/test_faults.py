@@ -8,14 +8,30 @@ import random
 import shutil
 import stat
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from tests.torture import HANGS, REFERENCE, TINY, Report, Truth, Variant, examine, in_child, record, side_by_side, start
+import pytest
+
+from tests.torture import (
+    HANGS,
+    REFERENCE,
+    TINY,
+    Report,
+    Truth,
+    Variant,
+    examine,
+    in_child,
+    record,
+    recorded,
+    side_by_side,
+    start,
+)
 from trajstore.errors import TrajstoreError
 from trajstore.storage.local import DurableStore
 
@@ -25,34 +41,48 @@ class Scenario(NamedTuple):
 
     variant: Variant
     before: Variant | None = None
+    stopped: bool = False
+    """Whether the disk fails somewhere before the power does, and the recording is begun again in between."""
 
 
 EXTENDING = {**REFERENCE, "extend": True}
 SCENARIOS = {
     "new": Scenario(
-        Variant({**TINY, "steps": 6, "seeds": [0]}, REFERENCE, segment=3, commit_steps=2),
+        Variant({**TINY, "steps": 3, "seeds": [0]}, REFERENCE, segment=2, commit_steps=1),
     ),
     "extended": Scenario(
-        Variant({**TINY, "steps": 7, "seeds": [3, 1], "orders": ["backward", "forward"]}, EXTENDING, segment=3),
-        Variant({**TINY, "steps": 4, "seeds": [3], "orders": ["backward"]}, EXTENDING, segment=3),
+        Variant({**TINY, "steps": 4, "seeds": [3, 1], "orders": ["backward", "forward"]}, EXTENDING, segment=3),
+        Variant({**TINY, "steps": 2, "seeds": [3], "orders": ["backward"]}, EXTENDING, segment=3),
+    ),
+    "stopped before": Scenario(
+        Variant({**TINY, "steps": 3, "seeds": [0], "orders": ["backward"]}, REFERENCE, segment=2), stopped=True
     ),
 }
 
 
-def prepared(folder: Path) -> dict[str, tuple[Scenario, Truth, Path | None]]:
+Prepared = dict[str, tuple[Scenario, Truth, Path | None]]
+
+
+def prepared(folder: Path) -> Prepared:
     """Record what is there before, and each scenario undisturbed."""
-    found = {}
-    for name, scenario in SCENARIOS.items():
-        before = None
+    found: Prepared = {}
+
+    def one(number: int, _: int) -> None:
+        name, scenario = list(SCENARIOS.items())[number]
+        before, place = None, folder / name / "whole.zarr"
         if scenario.before is not None:
             before = folder / name / "before.zarr"
             in_child(record, scenario.before, before)
-        place = folder / name / "whole.zarr"
-        if before is not None:
             shutil.copytree(before, place)
-        in_child(record, scenario.variant, place)
-        found[name] = scenario, in_child(Truth, place), before
+        found[name] = scenario, in_child(recorded, scenario.variant, place)[0], before
+
+    side_by_side(one, range(len(SCENARIOS)))
     return found
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory) -> Prepared:
+    return prepared(tmp_path_factory.mktemp("there"))
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
@@ -136,13 +166,13 @@ def erring(scenario: Scenario, truth: Truth, kind: str, at: int, place: Path) ->
         problems += [f"gone on: {problem}" for problem in examine(place, truth, announced, True)]
     except Exception as error:
         problems.append(f"going on raised {error!r}")
-    return [f"{kind} {at} ({failing.failed}): {problem}" for problem in problems], failing.calls
+    return [f"{problem} ({failing.failed} failed)" for problem in problems], failing.calls
 
 
-def errors(share: float, seed: int, folder: Path) -> Report:
-    """Let every write fail in every way, or a share of them."""
+def errors(most: int, seed: int, folder: Path, there: Prepared | None = None) -> Report:
+    """Let every write fail in every way, or a sample of so many."""
     report, rng = Report("failing writes", Counter(failed=0)), random.Random(seed)
-    there, moments = prepared(folder), []
+    there, moments = there or prepared(folder), []
 
     def trial(name: str, kind: str, at: int) -> int:
         scenario, truth, before = there[name]
@@ -153,24 +183,52 @@ def errors(share: float, seed: int, folder: Path) -> Report:
         try:
             problems, calls = in_child(erring, scenario, truth, kind, at, place)
         except AssertionError as error:
-            problems, calls = [f"{kind} {at}: {error}"], 0
-        report.add([f"{name}: {problem}" for problem in problems], failed=at > 0)
+            problems, calls = [str(error)], 0
+        report.add(f"seed {seed}, {name}, {kind} {at}", problems, failed=at > 0)
         shutil.rmtree(place.parent)
         return calls
 
-    for name in there:
+    for name in ("new", "extended"):
         calls = trial(name, "before", 0)
         moments += [(name, kind, at) for kind in KINDS for at in range(1, calls + 1)]
-    chosen = rng.sample(moments, round(len(moments) * share))
+    chosen = rng.sample(moments, min(most, len(moments)))
     side_by_side(lambda number, _: trial(*chosen[number]), range(len(chosen)))
     return report
 
 
-def test_every_error_is_told_and_nothing_committed_is_lost(tmp_path):
-    report = errors(0.06, 1, tmp_path)
-    print(report)  # noqa: T201
-    assert report.counts["failed"] > 50
+def test_every_error_is_told_and_nothing_committed_is_lost(tmp_path, there):
+    report = errors(16, 1, tmp_path, there)
+    assert report.counts["failed"] == 16
     assert not report.problems, "\n".join([f"{report}, seed 1", *report.problems])
+
+
+SMALL = SCENARIOS["new"].variant
+
+
+def test_when_an_error_is_told_nothing_is_written_any_more(tmp_path):
+    """Locks are free then: a write that was under way would fall among those of whoever comes next."""
+    assert in_child(writing_after_an_error, SMALL, tmp_path / "s.zarr") == []
+
+
+def writing_after_an_error(variant: Variant, place: Path) -> list[str]:
+    """Let the first commit fail while another thread writes states; return what was still being written after."""
+    write, encoding, under_way = DurableStore.set_sync, threading.Event(), []
+
+    def set_sync(store: DurableStore, key: str, value: Any) -> None:
+        under_way.append(key)
+        if key.startswith("net/params/c/1/"):
+            encoding.set()
+            time.sleep(1)
+        if key.startswith("net/committed/c/") and encoding.wait(10):
+            under_way.remove(key)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        write(store, key, value)
+        under_way.remove(key)
+
+    DurableStore.set_sync = set_sync
+    with pytest.raises(OSError, match="could not be written"):
+        record(variant, place)
+    return list(under_way)
 
 
 # Power cuts -------------------------------------------------------------------------------------------------------
@@ -199,7 +257,6 @@ class Journal:
     at: int
     seed: str
     changes: list[Change] = field(default_factory=list)
-    calls: int = 0
 
     def __post_init__(self) -> None:
         self._synced, self._lock, self._os = set[int](), threading.RLock(), {}
@@ -220,7 +277,7 @@ class Journal:
                 self._os[name](*args, **options)
                 if change is not None:
                     self.changes.append(change)
-                    self._count()
+                    self._cut()
 
         return call
 
@@ -247,14 +304,12 @@ class Journal:
             if folder.is_relative_to(self.root):
                 for change in self.changes:
                     change.durable |= change.path.parent == PurePath(folder.relative_to(self.root))
-                self._count()
 
-    def _count(self) -> None:
-        self.calls += 1
-        if self.calls == self.at:
+    def _cut(self) -> None:
+        if len(self.changes) == self.at:
             shutil.copytree(self.root, self.root.with_name("all.zarr"))  # as after SIGKILL
-            for how in ("none", "last", "some"):
-                self._leave(how, self.root.with_name(f"{how}.zarr"))
+            how = random.Random(self.seed).choice(["none", "last", "some"])
+            self._leave(how, self.root.with_name(f"{how}.zarr"))
             os._exit(CUT)
 
     def _leave(self, how: str, place: Path) -> None:
@@ -286,12 +341,18 @@ class Journal:
             (place / path).write_bytes(content)
 
 
-def recording_until(variant: Variant, place: Path, at: int, seed: str) -> int:
+def recording_until(scenario: Scenario, place: Path, at: int, seed: str) -> int:
     """Record until power fails; return how many moments there were if it did not."""
-    journal = Journal(place, at, seed)
+    journal, variant = Journal(place, at, seed), replace(scenario.variant, fsync=True)
+    failing = Failing("full", random.Random(seed).randrange(1, 100) if scenario.stopped else 0)
+    failing.install()
     journal.install()
-    record(replace(variant, fsync=True), place, place.with_name("announced"))
-    return journal.calls
+    with suppress(OSError):
+        record(variant, place, place.with_name("announced"))
+    failing.off = True
+    if failing.failed:
+        record(variant, place)
+    return len(journal.changes)
 
 
 def going_on(scenario: Scenario, truth: Truth, place: Path) -> list[str]:
@@ -303,13 +364,13 @@ def going_on(scenario: Scenario, truth: Truth, place: Path) -> list[str]:
         problems += [f"gone on: {problem}" for problem in examine(place, truth, announced, True)]
     except Exception as error:
         problems.append(f"going on raised {error!r}")
-    return [f"{place.stem}: {problem}" for problem in problems]
+    return problems
 
 
-def cuts(share: float, seed: int, folder: Path) -> Report:
-    """Cut the power after every change of a directory, or a share of them."""
+def cuts(most: int, seed: int, folder: Path, there: Prepared | None = None) -> Report:
+    """Cut the power after every change of a directory, or a sample of so many."""
     report, rng = Report("power cuts", Counter(cut=0)), random.Random(seed)
-    there, moments = prepared(folder), []
+    there, moments = there or prepared(folder), []
 
     def begun(name: str, at: int) -> tuple[Path, int]:
         scenario, _, before = there[name]
@@ -317,14 +378,17 @@ def cuts(share: float, seed: int, folder: Path) -> Report:
         place.parent.mkdir()
         if before is not None:
             shutil.copytree(before, place)
-        process, connection = start(recording_until, scenario.variant, place, at, f"{seed}/{at}")
+        process, connection = start(recording_until, scenario, place, at, f"{seed}/{at}")
         with closing(connection):
             connection.recv()
             process.join(HANGS)
             process.kill()
-            if process.exitcode != CUT and at:
-                report.add([f"{name}, cut {at}: ended with {process.exitcode}"])
-            return place, 0 if at else connection.recv()[1]
+            if process.exitcode == CUT:
+                return place, at
+            fine, told = connection.recv() if connection.poll() else (False, f"ended with {process.exitcode}")
+            if not fine:
+                report.add(f"seed {seed}, {name}, cut {at}", [str(told)])
+            return place, told
 
     def trial(name: str, at: int) -> None:
         place, _ = begun(name, at)
@@ -336,19 +400,39 @@ def cuts(share: float, seed: int, folder: Path) -> Report:
                 problems = in_child(going_on, scenario, truth, left)
             except AssertionError as error:
                 problems = [str(error)]
-            report.add([f"{name}, cut {at}, {problem} (seed {seed})" for problem in problems], left=1)
-        report.add([], cut=1)
+            report.add(f"seed {seed}, {name}, cut {at}, {left.stem}", problems, left=1)
+        report.add("", [], cut=1)
         shutil.rmtree(place.parent)
 
     for name in there:
         moments += [(name, at) for at in range(1, begun(name, 0)[1] + 1)]
-    chosen = rng.sample(moments, round(len(moments) * share))
+    chosen = rng.sample(moments, min(most, len(moments)))
     side_by_side(lambda number, _: trial(*chosen[number]), range(len(chosen)))
     return report
 
 
-def test_a_power_cut_takes_nothing_that_was_committed(tmp_path):
-    report = cuts(0.03, 1, tmp_path)
-    print(report)  # noqa: T201
-    assert report.counts["cut"] > 10
+def test_a_power_cut_takes_nothing_that_was_committed(tmp_path, there):
+    report = cuts(6, 1, tmp_path, there)
+    assert report.counts["cut"] == 6
     assert not report.problems, "\n".join([f"{report}, seed 1", *report.problems])
+
+
+def test_a_new_store_has_its_name_for_certain_before_anything_is_committed(tmp_path):
+    folders = in_child(synced_before_the_first_commit, SMALL, tmp_path / "s.zarr")
+    assert str(tmp_path / "s.zarr") in folders
+    assert str(tmp_path) in folders
+
+
+def synced_before_the_first_commit(variant: Variant, place: Path) -> list[str]:
+    """Return the directories that were fsynced before a commit record was written."""
+    synced, before, write = [], [], DurableStore.set_sync
+    os.fsync = lambda descriptor: synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def set_sync(store: DurableStore, key: str, value: Any) -> None:
+        if "/committed/c/" in key and not before:
+            before.extend(synced)
+        write(store, key, value)
+
+    DurableStore.set_sync = set_sync
+    record(replace(variant, fsync=True), place)
+    return before

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -237,29 +237,25 @@ def wrong(place: Path, truth: Truth, announced: Iterable[tuple[str, int, int, in
 def examine(place: Path, truth: Truth, announced: Path | None = None, complete: bool = False) -> list[str]:
     """Return everything that is wrong with a store: in what is committed, by `verify`, and in files once complete."""
     told = announced.read_text().splitlines() if announced is not None and announced.exists() else []
-    problems = wrong(place, truth, [tuple(json.loads(line)) for line in told])
+    try:
+        problems = wrong(place, truth, [tuple(json.loads(line)) for line in told])
+    except Exception as error:
+        problems = [f"reading raised {error!r}"]
     try:
         problems += [f"verify: {finding}" for finding in verify(ts.Store(place)) if not finding.harmless]
-    except TrajstoreError as error:
-        if standing(place / NAME) == "experiment":
-            problems.append(f"verify: {error}")
+    except Exception as error:
+        if not isinstance(error, TrajstoreError) or standing(place / NAME) == "experiment":
+            problems.append(f"verify raised {error!r}")
     if complete:
         now = files(place)
         problems += [f"{f} differs" for f in sorted({*now, *truth.files}) if now.get(f) != truth.files.get(f)]
     return problems
 
 
-def truths(variants: Iterable[Variant], folder: Path) -> list[tuple[Truth, float]]:
-    """Record each to its end, two at a time; with the seconds that takes."""
-
-    def one(numbered: tuple[int, Variant]) -> tuple[Truth, float]:
-        number, variant = numbered
-        place = folder / f"truth-{number}" / "s.zarr"
-        seconds = in_child(record, variant, place)
-        return in_child(Truth, place), seconds
-
-    with ThreadPoolExecutor(2) as both:
-        return list(both.map(one, enumerate(variants)))
+def recorded(variant: Variant, place: Path) -> tuple[Truth, float]:
+    """Record to the end, in a process of its own; return what came out, and the seconds that took."""
+    seconds = record(variant, place)
+    return Truth(place), seconds
 
 
 @dataclass
@@ -270,16 +266,18 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
-    def add(self, problems: Iterable[str], **counts: int) -> None:
+    def add(self, where: str, problems: Sequence[str], **counts: int) -> None:
         """Add the outcome of a trial."""
-        self.problems += problems
+        if problems:
+            more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
+            self.problems.append(f"{where}: {'; '.join(problems[:2])}{more}")
         self.counts.update(counts)
         if sys.stdout.isatty():
             print(f"\r\x1b[K{self}", end="", flush=True)  # noqa: T201
 
     def __str__(self) -> str:
         counts = ", ".join(f"{number:,} {name}" for name, number in self.counts.items())
-        return f"{self.what}: {counts}, {len(self.problems)} problems"
+        return f"{self.what}: {counts}, {len(self.problems)} trials with problems"
 
 
 def side_by_side(work: Callable[[int, int], None], numbers: Iterable[int]) -> None:
@@ -302,7 +300,11 @@ def side_by_side(work: Callable[[int, int], None], numbers: Iterable[int]) -> No
 def kill(variants: dict[str, Variant], kills: int, seed: int, folder: Path) -> Report:
     """Kill recordings at random moments, look at what is left, let them go on, and kill some of them again."""
     report = Report("SIGKILL", Counter(killed=0))
-    whole = dict(zip(variants, truths(variants.values(), folder), strict=True))
+    whole: dict[str, tuple[Truth, float]] = {}
+
+    def undisturbed(number: int, which: int) -> None:
+        name = list(variants)[number]
+        whole[name] = in_child(recorded, variants[name], folder / f"truth-{number}" / "s.zarr")
 
     def trial(number: int, which: int) -> None:
         rng = random.Random(f"{seed}/{number}")
@@ -310,7 +312,7 @@ def kill(variants: dict[str, Variant], kills: int, seed: int, folder: Path) -> R
         (truth, seconds), place = whole[name], folder / f"trial-{number}" / "s.zarr"
         place.parent.mkdir()
         problems, counts = _killed(variants[name], truth, seconds, place, rng)
-        report.add([f"{place}, {name!r}, {problem} (seed {seed})" for problem in problems], **counts)
+        report.add(f"seed {seed}, {place}, {name!r}", problems, **counts)
         if not problems:
             shutil.rmtree(place.parent)
 
@@ -320,6 +322,7 @@ def kill(variants: dict[str, Variant], kills: int, seed: int, folder: Path) -> R
                 return
             yield number
 
+    side_by_side(undisturbed, range(len(variants)))
     side_by_side(trial, numbers())
     return report
 
@@ -355,21 +358,24 @@ def _killed(
     return problems, counts
 
 
-def flip(table: dict[str, Any], seed: int, folder: Path) -> Report:
+def flip(most: int, seed: int, folder: Path) -> Report:
     """Flip a bit of every byte of a store, one at a time: `verify` has to find it, unless the file means the same."""
+    table = {**TINY, "orders": ["backward"], "steps": 5, "seeds": [0]}
     report = Report("flipped bytes", Counter(flipped=0, found=0))
     stores = [folder / "flips-0" / "s.zarr", folder / "flips-1" / "s.zarr"]
     in_child(record, Variant(table, REFERENCE), stores[0])
     shutil.copytree(stores[0], stores[1])
     names = [f.relative_to(stores[0]) for f in sorted(stores[0].rglob("*")) if f.is_file()]
     places = [(name, at) for name in names for at in range((stores[0] / name).stat().st_size)]
+    if most < len(places):
+        places = sorted(random.Random(seed).sample(places, most))
     batches = [places[begin : begin + 100] for begin in range(0, len(places), 100)]
 
     def batch(number: int, which: int) -> None:
         problems, counts = in_child(_flipped, stores[which], batches[number], f"{seed}/{number}")
-        report.add([f"{problem} (seed {seed})" for problem in problems], **counts)
+        report.add(f"seed {seed}", problems, **counts)
 
-    report.add(in_child(_found, stores[0]))
+    report.add("untouched", in_child(_found, stores[0]))
     side_by_side(batch, range(len(batches)))
     return report
 
@@ -415,15 +421,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--share", type=float, default=1.0, help="of the moments of faults and of the bytes")
+    parser.add_argument("--errors", type=int, default=2_000, help="at most so many; all are about 1,400")
+    parser.add_argument("--cuts", type=int, default=400, help="at most so many; all are about 1,000")
+    parser.add_argument("--bytes", type=int, default=1_000_000, help="at most so many; all are about 27,000")
     parser.add_argument("--only", choices=["kill", "errors", "cuts", "flip"])
     given, problems = parser.parse_args(), 0
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     parts: dict[str, Callable[[], Report]] = {
         "kill": lambda: kill(VARIANTS, given.kills, given.seed, folder / "kill"),
-        "errors": lambda: errors(given.share, given.seed, folder / "errors"),
-        "cuts": lambda: cuts(given.share, given.seed, folder / "cuts"),
-        "flip": lambda: flip({**TINY, "orders": ["backward"], "steps": 5, "seeds": [0]}, given.seed, folder / "flip"),
+        "errors": lambda: errors(given.errors, given.seed, folder / "errors"),
+        "cuts": lambda: cuts(given.cuts, given.seed, folder / "cuts"),
+        "flip": lambda: flip(given.bytes, given.seed, folder / "flip"),
     }
     print(f"seed {given.seed}, in {folder}", flush=True)  # noqa: T201
     for name, part in parts.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 
-from trajstore.storage.schema import late_records
+from trajstore.storage.schema import ArraySpec, late_records
+from trajstore.storage.segment import array_of
 
 if TYPE_CHECKING:
     from trajstore.store import StoredExperiment
@@ -23,36 +25,50 @@ def dataset(experiment: StoredExperiment) -> xr.Dataset:
     The coordinate `recorded` marks the steps that were computed and committed, `stored` the snapshots.
     """
     schema = experiment.schema
-    # A dask task holds whole chunks, several where they are small: one task a chunk would drown in tasks.
-    row = schema.snapshots_per_segment * schema.layout.dtype.itemsize
-    along_param = max(1, _TASK_BYTES // row)
-    chunk = min(65_536, schema.layout.size("params"))
     # Read the records first and the data after: what they vouch for is then on disk.
-    commits = experiment.commits()
-    opened = xr.open_zarr(
-        str(experiment.store.path),
-        group=experiment.name,
-        consolidated=False,
-        chunks={"param": max(chunk, along_param // chunk * chunk), "snapshot": schema.snapshots_per_segment},
-    )
+    commits, late = experiment.commits(), experiment.late()
+    masks: dict[str, tuple[tuple[str, ...], Any]] = {
+        "recorded": (("order", "seed", "step"), commits.steps),
+        "stored": (("order", "seed", "snapshot"), commits.snapshots),
+    }
+    hidden = {"committed", *map(late_records, late)}
+    # Array by array, and no longer than the schema: while an experiment grows, some are longer than others.
+    variables = {
+        spec.name: xr.Variable(spec.dims, _lazy(experiment, spec), _attributes(experiment, spec))
+        for spec in schema.arrays()
+        if spec.name not in hidden
+    }
+    labels = {
+        name: (dim, np.array(values.tolist()) if name == "order" else values, {"description": what})
+        for name, (dim, values, what) in schema.coordinates().items()
+    }
+    shown = xr.Dataset(variables, {**labels, **masks})
     fills = {spec.name: spec.fill for spec in schema.arrays()}
-    recorded = xr.DataArray(commits.steps, dims=("order", "seed", "step"))
-    stored = xr.DataArray(commits.snapshots, dims=("order", "seed", "snapshot"))
-    late = experiment.late()
-    records = ["committed", *map(late_records, late)]
-    shown = opened.drop_vars(records).assign_coords(recorded=recorded, stored=stored)
-    for name, (known, _) in late.items():
-        mask = xr.DataArray(known, dims=("order", "seed", "step"))
-        shown[name] = shown[name].where(mask).assign_attrs(shown[name].attrs)
+    known = {name: there for name, (there, _) in late.items()}
     for name, variable in shown.data_vars.items():
-        if name in late:
-            continue
-        for mask in (recorded, stored):
-            if set(mask.dims) <= set(variable.dims) and not bool(mask.all()):
+        for mask in (shown.recorded, shown.stored):
+            there = mask.copy(data=known[str(name)]) if name in known and mask.name == "recorded" else mask
+            if set(mask.dims) <= set(variable.dims) and not bool(there.all()):
                 nothing = np.asarray(fills[str(name)], dtype=variable.dtype)
-                shown[name] = variable.where(mask, nothing).assign_attrs(variable.attrs)
-    labels = {name: shown[name].compute() for name in ("init_seed", "data_seed")}
+                shown[name] = variable.where(there, nothing).assign_attrs(variable.attrs)
     metric = experiment.config["record"].get("adaptive")
     adaptive = {"adaptive": metric} if metric else {}
-    labelled: xr.Dataset = shown.assign_coords(labels).assign_attrs(experiment=experiment.name, **adaptive)
-    return labelled
+    described: xr.Dataset = shown.assign_attrs(trajstore=experiment.attributes, experiment=experiment.name, **adaptive)
+    return described
+
+
+def _lazy(experiment: StoredExperiment, spec: ArraySpec) -> Any:  # noqa: ANN401  dask has no types
+    """Return an array in tasks of whole chunks, several where they are small: one task a chunk would drown in tasks."""
+    array, schema = array_of(experiment.group, spec.name), experiment.schema
+    chunks = dict(zip(spec.dims, spec.chunks, strict=True))
+    if spec.kind == "params":
+        task = _TASK_BYTES // (schema.snapshots_per_segment * array.dtype.itemsize)
+        chunks["param"] = max(chunks["param"], task // chunks["param"] * chunks["param"])
+    lengths = schema.lengths()
+    # A name of its own: the array's contents change while it is recorded.
+    whole: Any = da.from_array(array, chunks=tuple(chunks[d] for d in spec.dims), name=False, inline_array=True)  # type: ignore[no-untyped-call]
+    return whole[tuple(slice(0, lengths[dim]) for dim in spec.dims)]
+
+
+def _attributes(experiment: StoredExperiment, spec: ArraySpec) -> dict[str, Any]:
+    return dict(array_of(experiment.group, spec.name).attrs)

@@ -103,7 +103,7 @@ def slabs_of(
     rows = _positions(name, "order", schema.orders, orders)
     columns = _positions(name, "seed", schema.seeds, seeds)
     commits = experiment.commits()
-    steps, snapshots, complete = commits.steps, commits.snapshots, commits.complete
+    steps, snapshots, complete = commits.steps, commits.snapshots, experiment.complete(commits)
     found = [
         Slab(name, schema.orders[i], schema.seeds[k], (i, k), steps[i, k], snapshots[i, k], bool(complete[i, k]))
         for i in rows

@@ -37,7 +37,7 @@ def fill_here(
     observe, wanted = Observer(experiment, stored.schema), experiment.refinement
     refined = engine if wanted is None else Refining(engine, wanted)
     starts: dict[int, Tensor] = {}
-    before: dict[Slab, Tensor] = {}
+    before: dict[Slab, tuple[int, Tensor]] = {}
     leaving: deque[tuple[list[Slab], Progress, Callable[[], Observation]]] = deque()
     with ledgers_of(stored, slabs) as ledgers, _writers(ledgers, clock) as writers:
         done = {slab: ledger.committed.copy() for slab, ledger in ledgers.items()}
@@ -54,12 +54,15 @@ def fill_here(
             with clock.storing():
                 here = parameters_of(visit.iterate.state)
                 start = starts.setdefault(visit.slabs[0].seed, here)
-                # Slabs that came the same way have the same iterate before.
-                last = before.get(visit.slabs[0])
-                before |= dict.fromkeys(visit.slabs, here)
+                # Slabs that came the same way have the same iterate before, but some may be ahead.
+                earlier = [before[slab] for slab in visit.slabs if slab in before]
+                last = max((b for b in earlier if b[0] < visit.iterate.step), key=lambda b: b[0], default=None)
+                before |= dict.fromkeys(visit.slabs, (visit.iterate.step, here))
                 todo = [slab for slab in visit.slabs if not done[slab][visit.iterate.step]]
                 if todo:
-                    finish = observe.begin(visit.iterate, visit.leg_start, here, start, last)
+                    finish = observe.begin(
+                        visit.iterate, visit.leg_start, here, start, None if last is None else last[1]
+                    )
                     leaving.append((todo, visit.progress, finish))
                 if len(leaving) > _ON_THE_WAY.get(here.device.type, 0):
                     arrive()
@@ -102,6 +105,7 @@ def _writers(ledgers: Mapping[Slab, Ledger], clock: Clock) -> Iterator[dict[Slab
         with suppress(Exception):  # the first error is the one that matters
             for writer in writers.values():
                 writer.commit()
+        with suppress(Exception):  # when it is told, nothing is being written any more
             pipeline.close()
         raise
     with clock.storing():

@@ -59,10 +59,15 @@ def check_place(store: Store) -> None:
     root = store.path
     if root.exists() and not root.is_dir():
         raise ConfigurationError(f"{root} is a file; a store is a folder")
-    if root.is_dir() and any(root.iterdir()):
+    if root.is_dir() and not _is_empty(root):
         if not (root / "zarr.json").exists():
             raise FormatError(f"{root} is a folder with other things in it and no trajstore; choose another path")
         _ = store.root
+
+
+def _is_empty(folder: Path) -> bool:
+    """Tell whether there is nothing but what is being written, or was when its process was killed."""
+    return not (folder / "zarr.json").exists() and all(f.name.endswith(".partial") for f in folder.iterdir())
 
 
 def make_place(store: Store) -> None:
@@ -79,10 +84,12 @@ def make_place(store: Store) -> None:
 
 def open_root(path: str | Path, durability: Durability = "segment") -> zarr.Group:
     """Open the root group for writing, creating the store where there is nothing yet."""
-    group = zarr.open_group(DurableStore(path, durable=durability == "segment"), mode="a", zarr_format=3)
-    if "trajstore" not in group.attrs:
-        group.attrs["trajstore"] = {"format": FORMAT}
-    return group
+    store = DurableStore(path, durable=durability == "segment")
+    if not (store.root / "zarr.json").exists():
+        # In one write: whoever looks meanwhile sees no store yet, or a whole one.
+        zarr.create_group(store, zarr_format=3, attributes={"trajstore": {"format": FORMAT}})
+        store.flush_with_parent()
+    return zarr.open_group(store, mode="r+", zarr_format=3)
 
 
 Standing = Literal["nothing", "foreign", "half declared", "experiment", "damaged"]
@@ -132,7 +139,7 @@ class Store:
     @cached_property
     def root(self) -> zarr.Group:
         """The root group, read-only."""
-        if not self.path.exists():
+        if not self.path.exists() or (self.path.is_dir() and _is_empty(self.path)):
             raise NotFoundError(f"there is no store at {self.path}; record one, or check the path")
         try:
             group = zarr.open_group(DurableStore(self.path, read_only=True), mode="r", zarr_format=3)
@@ -221,10 +228,17 @@ class StoredExperiment:
 
     def complete(self, commits: Commits) -> NDArray[np.bool_]:
         """Return (order, seed): everything that was to be recorded is; for a training loop, that it came to its end."""
-        if self.config["problem"].get("family") != "loop":
+        if self.config["problem"].get("family") not in ("loop", "import"):
             return commits.complete
-        ended = [slab for fill in self.attributes["fills"] if fill["ended"] for slab in fill["slabs"]]
-        return np.array([[[order, seed] in ended for seed in self.schema.seeds] for order in self.schema.orders])
+        latest = {(order, seed): fill["ended"] for fill in self.attributes["fills"] for order, seed in fill["slabs"]}
+        schema, last = self.schema, commits.last_step
+        finished = np.zeros_like(last, dtype=bool)
+        for i, k in np.ndindex(*finished.shape):
+            step = int(last[i, k])
+            ended = latest.get((schema.orders[i], schema.seeds[k])) is not None and step >= 0
+            # A repair may have taken something out since.
+            finished[i, k] = ended and bool((commits.records[i, k][: schema.segment_of(step), 0] >= 0).all())
+        return finished
 
     def slabs(self) -> list[SlabStatus]:
         """Return the status of every (order, seed)."""

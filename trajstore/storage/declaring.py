@@ -19,6 +19,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from trajstore.storage.codecs import chunk_codecs
 from trajstore.storage.digest import config_digest
+from trajstore.storage.local import DurableStore
 from trajstore.storage.resume import GROUP
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema
 from trajstore.storage.segment import array_of
@@ -54,6 +55,7 @@ def declare(
         for position, indices in enumerate(batch_index):
             array_of(group, "batch_index")[position] = indices
     group.attrs["coordinates"] = "init_seed data_seed"  # CF: xarray shows them as coordinates of `seed`
+    _flush(group)
     set_attributes(group, {**_declared(schema, config, batch_index), "fills": []})
     return group
 
@@ -84,6 +86,7 @@ def grow(
         if known < len(values):
             array[known:] = values[known:]
     attributes: Any = group.attrs[ATTRIBUTE]
+    _flush(group)
     set_attributes(group, {**attributes, **_declared(schema, config, batch_index)})
 
 
@@ -91,12 +94,18 @@ def set_attributes(group: zarr.Group, attributes: Mapping[str, Any]) -> None:
     """Replace what is stored beside the arrays, with a digest of it. Hold the declaration's lock."""
     rest = {key: value for key, value in attributes.items() if key != "digest"}
     group.attrs[ATTRIBUTE] = rest | {"digest": config_digest(rest)}
+    _flush(group)
 
 
 def sound_attributes(attributes: Mapping[str, Any]) -> bool:
     """Tell whether attributes are what their digest says."""
     rest = {key: value for key, value in attributes.items() if key != "digest"}
     return bool(attributes.get("digest") == config_digest(rest))
+
+
+def _flush(group: zarr.Group) -> None:
+    if isinstance(group.store, DurableStore):
+        group.store.flush()
 
 
 def batch_digest(indices: NDArray[np.int64]) -> str:

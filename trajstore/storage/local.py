@@ -60,6 +60,12 @@ class DurableStore(LocalStore):
         with self._lock:
             self._touched.add(path.parent)
 
+    def flush_with_parent(self) -> None:
+        """Make the store's own name durable, too."""
+        with self._lock:
+            self._touched.add(self.root.absolute().parent)
+        self.flush()
+
     def flush(self) -> None:
         """Make every rename since the last flush durable."""
         with self._lock:

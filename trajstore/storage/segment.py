@@ -107,7 +107,7 @@ class Segment:
         self._place = {step: k for k, step in enumerate(places)}
         self._spare = spare or Spare()
         self._rows: list[Row] = []
-        self._length = 0
+        self._cut = 0
         self.stored: list[int] = []
         """Places of the states so far."""
         self.states: dict[str, NDArray[Any]] = {}
@@ -116,7 +116,7 @@ class Segment:
         self._prefixes: list[list[int]] = []
 
     def __len__(self) -> int:
-        return self._length
+        return self._cut + len(self._rows)
 
     def append(
         self,
@@ -127,18 +127,19 @@ class Segment:
         snapshot: Snapshot | None,
     ) -> None:
         """Add one step; everything is copied."""
-        self._rows.append(row_of(self.schema, step, leg, metrics, sketch, snapshot))
-        self._length += 1
+        row = row_of(self.schema, step, leg, metrics, sketch, snapshot)
         if snapshot is not None:
-            for name, row in zip(_STATES, snapshot, strict=True):
+            for name, vector in zip(_STATES, snapshot, strict=True):
                 if name not in self.states:
-                    self.states[name] = self._spare.take((len(self._place), len(row)), row.dtype)
-                self.states[name][self._place[step]] = row
+                    self.states[name] = self._spare.take((len(self._place), len(vector)), vector.dtype)
+                self.states[name][self._place[step]] = vector
             self.stored.append(self._place[step])
+        self._rows.append(row)  # last: whatever interrupts this, a row is there with all that belongs to it
 
     def cut(self) -> Cut:
         """Cut off the rows since the last cut."""
         rows, self._rows = tuple(self._rows), []
+        self._cut += len(rows)
         return Cut(self, rows, tuple(self.stored))
 
     def release(self) -> None:

@@ -184,6 +184,8 @@ class SlabWriter:
         self._counted, self._since = 0, time.monotonic()
         self._passed = -1
         """The last step that was appended."""
+        self._committed_to = -1
+        """The last step of the present segment that was committed when it was begun."""
         self._resume: ResumeState | None = None
         self._encoding: list[Future[None]] = []
 
@@ -205,6 +207,8 @@ class SlabWriter:
         if self._segment is None or number != self._segment.number:
             self._go_to(number)
         assert self._segment is not None
+        if step <= self._committed_to:
+            raise ConfigurationError(f"{self.ledger.name}: step {step} was passed over; steps must increase")
         self._segment.append(step, leg, metrics, sketch, snapshot)
         self.last, self._passed, self._resume = max(step, self.last), step, resume
         if len(self._segment) - self._counted >= COMMIT_STEPS or time.monotonic() - self._since > COMMIT_SECONDS:
@@ -228,6 +232,9 @@ class SlabWriter:
             for empty in range(number):
                 self._declare_empty(empty)
         self._segment = self.ledger.segment(number, self._pipeline.spare)
+        begin, end = self._schema.steps_of(number)
+        there = np.flatnonzero(self.ledger.committed[begin:end])
+        self._committed_to = begin + int(there[-1]) if len(there) else -1
         self._counted, self._since = len(self._segment), time.monotonic()
         self._encoding = []
 
