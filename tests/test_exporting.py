@@ -529,7 +529,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(trajstore, half, tmp_path, m
 
 def test_a_folder_that_vanishes_is_an_error_of_writing(half, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("trajstore.sql._write_slab", lambda *_: shutil.rmtree(tmp_path / "out"))
+    monkeypatch.setattr("trajstore.sql.write_slab", lambda *_: shutil.rmtree(tmp_path / "out"))
     with pytest.raises(WriteError, match="could not be written"):
         export_metrics(half, tmp_path / "out" / "m.parquet")
     assert not (tmp_path / "out").exists()
@@ -540,7 +540,7 @@ def test_an_interrupted_export_leaves_nothing(half, tmp_path, monkeypatch, expor
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trajstore.sql._write_slab", interrupt)
+    monkeypatch.setattr("trajstore.sql.write_slab", interrupt)
     monkeypatch.setattr("trajstore.dumping._write_sketch", interrupt)
     before = everything(tmp_path)
     with pytest.raises(KeyboardInterrupt):

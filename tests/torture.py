@@ -373,7 +373,9 @@ def flip(most: int, seed: int, folder: Path) -> Report:
 
     def batch(number: int, which: int) -> None:
         problems, counts = in_child(_flipped, stores[which], batches[number], f"{seed}/{number}")
-        report.add(f"seed {seed}", problems, **counts)
+        report.add("", [], **counts)
+        for problem in problems:
+            report.add(f"seed {seed}", [problem])
 
     report.add("untouched", in_child(_found, stores[0]))
     side_by_side(batch, range(len(batches)))
@@ -399,7 +401,7 @@ def _flipped(store: Path, places: list[tuple[Path, int]], seed: str) -> tuple[li
             else:
                 problems.append(f"{name}, byte {at}, bits {mask:#x}: not found")
         except Exception:
-            problems.append(f"{name}, byte {at}, bits {mask:#x}: {traceback.format_exc(limit=-3)}")
+            problems.append(f"{name}, byte {at}, bits {mask:#x}: {traceback.format_exc(limit=-1)}")
         finally:
             file.write_bytes(whole)
         counts["flipped"] += 1
