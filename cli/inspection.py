@@ -142,7 +142,7 @@ def _fill_line(fill: dict[str, Any]) -> str:
     spent = ", ".join(f"{what} {human_seconds(s)}" for what, s in (fill.get("seconds") or {}).items())
     when = f"{fill['began']} to {fill['ended'] or '?'}, {len(fill['slabs'])} slabs"
     how = Plan.from_json(fill["plan"]) if "plan" in fill else fill.get("engine")
-    return f"{when}, {how}, {where}" + (f" ({spent})" if spent else "")
+    return ", ".join(str(part) for part in (when, how, where) if part) + (f" ({spent})" if spent else "")
 
 
 def _one_line(table: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -196,6 +197,15 @@ def test_lightning_goes_on_after_an_error(lightning, tmp_path, whole):
     assert_equal(path, whole / "s.zarr")
 
 
+def test_lightning_goes_on_after_an_error_within_a_step(lightning, tmp_path, whole):
+    """Batch normalization has moved on since the last step, so the state to go on from is the checkpoint's."""
+    path = tmp_path / "s.zarr"
+    with pytest.raises(RuntimeError, match="in the middle"):
+        trained(lightning, path, module(lightning, fail_at=21), 4, saves=tmp_path)
+    trained(lightning, path, module(lightning, seed=7), 4, checkpoint=tmp_path / "epoch=1.ckpt", resume=True)
+    assert_equal(path, whole / "s.zarr")
+
+
 def test_lightning_refuses_what_cannot_go_on(lightning, tmp_path, whole):
     path = tmp_path / "s.zarr"
     trained(lightning, path, module(lightning), 2)
@@ -365,6 +375,33 @@ def test_transformers_trains_again_after_an_error_with_the_same_callback(hugging
     again.remove_callback(unused)
     again.add_callback(recorder)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert_equal(path, hugged / "s.zarr")
+
+
+def test_transformers_goes_on_after_it_was_killed(hugging, tmp_path, hugged):
+    path = tmp_path / "s.zarr"
+    program = textwrap.dedent(
+        """
+        import os, sys, torch
+        from importlib import import_module
+        from pathlib import Path
+        from tests import test_adapters as t
+        torch.set_num_threads(1)
+        hugging, folder = import_module("trajstore.adapters.transformers"), Path(sys.argv[1])
+        trainer, recorder = t.prepared(hugging, folder / "s.zarr", t.language_model(), 12, saves=folder)
+        def killed(args, state, control, **others):
+            if state.global_step == 8:
+                while t.ts.open(folder / "s.zarr")["a"].slabs()[0].last_step < 6:
+                    pass
+                os.kill(os.getpid(), 9)
+        recorder.on_step_begin = killed
+        trainer.train()
+        """
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, check=False)
+    assert ended.returncode == -9
+    trainer, _ = prepared(hugging, path, language_model(7), 12, resume=True)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert_equal(path, hugged / "s.zarr")
 
 

@@ -436,3 +436,30 @@ def synced_before_the_first_commit(variant: Variant, place: Path) -> list[str]:
     DurableStore.set_sync = set_sync
     record(replace(variant, fsync=True), place)
     return before
+
+
+def test_folders_that_a_recording_left_when_it_died_are_durable_once_the_next_one_commits(tmp_path):
+    truth, _ = in_child(recorded, SMALL, tmp_path / "whole" / "s.zarr")
+    in_child(dying_before_a_flush_then_losing_power, SMALL, tmp_path / "s.zarr")
+    announced = tmp_path / "announced"
+    assert announced.read_text().count("\n") > 5
+    assert in_child(examine, tmp_path / "none.zarr", truth, announced, True) == []
+
+
+def dying_before_a_flush_then_losing_power(variant: Variant, place: Path) -> None:
+    """Record until the first states are written and not flushed, record again to the end, and keep what is durable."""
+    journal, flush = Journal(place, 0, ""), DurableStore.flush
+
+    def dying(store: DurableStore) -> None:
+        if any(change.path.parts[:3] == ("net", "params", "c") for change in journal.changes):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(store)
+
+    journal.install()
+    variant = replace(variant, fsync=True)
+    DurableStore.flush = dying
+    with pytest.raises(OSError, match="could not be written"):
+        record(variant, place)
+    DurableStore.flush = flush
+    record(variant, place, place.with_name("announced"))
+    journal._leave("none", place.with_name("none.zarr"))

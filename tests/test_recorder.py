@@ -299,9 +299,9 @@ def test_wrong_requests_are_told(tmp_path):
     with pytest.raises(ConflictError, match="differs in parameter weight"):
         ts.record(path, "a", nn.Linear(3, 1), seed=1).__enter__()
     rec = ts.record(path, "b", net, **QUICK).__enter__()
-    rec.step(seed=1)
-    with pytest.raises(ConfigurationError, match="metric 'seed': an array or column has that name"):
-        rec.step()
+    for name, told in (("seed", "an array or column has that name"), ("param_norm", "every experiment has one")):
+        with pytest.raises(ConfigurationError, match=f"metric '{name}': {told}"):
+            rec.step(**{name: 1})
     rec.close()
 
 

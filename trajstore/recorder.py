@@ -207,7 +207,7 @@ class Recorder:
         number = self.last + 1 if step is None else step
         if number <= self.last:
             raise ConflictError(f"{self._named}: step {number} comes after step {self.last}; steps must increase")
-        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        values = self._scalars(metrics)
         if batch is not None:
             values["batch_id"] = _batch_id(batch)
         self._see(number, values)
@@ -218,13 +218,25 @@ class Recorder:
         number = self.last if step is None else step
         if not 0 <= number <= self.last:
             raise ConflictError(f"{self._named}: step {number} is not recorded yet, so nothing can be said of it")
-        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        values = self._scalars(metrics)
         with_step = {k: v for k, v in values.items() if k not in self._ledger.schema.late}
         if self._pending is not None and number == self._pending.number:
             self._pending.metrics |= with_step
         else:
             self._comes_late(number, with_step)
         self._comes_late(number, {k: v for k, v in values.items() if k not in with_step})
+
+    def _scalars(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Return scalars as numbers; refuse names that could not be stored before anything depends on them."""
+        schema = self._ledger.schema
+        if taken := [name for name in metrics if name in MEASURES]:
+            raise ConfigurationError(
+                f"metric {taken[0]!r}: every experiment has one of that name ({MEASURES[taken[0]]})"
+            )
+        known = {*schema.metrics, *schema.late, *self._late}
+        if new := [name for name in metrics if name not in known]:
+            check_metric_names(replace(schema, metrics={**schema.metrics, **dict.fromkeys(new)}))
+        return {name: _scalar(name, value) for name, value in metrics.items()}
 
     def _comes_late(self, number: int, metrics: dict[str, float]) -> None:
         """Keep scalars of an earlier step, until they are written with the others."""
@@ -236,6 +248,17 @@ class Recorder:
                 )
             if self._late.setdefault(name, {}).setdefault(number, value) != value and not math.isnan(value):
                 raise ConflictError(f"{self._named}: {name!r} is known already for step {number}, and differs")
+
+    def keep(self) -> None:
+        """Have the last step be one to go on from, as when a checkpoint is written; it is committed with the next."""
+        self._check()
+        self._keep()
+
+    def _keep(self) -> None:
+        """Take the state to go on from, unless something has changed since the last step."""
+        last = self._pending
+        if last is not None and last.resume is None and self._marks == self._watched.marks():
+            last.resume = self._state(self._randomness)
 
     @property
     def _named(self) -> str:
@@ -276,7 +299,6 @@ class Recorder:
             self._go_on(found)
         else:
             self._start = self._watched.weights().double()
-            self._state(random_state())  # what could not be stored is better known now
             self._see(0, {})
 
     def _go_on(self, found: int) -> None:
@@ -312,7 +334,7 @@ class Recorder:
         state = self._watched.vectors(schema.layout) if stored else None
         randomness = random_state()
         resume = None
-        if number > 0 and self._is_due(schema, number):
+        if number == 0 or self._is_due(schema, number):
             resume = self._state(randomness)
             self._write_late()
         self._pending = _Step(number, weights, state, metrics, resume)
@@ -369,9 +391,7 @@ class Recorder:
 
     def _flush(self) -> None:
         """Commit what was recorded; with the state to go on from, if nothing has changed since the last step."""
-        last = self._pending
-        if last is not None and last.resume is None and self._marks == self._watched.marks():
-            last.resume = self._state(self._randomness)
+        self._keep()
         self._send()
         self._observing.drain()
         self._writer.commit()

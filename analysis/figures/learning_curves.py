@@ -24,12 +24,13 @@ _ROW_INCHES, _COLUMN_INCHES = 1.75, 3.3
 
 
 def draw(ds: xr.Dataset, metrics: Sequence[str] | None = None) -> Figure:
-    """Draw the problem's own metrics (or the ones given) over steps."""
+    """Draw the problem's own metrics over steps, or the ones given, or what there is."""
     known = str(ds["measured"].attrs["flag_meanings"]).split()
     for metric in metrics or ():
         if metric not in known:
             raise NotFoundError(f"no metric {metric!r}; {choices(metric, known)}")
-    chosen = list(metrics or (metric for metric in known if metric not in MEASURES))
+    own = [metric for metric in known if metric not in MEASURES]
+    chosen = list(metrics or own or known)
     if not bool(ds["recorded"].any()):
         raise StatisticError(
             f"experiment {ds.attrs.get('experiment')!r}: nothing is recorded yet, so there is nothing to draw"

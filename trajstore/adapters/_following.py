@@ -108,6 +108,11 @@ class Follower:
         if self._recorder is not None and self._new and metrics:
             self._recorder.log(**{self._names[name]: value for name, value in metrics.items()})
 
+    def keep(self) -> None:
+        """Let the recording go on from the last step: the trainer writes a checkpoint of it."""
+        if self._recorder is not None and self._new:
+            self._recorder.keep()
+
     def close(self, error: BaseException | None = None) -> None:
         """Close the recorder, if one is open; an error of the trainer's comes before any of the recorder's own."""
         recorder, self._recorder, self._there = self._recorder, None, {}

@@ -110,6 +110,10 @@ class RecorderCallback(Callback):
         """Add what the last epoch came to: at its end, means would still have to be gathered from all processes."""
         self._log(trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the recording go on from this checkpoint, too."""
+        self._follower.keep()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish."""
         self._log(trainer)

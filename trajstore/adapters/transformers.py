@@ -106,6 +106,10 @@ class RecorderCallback(TrainerCallback):
         known = {name: value for name, value in logs.items() if name != "learning_rate" and not name.endswith(_TIMES)}
         self._follower.log({name: value for name, value in known.items() if isinstance(value, int | float)})
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: object) -> None:
+        """Let the recording go on from this checkpoint, too."""
+        self._follower.keep()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: object
     ) -> None:
