@@ -204,7 +204,7 @@ BAD = [
     (["record", "quadratic", "--store", "s.zarr", "--steps", "5", "--seeds", "0"], "give --resume"),
     (["record", "quadratic", "--store", "s.zarr", "--steps", "6", "--seeds", "0", "--resume"], "steps: 5 / 6"),
     (["record", "fig4", "--store", "s", "--memory", "4 apples"], "--memory '4 apples' is not a size"),
-    (["record", "fig4", "--store", "s", "--memory", "500MB", "--workers", "0"], "one process would take about 1.0 GB"),
+    (["record", "fig4", "--store", "s", "--memory", "500MB", "--workers", "0"], "one process would take about 1."),
     (["record", "fig4", "--store", "s", "--memory", "2GB", "--workers", "2"], "2 worker processes would take about 3"),
     (["record", "fig4", "--store", "s", "--workers", "1", "--scheduler", "tcp://127.0.0.1:1"], "give one of them"),
     (["record", "fig4", "--store", "s", "--adaptive", "test_loss"], "write METRIC=TOLERANCE"),
@@ -260,16 +260,15 @@ def test_ctrl_c_is_one_line_and_what_was_committed_stays(tmp_path, workers):
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("s.zarr/fig4/committed/c/*/*")) and time.monotonic() < deadline:
+    document = tmp_path / "s.zarr" / "fig4" / "zarr.json"
+    while not (document.exists() and "began" in document.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.3)
+    time.sleep(3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group hears it
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")
-    assert (
-        err
-        == "trajstore: interrupted; what was committed stays, and the same command goes on (`record` with --resume)\n"
-    )
+    told = "interrupted; what was committed stays, and the same command goes on (`record` with --resume)"
+    assert err == f"trajstore: {told}\n"
     assert not all(s.complete for s in ts.open(tmp_path / "s.zarr")["fig4"].slabs())
 
 
