@@ -88,7 +88,7 @@ def open_root(path: str | Path, durability: Durability = "segment") -> zarr.Grou
     if not (store.root / "zarr.json").exists():
         # In one write: whoever looks meanwhile sees no store yet, or a whole one.
         zarr.create_group(store, zarr_format=3, attributes={"trajstore": {"format": FORMAT}})
-        store.flush_with_parent()
+        store.flush()
     return zarr.open_group(store, mode="r+", zarr_format=3)
 
 
@@ -355,7 +355,7 @@ def standing(folder: Path) -> Standing:
         stored = json.loads((folder / "zarr.json").read_bytes())
         mark = stored.get("attributes", {}).get("trajstore")
     except (FileNotFoundError, NotADirectoryError):
-        return "foreign"
+        return "half declared" if folder.is_dir() and _is_empty(folder) else "foreign"
     except (ValueError, AttributeError):
         return "damaged"
     if not isinstance(mark, dict):

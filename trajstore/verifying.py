@@ -31,13 +31,13 @@ from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
 from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
-from trajstore.store import Store, StoredExperiment, open_root
+from trajstore.store import Store, StoredExperiment, open_root, standing
 
 __all__ = ["Finding", "verify"]
 
 _DOCUMENT = "zarr.json"
 _GONE = "recording it again with --resume writes it anew"
-_DECODING = (ValueError, RuntimeError, KeyError, TypeError, OSError)
+_DECODING = (ValueError, RuntimeError, KeyError, TypeError, OSError, ArithmeticError)
 """What zarr and its codecs raise on bytes that are not what was written."""
 
 
@@ -73,6 +73,9 @@ def verify(store: Store, name: str | None = None, *, repair: bool = False) -> It
     if name is not None and name not in names:
         raise NotFoundError(f"no experiment {name!r} in {store.path}; {choices(name, names)}")
     yield from _root(store, repair)
+    for folder in sorted(store.path.iterdir()) if name is None else ():
+        if folder.is_dir() and standing(folder) == "foreign":
+            yield Finding(None, "this is no experiment, or its document is damaged", folder.name)
     for experiment in [name] if name is not None else names:
         yield from _Verifying(store, experiment, repair).everything()
 
@@ -300,7 +303,7 @@ class _Verifying:
             folder = self.folder / path
             if not folder.exists():
                 continue
-            begun = (folder / _DOCUMENT).exists() and not (folder / "c" / "0").exists()
+            begun = not ((folder / _DOCUMENT).exists() and (folder / "c" / "0").exists())
             if begun or not (slots.whole(path) and self._is_slot(path)):
                 if self.repair:
                     shutil.rmtree(folder)
@@ -358,7 +361,8 @@ def _grown(found: Any, expected: dict[str, Any]) -> bool:  # noqa: ANN401
         longer = all(a >= b for a, b in zip(found["shape"], expected["shape"], strict=True))
         flags = found["attributes"].get("flag_meanings", "").startswith(expected["attributes"].get("flag_meanings", ""))
         same = {**found, "shape": expected["shape"], "attributes": expected["attributes"]}
-        return longer and flags and set(found["attributes"]) == set(expected["attributes"]) and _equal(same, expected)
+        meant = same == expected or _equal(same, expected)  # zarr takes two NaN for different fill values
+        return longer and flags and set(found["attributes"]) == set(expected["attributes"]) and meant
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
 

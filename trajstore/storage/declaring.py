@@ -9,6 +9,8 @@ longer than it says are the work of a declaration that died.
 from __future__ import annotations
 
 import hashlib
+import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +42,9 @@ def declare(
     `batch_index` has one (batch, example) array for each seed.
     """
     # Marked until it is whole: a group with this mark is what a declaration that died left, and may be replaced.
-    group = root.create_group(name, overwrite=True, attributes={ATTRIBUTE: {"declaring": True}})
+    _clear(root, name)
+    group = root.create_group(name, attributes={ATTRIBUTE: {"declaring": True}})
+    _flush(group)
     group.create_group(GROUP)
     lengths = schema.lengths()
     for spec in schema.arrays():
@@ -101,6 +105,16 @@ def sound_attributes(attributes: Mapping[str, Any]) -> bool:
     """Tell whether attributes are what their digest says."""
     rest = {key: value for key, value in attributes.items() if key != "digest"}
     return bool(attributes.get("digest") == config_digest(rest))
+
+
+def _clear(root: zarr.Group, name: str) -> None:
+    """Take out at once what a declaration that died left: deleted in place, it would for a while bear no mark."""
+    store = root.store
+    if isinstance(store, DurableStore) and (store.root / name).exists():
+        grave = store.root.with_name(f"{store.root.name}.traj") / "removed" / uuid.uuid4().hex
+        grave.parent.mkdir(parents=True, exist_ok=True)
+        (store.root / name).rename(grave)
+        shutil.rmtree(grave)
 
 
 def _flush(group: zarr.Group) -> None:

@@ -28,7 +28,8 @@ class DurableStore(LocalStore):
     def __init__(self, root: Path | str, *, read_only: bool = False, durable: bool = True) -> None:
         """Without `durable` nothing is fsynced: a power cut may then take what was committed, a crash may not."""
         super().__init__(root, read_only=read_only)
-        self._durable, self._touched, self._lock = durable, set[Path](), threading.Lock()
+        self._durable, self._lock = durable, threading.Lock()
+        self._touched, self._reached = set[Path](), set[Path]()
 
     def with_read_only(self, read_only: bool = False) -> DurableStore:
         """Return the same store, read-only or not."""
@@ -42,10 +43,7 @@ class DurableStore(LocalStore):
         """Write a file durably under a temporary name, then rename it."""
         self._check_writable()
         path = self.root / key
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock:  # the names of new folders lie in the folders above
-                self._touched.update(f for f in path.parent.parents if f.is_relative_to(self.root))
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with partial.open("wb") as file:
@@ -59,12 +57,12 @@ class DurableStore(LocalStore):
             raise
         with self._lock:
             self._touched.add(path.parent)
-
-    def flush_with_parent(self) -> None:
-        """Make the store's own name durable, too."""
-        with self._lock:
-            self._touched.add(self.root.absolute().parent)
-        self.flush()
+            if path.parent not in self._reached:
+                # The names of folders lie in the folders above, the store's own too; whoever made them may have died
+                # before they were durable, so that it does not matter whether they are new.
+                self._reached.add(path.parent)
+                above = self.root.absolute().parent
+                self._touched.update(f for f in path.parent.absolute().parents if f.is_relative_to(above))
 
     def flush(self) -> None:
         """Make every rename since the last flush durable."""
