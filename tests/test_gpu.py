@@ -70,6 +70,6 @@ def test_iterates_that_wait_to_arrive_arrive_in_order(tmp_path, monkeypatch):
     """On the CPU nothing waits; here it does, as on a GPU."""
     experiment = ts.Experiment.of({**DOUBLE, "orders": ["forward", "backward", "backward+backward@5"]})
     whole = ts.run(experiment, tmp_path / "one.zarr", engine="reference")
-    monkeypatch.setattr("trajstore.recording._ON_THE_WAY", {"cpu": 4})
+    monkeypatch.setattr("trajstore.filling._ON_THE_WAY", {"cpu": 4})
     waited = ts.run(experiment, tmp_path / "other.zarr", engine="reference")
     assert np.array_equal(waited.commits().records, whole.commits().records)

@@ -131,3 +131,20 @@ def test_a_half_recorded_store_is_sound_and_leftovers_are_named(store):
     assert finding.harmless
     found(store, repair=True)
     assert found(store) == []
+
+
+def test_damage_where_nothing_was_committed_yet_is_repaired(store):
+    """A recording that died before its first commit leaves chunks that are read, and no record."""
+    (store / "net" / "committed" / "c" / "1" / "0" / "0" / "0").unlink()
+    leg = store / "net" / "leg" / "c" / "1" / "0" / "0"
+    broken = bytearray(leg.read_bytes())
+    broken[-1] ^= 1
+    leg.write_bytes(broken)
+    message = (
+        "experiment 'net', order 'backward', seed 0: the commit records cannot be read; "
+        "recording it again with --resume writes it anew (net/leg/c/1/0/0)"
+    )
+    assert found(store) == [message]
+    assert found(store, repair=True) == [f"{message}; taken out"]
+    resume(store)
+    assert found(store) == []

@@ -95,6 +95,7 @@ class _Verifying:
     def __init__(self, store: Store, name: str, repair: bool) -> None:
         self.store, self.name, self.repair = store, name, repair
         self.folder = store.path / name
+        self._told: set[Path] = set()
 
     def everything(self) -> Iterator[Finding]:
         try:
@@ -210,13 +211,12 @@ class _Verifying:
         try:
             ledger = Ledger(self.group, self.schema, order, seed)
         except TrajstoreError:
-            if self.repair:
-                for name in ("committed", "leg"):
-                    for file in self._bad(name, (order, seed)):
-                        file.unlink()
-            for name in ("committed", "leg"):
-                for file in self._bad(name, (order, seed)):
-                    yield self._found(f"the commit records cannot be read; {_GONE}", file, **slab)
+            corner = order, seed
+            unreadable = [f for name in ("committed", "leg") for f in self._bad(name, corner) if f.exists()]
+            for file in unreadable:
+                if self.repair:
+                    file.unlink()
+                yield self._found(f"the commit records cannot be read; {_GONE}", file, **slab)
             if self.repair:
                 Ledger(self.group, self.schema, order, seed).discard(range(self.schema.segments))
             return
@@ -290,7 +290,7 @@ class _Verifying:
                 except ValueError:
                     continue
                 if file.is_file() and len(chunk) == array.ndim and not self._decodes(array, chunk):
-                    if array.basename == "batch_index":
+                    if array.basename == "batch_index" or file in self._told:
                         continue  # found already
                     if self.repair:
                         file.unlink()
@@ -344,6 +344,7 @@ class _Verifying:
         return self.folder / array.basename / array.metadata.encode_chunk_key(chunk)
 
     def _found(self, what: str, file: Path, *, repaired: bool | None = None, **where: Any) -> Finding:  # noqa: ANN401
+        self._told.add(file)
         mended = self.repair if repaired is None else repaired
         return Finding(self.name, what, str(file.relative_to(self.store.path)), repaired=mended, **where)
 
