@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from trajstore.cli import demo, exchange, inspection, maintenance, plotting, record
 
-from trajstore.errors import BusyError, TrajstoreError, WriteError
+from trajstore.errors import BusyError, TrajstoreError, UnreachableError, WriteError
 
 __all__ = ["app", "main"]
 
@@ -42,6 +42,7 @@ app.command("import")(exchange.import_)
 app.command("verify")(maintenance.verify)
 app.command("merge")(maintenance.merge)
 app.command("rm")(maintenance.rm)
+app.command("unlock")(maintenance.unlock)
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
     except _CommandLineError as error:
         wants_help = type(error).__name__ == "NoArgsIsHelpError"
         code = _fail(error.format_message(), 2, "" if wants_help else "trajstore: ")
-    except (BusyError, WriteError) as error:
+    except (BusyError, UnreachableError, WriteError) as error:
         code = _fail(str(error), 1)
     except TrajstoreError as error:
         code = _fail(str(error), 2)

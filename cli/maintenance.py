@@ -1,10 +1,9 @@
-"""`trajstore verify`, `merge` and `rm`: look after a store."""
+"""`trajstore verify`, `merge`, `rm` and `unlock`: look after a store."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from trajstore.replaying import Replayed
     from trajstore.store import Store
 
-__all__ = ["merge", "rm", "verify"]
+__all__ = ["merge", "rm", "unlock", "verify"]
 
 _FOUND = 1
 
@@ -66,8 +65,8 @@ def _replayed(store: Store, exp: str | None) -> Iterator[tuple[str, Replayed]]:
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(metavar="FROM", help="The store to take from; it stays as it is.")],
-    target: Annotated[Path, typer.Argument(metavar="INTO", help="The store to add to; made if there is none.")],
+    source: Annotated[str, typer.Argument(metavar="FROM", help="The store to take from; it stays as it is.")],
+    target: Annotated[str, typer.Argument(metavar="INTO", help="The store to add to; made if there is none.")],
     exp: Annotated[list[str] | None, typer.Argument(metavar="[EXP]...", help="All of them by default.")] = None,
     json: JSON = False,
 ) -> None:
@@ -104,3 +103,16 @@ def rm(
         typer.confirm(f"Remove experiment {exp!r} with {slabs} recorded slabs for good?", abort=True, err=True)
     remove(opened, exp)
     say(f"removed {exp} from {store}")
+
+
+def unlock(store: StorePath) -> None:
+    """Free the locks of writers that died, in an object store; one that still runs can write no more.
+
+    In a folder there is nothing to do: the locks of a process end with it.
+    """
+    import trajstore as ts
+
+    freed = ts.open(store).place.unlock()
+    for one in freed:
+        say(one)
+    say(f"{store}: {len(freed)} locks freed")

@@ -47,7 +47,7 @@ def _complete_figure(incomplete: str) -> list[str]:
     return [name for name in figure_names() if name.startswith(incomplete)]
 
 
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="The store's folder, or its URL: s3://, gs://.")]
 ExperimentName = Annotated[str, typer.Argument(metavar="EXP", autocompletion=complete_experiment)]
 FigureName = Annotated[str, typer.Argument(metavar="FIGURE", autocompletion=_complete_figure)]
 PresetName = Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_preset)]

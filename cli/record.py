@@ -48,7 +48,7 @@ def presets(name: PresetName = None, json: JSON = False) -> None:
 def record(
     what: WhatToRecord,
     store: Annotated[
-        Path | None, typer.Option(help="The store's folder; made if there is none.", show_default=False)
+        str | None, typer.Option(help="The store's folder or URL; made if there is none.", show_default=False)
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name in the store; the preset's by default.")] = None,
     seeds: Annotated[str | None, typer.Option(help="As in 0-4 or 0,2,5.")] = None,
@@ -117,7 +117,7 @@ def record(
         say(f"{stored.name}: {len(slabs)} slabs complete, {human_bytes(stored.bytes_on_disk())} in {store}")
 
 
-def record_with_progress(experiment: Experiment, store: Path, **how: Any) -> StoredExperiment:  # noqa: ANN401
+def record_with_progress(experiment: Experiment, store: str | Path, **how: Any) -> StoredExperiment:  # noqa: ANN401
     """Record as `trajstore.run` does, with a bar on a terminal."""
     from trajstore.engine.walk import applications
     from trajstore.recording import run
@@ -160,13 +160,13 @@ def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
     return Experiment.of(merge({"name": name, "problem": {"family": "factory", "function": reference}}, changes))
 
 
-def _dry_run(experiment: Experiment, store: Path | None, on: dict[str, bool], how: dict[str, Any], json: bool) -> None:
+def _dry_run(experiment: Experiment, store: str | None, on: dict[str, bool], how: dict[str, Any], json: bool) -> None:
     from dataclasses import asdict
 
     from trajstore.costing import cost
     from trajstore.recording import refuse_conflict
 
-    if store is not None and store.exists():
+    if store is not None:
         refuse_conflict(experiment, store, **on)
     takes = cost(experiment, **how)
     if json:

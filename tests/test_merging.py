@@ -13,7 +13,6 @@ from tests.conftest import SMALL_NET
 from tests.test_resume import contents, stop_after
 from trajstore.errors import BusyError, ConflictError, FormatError, NotFoundError
 from trajstore.merging import merge, remove
-from trajstore.storage.locks import lock
 from trajstore.verifying import verify
 
 HOW = {"engine": "reference", "durability": "none"}
@@ -51,7 +50,7 @@ def test_seeds_and_orders_of_two_stores_come_together(tmp_path):
         assert np.array_equal(ours[name].sel(at), theirs[name], equal_nan=True)
     whole = recorded(tmp_path / "c.zarr", seeds=[0, 2, 1], orders=["forward", "backward"])
     ts.run(ts.Experiment.of({**SMALL_NET, "seeds": [0, 2, 1]}), tmp_path / "a.zarr", resume=True, **HOW)
-    assert contents(tmp_path / "a.zarr" / "net") == contents(whole.path / "net")
+    assert contents(tmp_path / "a.zarr" / "net") == contents(whole.place.path / "net")
     assert not any(m.copied for m in merge(b, a))
 
 
@@ -83,7 +82,7 @@ def test_recordings_of_own_loops_come_together(tmp_path):
 def test_what_contradicts_is_refused_and_nothing_is_written(tmp_path):
     a = recorded(tmp_path / "a.zarr", seeds=[0])
     other = recorded(tmp_path / "b.zarr", seeds=[1], operator={"family": "sgd", "lr": 0.1})
-    before = contents(a.path)
+    before = contents(a.place.path)
     with pytest.raises(
         ConflictError, match=r"'net' is in .*a.zarr and in .*b.zarr, and differs in operator.lr: 0.05 / 0.1"
     ):
@@ -95,26 +94,26 @@ def test_what_contradicts_is_refused_and_nothing_is_written(tmp_path):
         merge(a, a)
     with pytest.raises(NotFoundError, match="no experiment 'nte'"):
         merge(a, other, ["nte"])
-    assert contents(a.path) == before
+    assert contents(a.place.path) == before
 
 
 def test_damaged_slabs_are_not_taken_over(tmp_path):
     a, b = recorded(tmp_path / "a.zarr", seeds=[0]), recorded(tmp_path / "b.zarr", seeds=[1])
-    file = b.path / "net/params/c/1/0/0/1"
+    file = b.place.path / "net/params/c/1/0/0/1"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(FormatError, match="order 'backward', seed 1: steps 4 to 7 are damaged"):
         merge(b, a)
-    assert [s.last_step for s in ts.open(a.path)["net"].slabs() if s.seed == 1] == [12, -1]
+    assert [s.last_step for s in ts.open(a.place)["net"].slabs() if s.seed == 1] == [12, -1]
 
 
 def test_remove(tmp_path):
     a = recorded(tmp_path / "a.zarr")
     recorded(tmp_path / "a.zarr", name="other")
-    with lock(a["net"].slab_lock("forward", 1), "x"), pytest.raises(BusyError):
+    with a["net"].locked("forward", 1), pytest.raises(BusyError):
         remove(a, "net")
     remove(a, "net")
-    assert list(ts.open(a.path)) == ["other"]
-    assert not (a.path / "net").exists()
-    assert not list((a.companion / "removed").iterdir())
+    assert list(ts.open(a.place)) == ["other"]
+    assert not (a.place.path / "net").exists()
+    assert not list((a.place.beside / "removed").iterdir())
     with pytest.raises(NotFoundError):
         remove(a, "net")

@@ -20,7 +20,6 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import BusyError, ConfigurationError, ConflictError, FormatError, NotFoundError
 from trajstore.problems.regression import Regression
-from trajstore.storage.locks import lock
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import SlabWriter
 
@@ -272,7 +271,7 @@ def test_an_interrupted_recording_keeps_what_was_complete(record, tmp_path):
 def test_a_slab_that_another_process_writes_is_left_alone(record, tmp_path):
     stored = record()
     ts.store.open_root(tmp_path / "runs.zarr")["net"]["committed"][0, 0] = -1
-    with lock(stored.slab_lock("forward", 0), "x"), pytest.raises(BusyError, match="order 'forward', seed 0"):
+    with stored.locked("forward", 0), pytest.raises(BusyError, match="order 'forward', seed 0"):
         record(resume=True)
 
 

@@ -121,7 +121,7 @@ def test_reading_is_allowed_in_all_its_forms(record, query):
 
 
 def index_files(store: ts.Store) -> dict[str, int]:
-    return {f.name: f.stat().st_mtime_ns for f in (store.companion / "index").rglob("*.parquet")}
+    return {f.name: f.stat().st_mtime_ns for f in (store.place.beside / "index").rglob("*.parquet")}
 
 
 def test_the_index_is_a_cache(record):
@@ -135,25 +135,25 @@ def test_the_index_is_a_cache(record):
     after = index_files(store)
     slabs = [name for name in files if not name.startswith("empty") and name.count(".") > 1]
     assert all(after[name] == files[name] for name in slabs)  # only what was new
-    shutil.rmtree(store.companion)
+    shutil.rmtree(store.place.beside)
     assert store.sql(query).fetchall()[: len(answer)] != []
     assert set(index_files(store)) <= set(after)
 
 
 def test_a_store_that_cannot_be_written_is_indexed_in_the_users_cache(record, tmp_path, monkeypatch):
     store = record("quadratic", steps=5, seeds=[0]).store
-    shutil.rmtree(store.companion)
+    shutil.rmtree(store.place.beside)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real = Path.mkdir
 
     def mkdir(self, *args, **kwargs):
-        if self.is_relative_to(store.companion):
+        if self.is_relative_to(store.place.beside):
             raise OSError(30, "Read-only file system")
         real(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert store.sql("SELECT count(*) FROM metrics").fetchall() == [(12,)]
-    assert not store.companion.exists()
+    assert not store.place.beside.exists()
     assert list((tmp_path / "cache" / "trajstore").rglob("*.parquet"))
 
 

@@ -37,6 +37,7 @@ import trajstore.flattening
 import trajstore.storage.writer
 from tests.conftest import SMALL_NET
 from trajstore.errors import TrajstoreError
+from trajstore.storage.folder import Folder
 from trajstore.storage.writer import Ledger
 from trajstore.store import standing
 from trajstore.verifying import verify
@@ -209,7 +210,7 @@ def _words(digest: Any) -> tuple[int, ...]:
 
 def wrong(place: Path, truth: Truth, announced: Iterable[tuple[str, int, int, int]] = ()) -> list[str]:
     """Return what is committed and not the truth, and what was committed and is no more."""
-    if standing(place / NAME) != "experiment":
+    if standing(Folder(place), NAME) != "experiment":
         return [f"{commit} was committed and is no more" for commit in announced]
     stored = ts.open(place)[NAME]
     schema, commits, problems = stored.schema, stored.commits(), []
@@ -244,7 +245,7 @@ def examine(place: Path, truth: Truth, announced: Path | None = None, complete: 
     try:
         problems += [f"verify: {finding}" for finding in verify(ts.Store(place)) if not finding.harmless]
     except Exception as error:
-        if not isinstance(error, TrajstoreError) or standing(place / NAME) == "experiment":
+        if not isinstance(error, TrajstoreError) or standing(Folder(place), NAME) == "experiment":
             problems.append(f"verify raised {error!r}")
     if complete:
         now = files(place)

@@ -147,15 +147,15 @@ def _trial(
         a_batch = _bytes(stored, "batch_index") / steps
         series = sum(_bytes(stored, spec.name) for spec in stored.schema.arrays() if "step" in spec.dims)
         counters = _bytes(stored, "counters")
-        once = sum(f.stat().st_size for f in (stored.store.path / stored.name).rglob("zarr.json"))
+        files = stored.store.place.files(stored.name)
+        once = sum(size for key, size in files if key.endswith("zarr.json"))
     return _Trial(each, states, (series + counters) / (len(small.grid) * len(orders)), a_batch, once)
 
 
 def _bytes(stored: StoredExperiment, array: str, order: int | None = None) -> int:
     """Return the size of an array's chunks, or of those of one order."""
-    chunks = stored.store.path / stored.name / array / "c"
-    folder = chunks if order is None else chunks / str(order)
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.exists() else 0
+    chunks = f"{stored.name}/{array}/c" if order is None else f"{stored.name}/{array}/c/{order}"
+    return sum(size for _, size in stored.store.place.files(chunks))
 
 
 def _seconds_an_application(engine: Engine, lanes: int, most: int, seconds: float = 1.0) -> float:

@@ -33,11 +33,11 @@ from trajstore.experiment import Experiment
 from trajstore.observing import Observation, Observer, parameters_of
 from trajstore.planning import run_seeds
 from trajstore.spending import Clock, Spent
-from trajstore.storage.local import Durability, DurableStore
+from trajstore.storage.place import Durability, keeper_of, place_of, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
 from trajstore.storage.segment import Segment, Written
-from trajstore.storage.writer import Ledger
+from trajstore.storage.writer import Ledger, guarded
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -205,6 +205,9 @@ class _Filling:
         locks = self._held.enter_context(ExitStack())
         pack = _Pack(self._shape, locks.enter_context(self._ledgers(slabs)), locks)
         first = {"pure": False, "priority": -self._packs}
+        name, labels = self._job.experiment.name, self._shape.schema.seeds
+        locked = [slab_lock(name, str(slab.order), labels[slab.seed]) for slab in slabs]
+        lent = place_of(self._job.store).held(locked)
         scouted = self._client.submit(_scout, self._known, tuple(slabs), **first)
         stretches: list[Stretch] = self._client.submit(_described, scouted, **first).result()
         experiment, segment_of = self._job.experiment, self._shape.schema.segment_of
@@ -212,7 +215,7 @@ class _Filling:
         share = max(1, sum(part.cost for part in whole) * packs // (_TASKS_A_WORKER * self.workers))
         parts = parts_of(stretches, experiment.asked, segment_of, 4 * share, pack.missing)
         for bundle in bundles(parts, share, 4 * self._job.plan.lanes if self._job.plan.lanes > 1 else 1):
-            future = self._client.submit(_compute, self._known, scouted, bundle, **first)
+            future = self._client.submit(_compute, self._known, scouted, bundle, lent, **first)
             seeds = sorted({self._shape.schema.seeds[stretches[p.stretch].slabs[0].seed] for p in bundle})
             where = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
             self.tasks[future.key] = _Task(pack, sum(part.applications for part in bundle), where)
@@ -250,8 +253,8 @@ class Shape:
     @classmethod
     def of(cls, job: Job) -> Shape:
         """Open the store of a job."""
-        store = DurableStore(job.store, durable=job.durability == "segment")
-        group = zarr.open_group(store, path=job.experiment.name, mode="r+", zarr_format=3)
+        keeper = place_of(job.store).keeper(read_only=False, durability=job.durability)
+        group = zarr.open_group(keeper, path=job.experiment.name, mode="r+", zarr_format=3)
         schema, recorded = Schema.of(group), dict[int, int]()
         for step in job.experiment.grid:
             segment = schema.segment_of(step)
@@ -267,6 +270,7 @@ class Shape:
     def write(self, slab: Slab, number: int, observations: Sequence[Observation]) -> Written:
         """Write the states of a whole segment."""
         corner = self._order(slab), slab.seed
+        guarded(self.group, self.schema, corner)
         before = self.records[(*corner, number)].tolist()
         segment = Segment(self.group, self.schema, corner, number, counted=max(0, before[0]))
         for observation in sorted(observations, key=lambda o: o.step):
@@ -276,8 +280,7 @@ class Shape:
         written.refuse_other(before, f"experiment {self.group.basename!r}, order {slab.order}, segment {number}")
         for block in cut.blocks():
             block()
-        assert isinstance(self.group.store, DurableStore)
-        self.group.store.flush()
+        keeper_of(self.group).flush()
         return written
 
     def _order(self, slab: Slab) -> int:
@@ -455,6 +458,9 @@ def _described(stretches: Sequence[Stretch]) -> list[Stretch]:
     return [replace(s, last=s.last._replace(state=nothing)) for s in stretches]
 
 
-def _compute(job: Job, stretches: Sequence[Stretch], parts: Sequence[Part]) -> tuple[list[Gathered], Spent]:
+def _compute(
+    job: Job, stretches: Sequence[Stretch], parts: Sequence[Part], lent: Sequence[object]
+) -> tuple[list[Gathered], Spent]:
+    place_of(job.store).lend(lent)
     with _one_at_a_time:
         return _workshop(job).gather(stretches, parts)

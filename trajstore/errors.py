@@ -11,6 +11,7 @@
     ├── FormatError (ValueError)            the store is damaged, of a newer format, or no store at all
     ├── QueryError (ValueError)             an SQL statement that is wrong or not allowed
     ├── WriteError (OSError)                the disk is full, or fails: what was committed stays
+    ├── UnreachableError (OSError)          an object store does not answer, or refuses
     ├── WorkerError (RuntimeError)          processes that compute died, and it makes no sense to go on
     └── StatisticError (ValueError)         too little data for the number that was asked for
 
@@ -38,6 +39,7 @@ __all__ = [
     "SlowPlanWarning",
     "StatisticError",
     "TrajstoreError",
+    "UnreachableError",
     "WorkerError",
     "WriteError",
     "choices",
@@ -81,6 +83,10 @@ class QueryError(TrajstoreError, ValueError):
 
 class WriteError(TrajstoreError, OSError):
     """Something could not be written."""
+
+
+class UnreachableError(TrajstoreError, OSError):
+    """An object store that does not answer, or does not let us in."""
 
 
 class WorkerError(TrajstoreError, RuntimeError):

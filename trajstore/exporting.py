@@ -141,8 +141,9 @@ def reading(where: str) -> Iterator[None]:
 
 def check_outside(experiment: StoredExperiment, output: Path) -> None:
     """Refuse to write into the store."""
-    store = experiment.store
-    if any(output.absolute().is_relative_to(place.absolute()) for place in (store.path, store.companion)):
+    place = experiment.store.place
+    own = [] if place.beside is None else [Path(place.address), place.beside.absolute()]
+    if any(output.absolute().is_relative_to(folder) for folder in own):
         raise ConfigurationError(f"{output} lies in the store; choose a place outside it")
 
 

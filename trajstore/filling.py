@@ -18,7 +18,6 @@ from trajstore.experiment import Experiment
 from trajstore.observing import Observation, Observer, parameters_of
 from trajstore.resuming import pack, unpack
 from trajstore.spending import Clock, Spent
-from trajstore.storage.locks import lock
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.writer import Ledger, SlabWriter
 from trajstore.store import StoredExperiment
@@ -120,7 +119,5 @@ def ledgers_of(stored: StoredExperiment, slabs: Sequence[Slab]) -> Iterator[dict
     schema = stored.schema
     with ExitStack() as locks:
         for order, position in slabs:
-            seed = schema.seeds[position]
-            what = f"experiment {stored.name!r}, order {str(order)!r}, seed {seed}"
-            locks.enter_context(lock(stored.slab_lock(str(order), seed), what))
+            locks.enter_context(stored.locked(str(order), schema.seeds[position]))
         yield {slab: Ledger(stored.group, schema, schema.orders.index(str(slab.order)), slab.seed) for slab in slabs}

@@ -35,14 +35,13 @@ from trajstore.provenance import provenance
 from trajstore.storage.codecs import CODECS, Codec
 from trajstore.storage.declaring import declare, grow
 from trajstore.storage.layout import Entry, Layout, Role
-from trajstore.storage.local import Durability
-from trajstore.storage.locks import lock
 from trajstore.storage.pipeline import Pipeline
+from trajstore.storage.place import Durability
 from trajstore.storage.schema import Schema, segment_length
 from trajstore.storage.segment import Snapshot, array_of
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import Ledger, SlabWriter
-from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, refuse_foreign, standing
+from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, standing
 
 __all__ = ["Import", "Precision", "carry_out", "import_checkpoints", "prepare"]
 
@@ -162,9 +161,9 @@ def carry_out(
         _refuse_other_numbers(asked, ledger, slab, there, progress)
     if not any(asked.missing.values()):
         return asked.store[asked.name]
-    make_place(asked.store)
+    asked.store.place.make()
     with asked.store.declaring():
-        root = open_root(asked.store.path, durability)
+        root = open_root(asked.store.place, durability)
         refuse_foreign(asked.store, asked.name)
         stored = _stored(asked)
         schema = _schema(asked, stored)
@@ -228,8 +227,8 @@ def _layout(tensors: Structure, ties: Mapping[str, str], file: Path) -> Layout:
 
 def _stored(asked: Import) -> StoredExperiment | None:
     """Return the experiment as it is stored, if it is."""
-    there = standing(asked.store.path / asked.name) in ("experiment", "damaged")
-    return Store(asked.store.path)[asked.name] if there else None
+    there = standing(asked.store.place, asked.name) in ("experiment", "damaged")
+    return Store(asked.store.place)[asked.name] if there else None
 
 
 def _schema(asked: Import, stored: StoredExperiment | None) -> Schema:
@@ -383,7 +382,7 @@ def _fill(asked: Import, stored: StoredExperiment, slab: Slab, sketch: Sketch, p
     """Write the missing steps of one slab."""
     order, seed = slab
     what = f"experiment {asked.name!r}, order {order!r}, seed {seed}"
-    with lock(stored.slab_lock(order, seed), what):
+    with stored.locked(order, seed):
         schema, sources = stored.schema, asked.sources[slab]
         ledger = Ledger(stored.group, schema, schema.orders.index(order), schema.seeds.index(seed))
         missing = _missing(asked, ledger, slab)

@@ -6,8 +6,6 @@ was recorded. What both stores have must be the same, as far as both have it.
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,11 +20,11 @@ from trajstore.configuration import differences
 from trajstore.errors import ConflictError
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes
 from trajstore.storage.late import LateSeries
-from trajstore.storage.locks import lock
+from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
-from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, refuse_foreign
+from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign
 
 __all__ = ["Merged", "merge", "remove"]
 
@@ -50,24 +48,23 @@ def remove(store: Store, name: str) -> None:
     with ExitStack() as held:
         held.enter_context(store.declaring())
         _lock_slabs(held, experiment)
-        # It is gone at once, whole; deleting its many files may take a while.
-        grave = store.companion / "removed" / uuid.uuid4().hex
-        grave.parent.mkdir(parents=True, exist_ok=True)
-        (store.path / name).rename(grave)
-    shutil.rmtree(grave)
+        # Where it cannot be gone at once it is no experiment any more from now on.
+        group = zarr.open_group(store.place.keeper(read_only=False), path=name, mode="r+", zarr_format=3)
+        group.attrs[ATTRIBUTE] = {"declaring": True}
+        store.place.remove(name)
 
 
 def merge(source: Store, target: Store, names: Sequence[str] | None = None) -> list[Merged]:
     """Take experiments of one store over into another, all of them by default."""
     experiments = [source[name] for name in (list(source) if names is None else names)]
-    if source.path.resolve() == target.path.resolve():
-        raise ConflictError(f"{source.path} and {target.path} are the same store")
+    if source.place == target.place:
+        raise ConflictError(f"{source} and {target} are the same store")
     check_place(target)
-    there = target.path.is_dir() and (target.path / "zarr.json").exists()
+    there = not target.is_missing()
     for experiment in experiments:  # what contradicts is known before anything is written
         if there and experiment.name in target:
             _union(target[experiment.name], experiment)
-    make_place(target)
+    target.place.make()
     return [merged for experiment in experiments for merged in _take_over(experiment, target)]
 
 
@@ -75,7 +72,7 @@ def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
     name = experiment.name
     with ExitStack() as held:
         with target.declaring():
-            root = open_root(target.path)
+            root = open_root(target.place)
             refuse_foreign(target, name)
             if name in target:
                 config, schema = _union(target[name], experiment)
@@ -125,8 +122,7 @@ def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, A
     ]
     if found:
         raise ConflictError(
-            f"experiment {here.name!r} is in {here.store.path} and in {there.store.path}, and differs in "
-            f"{'; '.join(found)}"
+            f"experiment {here.name!r} is in {here.store} and in {there.store}, and differs in {'; '.join(found)}"
         )
     inits = {**dict(zip(b.seeds, b.init_seeds, strict=True)), **seeds}
     together = tuple(dict.fromkeys((*a.seeds, *b.seeds)))
@@ -185,12 +181,10 @@ def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, s
         )
     for spec in source.schema.arrays():
         if {"order", "seed"} <= set(spec.dims) and spec.name != "committed" and not _is_late(source.schema, spec.name):
-            _copy_chunks(source, target, spec.name, theirs.corner, ours.corner)
+            here, there = (f"{spec.name}/c/{corner[0]}/{corner[1]}" for corner in (theirs.corner, ours.corner))
+            _copy(source, target, here, there)
     for path in theirs.slots.paths:
-        if (source.store.path / source.name / path).is_dir():
-            shutil.copytree(
-                source.store.path / source.name / path, target.store.path / target.name / path, dirs_exist_ok=True
-            )
+        _copy(source, target, path, path)
     ours.take_over(theirs.records)
     return True
 
@@ -199,22 +193,17 @@ def _is_late(schema: Schema, array: str) -> bool:
     return any(array in (name, late_records(name)) for name in schema.late)
 
 
-def _copy_chunks(
-    source: StoredExperiment, target: StoredExperiment, name: str, theirs: tuple[int, int], ours: tuple[int, int]
-) -> None:
-    here, there = (
-        e.store.path / e.name / name / "c" / str(corner[0]) / str(corner[1])
-        for e, corner in ((source, theirs), (target, ours))
-    )
-    store: Any = target.group.store
-    for file in sorted(f for f in here.rglob("*") if f.is_file() and not f.name.endswith(".partial")):
-        key = (there / file.relative_to(here)).relative_to(target.store.path)
-        store.set_sync(str(key), Buffer.from_bytes(file.read_bytes()))
+def _copy(source: StoredExperiment, target: StoredExperiment, here: str, there: str) -> None:
+    """Copy what lies below a key of one experiment to another key of the other."""
+    keeper, place = keeper_of(target.group), source.store.place
+    prefix = f"{source.name}/{here}"
+    for key, _ in place.files(prefix):
+        content = None if key.endswith(".partial") else place.read(key)
+        if content is not None:
+            keeper.set_sync(f"{target.name}/{there}{key.removeprefix(prefix)}", Buffer.from_bytes(content))
 
 
 def _lock_slabs(held: ExitStack, experiment: StoredExperiment, place: StoredExperiment | None = None) -> None:
     """Hold the locks of an experiment's slabs, in its own store or in another."""
-    where = place or experiment
     for order, seed in product(experiment.schema.orders, experiment.schema.seeds):
-        what = f"experiment {experiment.name!r}, order {order!r}, seed {seed}"
-        held.enter_context(lock(where.slab_lock(order, seed), what))
+        held.enter_context((place or experiment).locked(order, seed))

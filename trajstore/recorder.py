@@ -46,13 +46,12 @@ from trajstore.storage.codecs import Codec
 from trajstore.storage.declaring import declare, grow
 from trajstore.storage.late import LateSeries
 from trajstore.storage.layout import Layout
-from trajstore.storage.local import Durability
-from trajstore.storage.locks import lock
 from trajstore.storage.pipeline import Pipeline
+from trajstore.storage.place import Durability, slab_lock
 from trajstore.storage.schema import Schema, check_metric_names, segment_length
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import COMMIT_SECONDS, COMMIT_STEPS, Ledger, SlabWriter
-from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, refuse_foreign
+from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign
 from trajstore.watching import Watched, random_state
 
 __all__ = ["Recorder", "record"]
@@ -272,10 +271,10 @@ class Recorder:
 
     def _begin(self) -> None:
         check_place(self._store)
-        make_place(self._store)
+        self._store.place.make()
         what = self._named
-        path = self._store.slab_lock(self._table["name"], self._order, self._seed)
-        self._held.enter_context(lock(path, what))
+        lock = slab_lock(self._table["name"], self._order, self._seed)
+        self._held.enter_context(self._store.place.lock(lock, what))
         schema = self._declared(self._asked or 0, ())
         self._ledger = Ledger(self._group, schema, schema.orders.index(self._order), schema.seeds.index(self._seed))
         found = self._ledger.last_step
@@ -412,7 +411,7 @@ class Recorder:
         """Declare the experiment, or let it grow by what it does not have yet."""
         name = self._table["name"]
         with self._store.declaring():
-            root = open_root(self._store.path, self._durability)
+            root = open_root(self._store.place, self._durability)
             refuse_foreign(self._store, name)
             there = name in self._store
             stored = self._store[name] if there else None

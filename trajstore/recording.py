@@ -22,7 +22,7 @@ from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import EngineChoice, Plan, ready
 from trajstore.engine.walk import Slab, applications
-from trajstore.errors import ConflictError, SlowPlanWarning
+from trajstore.errors import ConfigurationError, ConflictError, SlowPlanWarning
 from trajstore.experiment import Experiment
 from trajstore.filling import fill_here, ledgers_of
 from trajstore.fills import noted
@@ -31,10 +31,10 @@ from trajstore.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.problems import LiveProblem
 from trajstore.provenance import provenance
 from trajstore.storage.declaring import declare, grow
-from trajstore.storage.local import Durability
+from trajstore.storage.place import Durability
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
-from trajstore.store import Store, StoredExperiment, check_place, make_place, open_root, refuse_foreign, standing
+from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, standing
 
 __all__ = ["accept", "record_here", "refuse_conflict", "run"]
 
@@ -67,18 +67,23 @@ def run(
     `lanes` fixes the width of the wave, `workers` the number of processes (0: only this one); a Dask `scheduler` has
     workers of its own. `memory` is what all processes may take together, in bytes.
     """
+    store, asked = Store(path), experiment
+    if store.place.only_here:
+        if workers or scheduler is not None:
+            raise ConfigurationError(f"{store} is in the memory of this process; other processes cannot record there")
+        workers = 0
     wishes = Wishes(engine, lanes, device, workers, scheduler, memory)
     where = wishes.where
-    live, store, asked = experiment.problem.build(where), Store(path), experiment
+    live = experiment.problem.build(where)
     schema = schema_of(experiment, live)  # everything that can be wrong with the request comes before the first byte
     check_place(store)
-    begun = standing(store.path / experiment.name) == "experiment"
+    begun = standing(store.place, experiment.name) == "experiment"
     plan = None if begun else plan_for(experiment, live, wishes)
     if plan is not None:
         afford(plan, experiment, live, schema, wishes)
-    make_place(store)
+    store.place.make()
     with store.declaring():
-        root = open_root(path, durability)
+        root = open_root(store.place, durability)
         refuse_foreign(store, experiment.name)
         if experiment.name in store:
             experiment = accept(store[experiment.name], experiment, live, resume=resume, extend=extend)
@@ -105,8 +110,7 @@ def run(
 
     if scheduler is not None or plan.workers:
         origin = {"plan": plan.to_json(), **provenance(where)}
-        place = str(store.path.absolute())
-        job = Job(uuid.uuid4().hex, experiment, place, durability, replace(plan, threads=1), where.type)
+        job = Job(uuid.uuid4().hex, experiment, store.place.address, durability, replace(plan, threads=1), where.type)
         on_workers = connected_to(scheduler) if scheduler else connected(plan.workers)
         with noted(stored, named([slab for slabs in missing for slab in slabs]), origin) as note, on_workers as client:
             spent = fill(client, job, packs, lambda slabs: ledgers_of(stored, slabs), progress)
@@ -182,10 +186,10 @@ def _waves(plan: Plan, experiment: Experiment, missing: Sequence[Sequence[Slab]]
             yield slabs[turn : turn + fit]
 
 
-def refuse_conflict(experiment: Experiment, path: Path, *, resume: bool, extend: bool) -> None:
+def refuse_conflict(experiment: Experiment, path: str | Path, *, resume: bool, extend: bool) -> None:
     """Raise what `run` would raise because of what is stored already."""
     store = Store(path)
-    if experiment.name in store:
+    if not store.is_missing() and experiment.name in store:
         live = experiment.problem.build(torch.device("cpu"))
         accept(store[experiment.name], experiment, live, resume=resume, extend=extend)
 

@@ -280,14 +280,17 @@ def _copy(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> None
 
 
 def _index_folder(store: Store) -> Path:
-    own = store.companion / "index"
+    place = store.place
+    if place.beside is None:
+        return user_cache() / "index" / _stamp(place.address)
+    own = place.beside / "index"
     try:
         own.mkdir(parents=True, exist_ok=True)
         if os.access(own, os.W_OK):
             return own
     except OSError:
         pass  # a read-only place: the user's cache serves as well
-    return user_cache() / "index" / _stamp(str(store.path.resolve()))
+    return user_cache() / "index" / _stamp(str(Path(place.address).resolve()))
 
 
 def _stamp(*parts: str | bytes) -> str:

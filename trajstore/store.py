@@ -7,25 +7,22 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.errors import GroupNotFoundError
 
-from trajstore.errors import ConfigurationError, ConflictError, FormatError, NotFoundError, TrajstoreError, choices
+from trajstore.errors import ConflictError, FormatError, NotFoundError, TrajstoreError, choices
 from trajstore.storage.late import LateSeries
-from trajstore.storage.local import Durability, DurableStore
-from trajstore.storage.locks import lock
+from trajstore.storage.place import DECLARING, Durability, Place, place_of, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import FORMAT, Schema, check_format
 
@@ -39,16 +36,17 @@ __all__ = [
     "Store",
     "StoredExperiment",
     "check_place",
-    "make_place",
     "open",
     "open_root",
     "refuse_foreign",
     "standing",
 ]
 
+_DOCUMENT = "zarr.json"
+
 
 def open(path: str | Path) -> Store:
-    """Open a store for reading."""
+    """Open a store for reading: a folder, or the URL of one in an object store."""
     store = Store(path)
     _ = store.root
     return store
@@ -56,40 +54,23 @@ def open(path: str | Path) -> Store:
 
 def check_place(store: Store) -> None:
     """Refuse a path at which something else than a store is."""
-    root = store.path
-    if root.exists() and not root.is_dir():
-        raise ConfigurationError(f"{root} is a file; a store is a folder")
-    if root.is_dir() and not _is_empty(root):
-        if not (root / "zarr.json").exists():
-            raise FormatError(f"{root} is a folder with other things in it and no trajstore; choose another path")
+    place = store.place
+    place.check()
+    if not store.is_missing():
+        if not place.exists(_DOCUMENT):
+            raise FormatError(f"{place} is a folder with other things in it and no trajstore; choose another path")
         _ = store.root
 
 
-def _is_empty(folder: Path) -> bool:
-    """Tell whether there is nothing but what is being written, or was when its process was killed."""
-    return not (folder / "zarr.json").exists() and all(f.name.endswith(".partial") for f in folder.iterdir())
-
-
-def make_place(store: Store) -> None:
-    """Make the store's folder, and refuse where nothing can be written."""
-    root = store.path
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        refused = next((f for f in (root, root.absolute().parent) if not os.access(f, os.W_OK | os.X_OK)), None)
-    except OSError as error:
-        raise ConfigurationError(f"cannot write to {root}: {error.strerror}") from None
-    if refused is not None:  # beside the store lie its locks and its index
-        raise ConfigurationError(f"cannot write to {root}: you may not write in {refused}")
-
-
-def open_root(path: str | Path, durability: Durability = "segment") -> zarr.Group:
+def open_root(path: str | Path | Place, durability: Durability = "segment") -> zarr.Group:
     """Open the root group for writing, creating the store where there is nothing yet."""
-    store = DurableStore(path, durable=durability == "segment")
-    if not (store.root / "zarr.json").exists():
+    place = place_of(path)
+    keeper: Any = place.keeper(read_only=False, durability=durability)
+    if not place.exists(_DOCUMENT):
         # In one write: whoever looks meanwhile sees no store yet, or a whole one.
-        zarr.create_group(store, zarr_format=3, attributes={"trajstore": {"format": FORMAT}})
-        store.flush()
-    return zarr.open_group(store, mode="r+", zarr_format=3)
+        zarr.create_group(keeper, zarr_format=3, attributes={"trajstore": {"format": FORMAT}})
+        keeper.flush()
+    return zarr.open_group(keeper, mode="r+", zarr_format=3)
 
 
 Standing = Literal["nothing", "foreign", "half declared", "experiment", "damaged"]
@@ -111,46 +92,39 @@ class SlabStatus:
 
 
 class Store:
-    """The experiments at a path."""
+    """The experiments at a path or URL."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | Place) -> None:
+        self.place = place_of(path)
 
-    @property
-    def companion(self) -> Path:
-        """The folder beside the store with locks and the index; losing it loses nothing."""
-        return self.path.with_name(self.path.name + ".traj")
-
-    @property
-    def locks(self) -> Path:
-        """The folder of lock files."""
-        return self.companion / "locks"
-
-    def slab_lock(self, name: str, order: str, seed: int) -> Path:
-        """Return the lock file of a slab."""
-        return self.locks / name / f"{quote(order, safe='')}.{seed}.lock"
+    def __str__(self) -> str:
+        return str(self.place)
 
     @contextmanager
     def declaring(self) -> Iterator[None]:
         """Hold the lock of whoever changes shapes or attributes."""
-        with lock(self.locks / "declare.lock", f"store {self.path}", patience=60):
+        with self.place.lock(DECLARING, f"store {self}", patience=60):
             yield
+
+    def is_missing(self) -> bool:
+        """Tell whether no store is there, and nothing else either."""
+        return not self.place.exists(_DOCUMENT) and self.place.is_empty()
 
     @cached_property
     def root(self) -> zarr.Group:
         """The root group, read-only."""
-        if not self.path.exists() or (self.path.is_dir() and _is_empty(self.path)):
-            raise NotFoundError(f"there is no store at {self.path}; record one, or check the path")
+        if self.is_missing():
+            raise NotFoundError(f"there is no store at {self}; record one, or check the path")
         try:
-            group = zarr.open_group(DurableStore(self.path, read_only=True), mode="r", zarr_format=3)
+            group = zarr.open_group(self.place.keeper(read_only=True), mode="r", zarr_format=3)
         except (GroupNotFoundError, NotADirectoryError, FileNotFoundError):
-            raise FormatError(f"{self.path} is not a trajstore (it has no Zarr v3 group)") from None
+            raise FormatError(f"{self} is not a trajstore (it has no Zarr v3 group)") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise FormatError(f"{self.path}: zarr.json is damaged ({error})") from None
+            raise FormatError(f"{self}: zarr.json is damaged ({error})") from None
         if "trajstore" not in group.attrs:
-            raise FormatError(f"{self.path} is a Zarr group, but not a trajstore")
+            raise FormatError(f"{self} is a Zarr group, but not a trajstore")
         attributes: Any = group.attrs["trajstore"]
-        check_format(attributes, str(self.path))
+        check_format(attributes, str(self))
         return group
 
     def __iter__(self) -> Iterator[str]:
@@ -160,15 +134,15 @@ class Store:
 
     def names(self) -> list[str]:
         """Return the names of the experiments, whatever the root document says."""
-        return sorted(f.name for f in self.path.iterdir() if standing(f) in ("experiment", "damaged"))
+        return [name for name in self.place.folders() if standing(self.place, name) in ("experiment", "damaged")]
 
     def __contains__(self, name: object) -> bool:
         return name in list(self)
 
     def __getitem__(self, name: str) -> StoredExperiment:
         if name not in self:
-            raise NotFoundError(f"no experiment {name!r} in {self.path}; {choices(name, self)}")
-        where = f"experiment {name!r} in {self.path}"
+            raise NotFoundError(f"no experiment {name!r} in {self}; {choices(name, self)}")
+        where = f"experiment {name!r} in {self}"
         with _damage_told(where):
             group = self.root[name]
             assert isinstance(group, zarr.Group)
@@ -177,7 +151,7 @@ class Store:
         return StoredExperiment(self, group)
 
     def __repr__(self) -> str:
-        return f"<trajstore {self.path}: {', '.join(self) or 'empty'}>"
+        return f"<trajstore {self}: {', '.join(self) or 'empty'}>"
 
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
         """Ask the tables `experiments`, `runs` and `metrics` with one SELECT statement."""
@@ -218,12 +192,12 @@ class StoredExperiment:
     @cached_property
     def schema(self) -> Schema:
         """The shapes, labels and layout."""
-        with _damage_told(f"experiment {self.name!r} in {self.store.path}"):
+        with _damage_told(f"experiment {self.name!r} in {self.store}"):
             return Schema.of(self.group)
 
     def commits(self) -> Commits:
         """Read the commit records as they are now."""
-        with _damage_told(f"experiment {self.name!r} in {self.store.path}"):
+        with _damage_told(f"experiment {self.name!r} in {self.store}"):
             return Commits.of(self.group, self.schema)
 
     def complete(self, commits: Commits) -> NDArray[np.bool_]:
@@ -272,7 +246,7 @@ class StoredExperiment:
         return found
 
     def _values(self, name: str) -> np.ndarray[Any, Any]:
-        with _damage_told(f"experiment {self.name!r} in {self.store.path}"):
+        with _damage_told(f"experiment {self.name!r} in {self.store}"):
             array = self.group[name]
             assert isinstance(array, zarr.Array)
             return np.asarray(array[tuple(slice(0, n) for n in self._shape)])
@@ -281,9 +255,10 @@ class StoredExperiment:
     def _shape(self) -> tuple[int, int, int]:
         return len(self.schema.orders), len(self.schema.seeds), self.schema.steps + 1
 
-    def slab_lock(self, order: str, seed: int) -> Path:
-        """Return the lock file of a slab."""
-        return self.store.slab_lock(self.name, order, seed)
+    def locked(self, order: str, seed: int) -> AbstractContextManager[None]:
+        """Hold the lock of a slab."""
+        what = f"experiment {self.name!r}, order {order!r}, seed {seed}"
+        return self.store.place.lock(slab_lock(self.name, order, seed), what)
 
     def dataset(self) -> xr.Dataset:
         """Return a lazy dataset of what is committed."""
@@ -328,7 +303,7 @@ class StoredExperiment:
 
     def bytes_on_disk(self) -> int:
         """Return the size of the experiment's files."""
-        return sum(f.stat().st_size for f in (self.store.path / self.name).rglob("*") if f.is_file())
+        return sum(size for _, size in self.store.place.files(self.name))
 
     def __repr__(self) -> str:
         done = self.complete(self.commits())
@@ -347,15 +322,14 @@ def _damage_told(where: str) -> Iterator[None]:
         raise FormatError(f"{where} is damaged ({told}); move its folder away, or restore it") from None
 
 
-def standing(folder: Path) -> Standing:
+def standing(place: Place, name: str) -> Standing:
     """Tell what is at an experiment's place."""
-    if not folder.exists():
-        return "nothing"
+    document = place.read(f"{name}/{_DOCUMENT}")
+    if document is None:
+        there = [key for key, _ in place.files(name) if not key.endswith(".partial")]
+        return "foreign" if there else "nothing"
     try:
-        stored = json.loads((folder / "zarr.json").read_bytes())
-        mark = stored.get("attributes", {}).get("trajstore")
-    except (FileNotFoundError, NotADirectoryError):
-        return "half declared" if folder.is_dir() and _is_empty(folder) else "foreign"
+        mark = json.loads(document).get("attributes", {}).get("trajstore")
     except (ValueError, AttributeError):
         return "damaged"
     if not isinstance(mark, dict):
@@ -365,9 +339,9 @@ def standing(folder: Path) -> Standing:
 
 def refuse_foreign(store: Store, name: str) -> None:
     """Refuse to write where something else is."""
-    if standing(store.path / name) == "foreign":
+    if standing(store.place, name) == "foreign":
         raise ConflictError(
-            f"{store.path / name} is there and is no experiment, or has lost its zarr.json; "
+            f"{store}/{name} is there and is no experiment, or has lost its zarr.json; "
             "move it away, or choose another name"
         )
 

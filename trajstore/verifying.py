@@ -8,25 +8,23 @@ Repairing takes out what is wrong, so that it counts no more and a recording wri
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.core.buffer.cpu import Buffer
 from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
-from trajstore.errors import FormatError, NotFoundError, TrajstoreError, choices
+from trajstore.errors import FormatError, NotFoundError, TrajstoreError, UnreachableError, choices
 from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
 from trajstore.storage.late import LateSeries
-from trajstore.storage.local import DurableStore
-from trajstore.storage.locks import lock
+from trajstore.storage.place import Place, keeper_of
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
 from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema, late_records
 from trajstore.storage.segment import array_of
@@ -67,25 +65,28 @@ class Finding:
 
 def verify(store: Store, name: str | None = None, *, repair: bool = False) -> Iterator[Finding]:
     """Yield what is found in a store, or in one of its experiments; repair what can be repaired."""
-    if not store.path.is_dir() or not store.names():
+    place = store.place
+    place.check()
+    if store.is_missing() or not store.names():
         _ = store.root  # says what is there instead of a store
     names = store.names()
     if name is not None and name not in names:
-        raise NotFoundError(f"no experiment {name!r} in {store.path}; {choices(name, names)}")
+        raise NotFoundError(f"no experiment {name!r} in {store}; {choices(name, names)}")
     yield from _root(store, repair)
-    for folder in sorted(store.path.iterdir()) if name is None else ():
-        if folder.is_dir() and standing(folder) == "foreign":
-            yield Finding(None, "this is no experiment, or its document is damaged", folder.name)
+    for folder in place.folders() if name is None else ():
+        if standing(place, folder) == "foreign":
+            yield Finding(None, "this is no experiment, or its document is damaged", folder)
     for experiment in [name] if name is not None else names:
         yield from _Verifying(store, experiment, repair).everything()
 
 
 def _root(store: Store, repair: bool) -> Iterator[Finding]:
     expected = {"attributes": {ATTRIBUTE: {"format": FORMAT}}, "zarr_format": 3, "node_type": "group"}
-    if _read_document(store.path / _DOCUMENT) != expected:
+    if _read_document(store.place, _DOCUMENT) != expected:
         if repair:
-            (store.path / _DOCUMENT).unlink(missing_ok=True)
-            open_root(store.path)
+            with store.declaring():
+                store.place.delete(_DOCUMENT)
+                open_root(store.place)
         yield Finding(None, "the root document is damaged", _DOCUMENT, repaired=repair)
 
 
@@ -93,9 +94,8 @@ class _Verifying:
     """One experiment under examination."""
 
     def __init__(self, store: Store, name: str, repair: bool) -> None:
-        self.store, self.name, self.repair = store, name, repair
-        self.folder = store.path / name
-        self._told: set[Path] = set()
+        self.store, self.place, self.name, self.repair = store, store.place, name, repair
+        self._told: set[str] = set()
 
     def everything(self) -> Iterator[Finding]:
         try:
@@ -106,7 +106,7 @@ class _Verifying:
             yield Finding(self.name, f"it cannot be read: {' '.join(str(error).split())}", f"{self.name}/{_DOCUMENT}")
 
     def _everything(self) -> Iterator[Finding]:
-        document = _read_document(self.folder / _DOCUMENT)
+        document = _read_document(self.place, f"{self.name}/{_DOCUMENT}")
         try:
             attributes = document["attributes"][ATTRIBUTE]
             sound = sound_attributes(attributes) and document == {
@@ -124,8 +124,7 @@ class _Verifying:
             if self.repair:
                 locks.enter_context(self.store.declaring())
                 for order, seed in product(self.schema.orders, self.schema.seeds):
-                    what = f"experiment {self.name!r}, order {order!r}, seed {seed}"
-                    locks.enter_context(lock(self.stored.slab_lock(order, seed), what))
+                    locks.enter_context(self.stored.locked(order, seed))
             yield from self._documents()
             yield from self._labels()
             for i, k in product(range(len(self.schema.orders)), range(len(self.schema.seeds))):
@@ -137,8 +136,8 @@ class _Verifying:
 
     @cached_property
     def group(self) -> zarr.Group:
-        place = DurableStore(self.store.path, read_only=not self.repair)
-        return zarr.open_group(place, path=self.name, mode="r+" if self.repair else "r", zarr_format=3)
+        keeper = self.place.keeper(read_only=not self.repair)
+        return zarr.open_group(keeper, path=self.name, mode="r+" if self.repair else "r", zarr_format=3)
 
     @cached_property
     def stored(self) -> StoredExperiment:
@@ -165,12 +164,11 @@ class _Verifying:
     def _documents(self) -> Iterator[Finding]:
         """Compare the documents of all arrays with those that were declared."""
         for path, expected in self.expected.items():
-            file = self.folder / path
-            found = _read_document(file)
+            file = f"{self.name}/{path}"
+            found = _read_document(self.place, file)
             if found != expected:
                 if self.repair:
-                    file.parent.mkdir(exist_ok=True)
-                    file.write_text(json.dumps(expected, indent=2))
+                    keeper_of(self.group).set_sync(file, Buffer.from_bytes(json.dumps(expected, indent=2).encode()))
                 if _equal(found, expected):
                     yield self._found("a document says the same in other words than this zarr's", file, harmless=True)
                 elif _grown(found, expected):
@@ -183,10 +181,10 @@ class _Verifying:
         for name, (_, values, _) in self.schema.coordinates().items():
             if not self._reads_as(name, values):
                 if self.repair:
-                    for file in (self.folder / name / "c").rglob("*"):
-                        file.unlink()
+                    for file, _ in self.place.files(f"{self.name}/{name}/c"):
+                        self.place.delete(file)
                     array_of(self.group, name)[...] = values
-                yield self._found(f"the coordinate {name!r} is damaged", self.folder / name)
+                yield self._found(f"the coordinate {name!r} is damaged", f"{self.name}/{name}")
         attributes: Any = self.group.attrs[ATTRIBUTE]
         for k, digest in enumerate(attributes["batch_digests"]):
             try:
@@ -195,7 +193,7 @@ class _Verifying:
             except _DECODING:
                 sound = False
             if not sound:  # what it held is gone: only the problem could draw it again
-                yield self._found("the record of its batches is damaged; restore it", self.folder / "batch_index",
+                yield self._found("the record of its batches is damaged; restore it", f"{self.name}/batch_index",
                                   repaired=False, seed=self.schema.seeds[k])  # fmt: skip
 
     def _reads_as(self, name: str, values: np.ndarray[Any, Any]) -> bool:
@@ -212,10 +210,10 @@ class _Verifying:
             ledger = Ledger(self.group, self.schema, order, seed)
         except TrajstoreError:
             corner = order, seed
-            unreadable = [f for name in ("committed", "leg") for f in self._bad(name, corner) if f.exists()]
+            unreadable = [f for name in ("committed", "leg") for f in self._bad(name, corner) if self.place.exists(f)]
             for file in unreadable:
                 if self.repair:
-                    file.unlink()
+                    self.place.delete(file)
                 yield self._found(f"the commit records cannot be read; {_GONE}", file, **slab)
             if self.repair:
                 Ledger(self.group, self.schema, order, seed).discard(range(self.schema.segments))
@@ -233,10 +231,10 @@ class _Verifying:
                 if self.repair:
                     for array in (name, late_records(name)):
                         for file in self._bad(array, (order, seed), range(span, span + 1)):
-                            file.unlink(missing_ok=True)
+                            self.place.delete(file)
                     series.discard(span)
                 what = f"{name!r} is not what was committed"
-                yield self._found(what, self.folder / name, **slab, steps=steps)
+                yield self._found(what, f"{self.name}/{name}", **slab, steps=steps)
         damaged = []
         for segment in np.flatnonzero(ledger.records[:, 0] >= 0).tolist():
             try:
@@ -247,13 +245,13 @@ class _Verifying:
         if self.repair and damaged:
             ledger.discard(damaged)
             for file in {f for those in files.values() for f in those}:
-                file.unlink(missing_ok=True)
+                self.place.delete(file)
         for segment, those in files.items():
             begin, end = self.schema.steps_of(segment)
             what = f"not what was committed; {_GONE}"
-            yield from (self._found(what, file, **slab, steps=(begin, end - 1)) for file in those or [self.folder])
+            yield from (self._found(what, file, **slab, steps=(begin, end - 1)) for file in those or [self.name])
 
-    def _bad_of(self, ledger: Ledger, segment: int) -> list[Path]:
+    def _bad_of(self, ledger: Ledger, segment: int) -> list[str]:
         """Return the files of a segment that are missing or cannot be decoded."""
         begin, end = self.schema.steps_of(segment)
         first = segment * self.schema.snapshots_per_segment
@@ -264,7 +262,7 @@ class _Verifying:
                 found += self._bad(spec.name, ledger.corner, along)
         return found
 
-    def _bad(self, name: str, corner: tuple[int, int], along: range | None = None) -> list[Path]:
+    def _bad(self, name: str, corner: tuple[int, int], along: range | None = None) -> list[str]:
         """Return the chunks of a slab's array that are missing or cannot be decoded, as files."""
         array = array_of(self.group, name)
         chunks = [range(-(-n // c)) for n, c in zip(array.shape, array.chunks, strict=True)]
@@ -275,7 +273,7 @@ class _Verifying:
         return [
             file
             for chunk in product(*chunks)
-            if not (file := self._file(array, chunk)).exists() or not self._decodes(array, chunk)
+            if not self.place.exists(file := self._file(array, chunk)) or not self._decodes(array, chunk)
         ]
 
     def _chunks(self) -> Iterator[Finding]:
@@ -284,50 +282,52 @@ class _Verifying:
             if path.startswith(GROUP):
                 continue
             array = array_of(self.group, path.rpartition("/")[0])
-            for file in sorted(self.folder.joinpath(array.basename, "c").rglob("*")):
+            chunks = f"{self.name}/{array.basename}/c"
+            for file, _ in self.place.files(chunks):
                 try:
-                    chunk = tuple(map(int, file.relative_to(self.folder / array.basename / "c").parts))
+                    chunk = tuple(map(int, file.removeprefix(f"{chunks}/").split("/")))
                 except ValueError:
                     continue
-                if file.is_file() and len(chunk) == array.ndim and not self._decodes(array, chunk):
+                if len(chunk) == array.ndim and not self._decodes(array, chunk):
                     if array.basename == "batch_index" or file in self._told:
                         continue  # found already
                     if self.repair:
-                        file.unlink()
+                        self.place.delete(file)
                     yield self._found("a chunk that nothing committed needs is damaged", file)
 
     def _slots(self, order: str, seed: int) -> Iterator[Finding]:
         """Look at the resume states of a slab."""
         slots = ResumeSlots(self.group, order, seed)
         for path in slots.paths:
-            folder = self.folder / path
-            if not folder.exists():
+            folder = f"{self.name}/{path}"
+            there = {file for file, _ in self.place.files(folder)}
+            if not there:
                 continue
-            begun = not ((folder / _DOCUMENT).exists() and (folder / "c" / "0").exists())
+            begun = not {f"{folder}/{_DOCUMENT}", f"{folder}/c/0"} <= there
             if begun or not (slots.whole(path) and self._is_slot(path)):
                 if self.repair:
-                    shutil.rmtree(folder)
+                    self.place.remove(folder)
                 what = "a resume state was begun and not written" if begun else "a resume state is damaged"
                 spare = begun or any(other != path and slots.whole(other) for other in slots.paths)
                 yield self._found(what, folder, order=order, seed=seed, harmless=spare)
 
     def _is_slot(self, path: str) -> bool:
         """Tell whether the document of a slot is as it would be written."""
-        found = _read_document(self.folder / path / _DOCUMENT)
+        found = _read_document(self.place, f"{self.name}/{path}/{_DOCUMENT}")
         memory = MemoryStore()
         create_slot(zarr.open_group(memory, mode="w", zarr_format=3), path, found["shape"][0])
         return bool(found == json.loads(memory._store_dict[f"{path}/{_DOCUMENT}"].to_bytes()))
 
     def _files(self) -> Iterator[Finding]:
         """Name the files that belong to nothing."""
-        known = {self.folder / path for path in self.expected} | {self.folder / _DOCUMENT}
-        for file in sorted(f for f in self.folder.rglob("*") if f.is_file() and f not in known):
-            parts = file.relative_to(self.folder).parts
-            if file.name.endswith(".partial"):
+        known = {f"{self.name}/{path}" for path in (*self.expected, _DOCUMENT)}
+        for file in (f for f, _ in self.place.files(self.name) if f not in known):
+            parts = file.split("/")[1:]
+            if file.endswith(".partial"):
                 if self.repair:
-                    file.unlink()
+                    self.place.delete(file)
                 yield self._found("left by a writer that was killed", file, harmless=True)
-            elif parts[0] != GROUP and (f"{parts[0]}/{_DOCUMENT}" not in self.expected or parts[1:2] != ("c",)):
+            elif parts[0] != GROUP and (f"{parts[0]}/{_DOCUMENT}" not in self.expected or parts[1:2] != ["c"]):
                 yield self._found("this file is not the store's", file, harmless=True, repaired=False)
 
     def _decodes(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> bool:
@@ -336,23 +336,25 @@ class _Verifying:
             return True  # beyond what is declared: a declaration that died, or one that is under way
         try:
             array[where]
+        except UnreachableError:
+            raise
         except _DECODING:
             return False
         return True
 
-    def _file(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> Path:
-        return self.folder / array.basename / array.metadata.encode_chunk_key(chunk)
+    def _file(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> str:
+        return f"{self.name}/{array.basename}/{array.metadata.encode_chunk_key(chunk)}"
 
-    def _found(self, what: str, file: Path, *, repaired: bool | None = None, **where: Any) -> Finding:  # noqa: ANN401
+    def _found(self, what: str, file: str, *, repaired: bool | None = None, **where: Any) -> Finding:  # noqa: ANN401
         self._told.add(file)
         mended = self.repair if repaired is None else repaired
-        return Finding(self.name, what, str(file.relative_to(self.store.path)), repaired=mended, **where)
+        return Finding(self.name, what, file, repaired=mended, **where)
 
 
-def _read_document(file: Path) -> Any:  # noqa: ANN401
+def _read_document(place: Place, key: str) -> Any:  # noqa: ANN401
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        return json.loads(place.read(key) or b"")
+    except ValueError:
         return None
 
 

@@ -49,7 +49,7 @@ def test_it_goes_on(golden, tmp_path: Path):
     """A format that can be read but not written would be half a promise."""
     store, _ = golden
     longer = ts.Experiment.of({**TINY, "steps": 17, "seeds": [1, 3, 5]})
-    stored = ts.run(longer, store.path, engine="reference", extend=True)
+    stored = ts.run(longer, store.place, engine="reference", extend=True)
     assert all(slab.complete for slab in stored.slabs())
     assert list(verify(store)) == []
     told = list(replay(stored))

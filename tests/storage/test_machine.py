@@ -17,7 +17,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from trajstore.errors import BusyError, ConflictError
 from trajstore.storage.declaring import declare, grow
 from trajstore.storage.layout import Entry, Layout
-from trajstore.storage.locks import lock
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
@@ -54,7 +53,7 @@ class Slabs(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.store = Store(self.folder / "s.zarr")
         self.schema = schema_with(20, 1)
-        self.root = open_root(self.store.path, "none")
+        self.root = open_root(self.store.place, "none")
         declare(self.root, "e", self.schema, {"name": "e", "problem": {}}, [])
         self.committed: dict[int, list[int]] = {0: []}
         """The model: seed → steps that count."""
@@ -68,14 +67,14 @@ class Slabs(RuleBasedStateMachine):
         assert isinstance(group, zarr.Group)
         return group
 
-    def lock_of(self, seed: int) -> Path:
-        return self.store.slab_lock("e", "forward", seed)
+    def lock_of(self, seed: int):
+        return self.store["e"].locked("forward", seed)
 
     @precondition(lambda self: self.writing is None)
     @rule(pick=st.integers(0, 5))
     def open_a_slab(self, pick):
         self.writing = pick % len(self.committed)
-        self.held.enter_context(lock(self.lock_of(self.writing), "it"))
+        self.held.enter_context(self.lock_of(self.writing))
         self.pipeline = Pipeline()
         self.slab = SlabWriter(Ledger(self.group, self.schema, 0, self.writing), self.pipeline)
         self.pending = []
@@ -137,7 +136,7 @@ class Slabs(RuleBasedStateMachine):
     @precondition(lambda self: self.writing is not None)
     @rule()
     def a_second_writer_is_refused(self):
-        with pytest.raises(BusyError), lock(self.lock_of(self.writing), "it"):
+        with pytest.raises(BusyError), self.lock_of(self.writing):
             pass
 
     @precondition(lambda self: self.writing is not None and self.committed[self.writing])
@@ -163,7 +162,7 @@ class Slabs(RuleBasedStateMachine):
     @precondition(lambda self: self.writing is None)
     @rule(pick=st.integers(0, 1000), array=st.sampled_from(["params", "a", "counters", "leg", "sketch"]))
     def damage_and_repair(self, pick, array):
-        files = sorted((self.store.path / "e" / array / "c").rglob("0/*/**/*"))
+        files = sorted((self.store.place.path / "e" / array / "c").rglob("0/*/**/*"))
         files = [f for f in files if f.is_file()]
         if not files:
             return
@@ -173,7 +172,7 @@ class Slabs(RuleBasedStateMachine):
         file.write_bytes(broken)
         assert list(verify(self.store))
         list(verify(self.store, repair=True))
-        seed, *rest = map(int, file.relative_to(self.store.path / "e" / array / "c" / "0").parts)
+        seed, *rest = map(int, file.relative_to(self.store.place.path / "e" / array / "c" / "0").parts)
         # A chunk of states is one segment's, a chunk of a series holds all segments here.
         gone = {rest[-1]} if array in ("params", "counters") else set(range(self.schema.segments))
         self.committed[seed] = [n for n in self.committed[seed] if self.schema.segment_of(n) not in gone]

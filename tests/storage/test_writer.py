@@ -102,7 +102,7 @@ def test_digests_are_those_of_the_format_page(group):
                 digest.update(struct.pack("<5f", *snapshot[0]) + struct.pack("<q", n))
                 count += 1
         words = list(struct.unpack("<4q", digest.digest()))
-        assert group["committed"][1, 0, segment].tolist() == [end - begin, count, *words]
+        assert group["committed"][1, 0, segment].tolist() == [end - begin, count, *words, 0]
 
 
 @pytest.mark.parametrize("until", [0, 3, 9, 10, 12, 20, 22])

@@ -21,7 +21,7 @@ from trajstore.errors import ConflictError, ResumedWarning, choices
 from trajstore.policies import Policy
 from trajstore.recorder import Recorder, record
 from trajstore.storage.codecs import Codec
-from trajstore.storage.local import Durability
+from trajstore.storage.place import Durability
 from trajstore.store import Store
 
 __all__ = ["Follower", "How"]

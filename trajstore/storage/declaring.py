@@ -9,8 +9,6 @@ longer than it says are the work of a declaration that died.
 from __future__ import annotations
 
 import hashlib
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +19,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from trajstore.storage.codecs import chunk_codecs
 from trajstore.storage.digest import config_digest
-from trajstore.storage.local import DurableStore
+from trajstore.storage.place import Keeper
 from trajstore.storage.resume import GROUP
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema
 from trajstore.storage.segment import array_of
@@ -41,8 +39,9 @@ def declare(
 
     `batch_index` has one (batch, example) array for each seed.
     """
-    # Marked until it is whole: a group with this mark is what a declaration that died left, and may be replaced.
-    _clear(root, name)
+    if isinstance(root.store, Keeper):
+        root.store.remove(name)  # what a declaration that died left
+    # Marked until it is whole: a group with this mark may be replaced.
     group = root.create_group(name, attributes={ATTRIBUTE: {"declaring": True}})
     _flush(group)
     group.create_group(GROUP)
@@ -107,18 +106,8 @@ def sound_attributes(attributes: Mapping[str, Any]) -> bool:
     return bool(attributes.get("digest") == config_digest(rest))
 
 
-def _clear(root: zarr.Group, name: str) -> None:
-    """Take out at once what a declaration that died left: deleted in place, it would for a while bear no mark."""
-    store = root.store
-    if isinstance(store, DurableStore) and (store.root / name).exists():
-        grave = store.root.with_name(f"{store.root.name}.traj") / "removed" / uuid.uuid4().hex
-        grave.parent.mkdir(parents=True, exist_ok=True)
-        (store.root / name).rename(grave)
-        shutil.rmtree(grave)
-
-
 def _flush(group: zarr.Group) -> None:
-    if isinstance(group.store, DurableStore):
+    if isinstance(group.store, Keeper):
         group.store.flush()
 
 

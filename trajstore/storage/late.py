@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trajstore.errors import ConflictError, FormatError
 from trajstore.storage.codecs import write_block
-from trajstore.storage.local import DurableStore
+from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import LATE_SPAN, LATE_WORDS, Schema, late_records
 from trajstore.storage.segment import Corner, array_of
 
@@ -33,13 +33,12 @@ class LateSeries:
 
     def put(self, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
         """Make values durable, then true."""
-        store = self._group.store
-        assert isinstance(store, DurableStore)
-        array, records = array_of(self._group, self._name), array_of(self._group, late_records(self._name))
+        store = keeper_of(self._group)
+        array = array_of(self._group, self._name)
         for span in np.unique(steps // LATE_SPAN).tolist():
             here = steps // LATE_SPAN == span
             begin = span * LATE_SPAN
-            stored, known, _ = self._span(span)
+            stored, known, (*_, fence) = self._span(span)
             at = steps[here] - begin
             again = known[at]
             if stored[at[again]].tobytes() != values[here][again].tobytes():
@@ -49,8 +48,7 @@ class LateSeries:
             width = min(LATE_SPAN, self._schema.steps + 1 - begin)
             write_block(array, (*self._corner, begin), stored[:width][None, None])
             store.flush()
-            record = np.concatenate([_words(known), _digest(begin, stored, known)])
-            write_block(records, (*self._corner, span, 0), record[None, None, None])
+            self._write_record(span, np.array([*_words(known), *_digest(begin, stored, known), fence]))
             store.flush()
 
     def read(self) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
@@ -67,20 +65,29 @@ class LateSeries:
         """Yield the spans that are not what was committed."""
         for span in range(self._schema.spans):
             try:
-                stored, known, digest = self._span(span)
+                stored, known, (*digest, _) = self._span(span)
             except FormatError:
                 yield span
                 continue
-            if known.any() and digest.tolist() != _digest(span * LATE_SPAN, stored, known).tolist():
+            if known.any() and digest != _digest(span * LATE_SPAN, stored, known).tolist():
                 yield span
 
     def discard(self, span: int) -> None:
         """Have the values of a span count no more."""
-        record = np.zeros((1, 1, 1, LATE_WORDS), dtype=np.int64)
-        write_block(array_of(self._group, late_records(self._name)), (*self._corner, span, 0), record)
+        self._write_record(span, np.zeros(LATE_WORDS, dtype=np.int64))
+
+    def raise_fence(self, fence: int) -> None:
+        """Write a fence into all records."""
+        for span in range(self._schema.spans):
+            _, known, (*digest, _) = self._span(span)
+            self._write_record(span, np.array([*_words(known), *digest, fence]))
+
+    def _write_record(self, span: int, record: NDArray[np.int64]) -> None:
+        records = array_of(self._group, late_records(self._name))
+        write_block(records, (*self._corner, span, 0), record[None, None, None])
 
     def _span(self, span: int) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
-        """Return values, which of them count, and their digest; what does not count is NaN."""
+        """Return values, which of them count, and their digest and fence; what does not count is NaN."""
         begin = span * LATE_SPAN
         try:
             record = np.asarray(array_of(self._group, late_records(self._name))[(*self._corner, span)])

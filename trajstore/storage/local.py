@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import threading
 import uuid
 from pathlib import Path
-from typing import Literal
 
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-__all__ = ["Durability", "DurableStore", "user_cache"]
-
-Durability = Literal["segment", "none"]
-"""Whether what is committed is fsynced first."""
+__all__ = ["DurableStore", "user_cache"]
 
 
 class DurableStore(LocalStore):
@@ -63,6 +60,19 @@ class DurableStore(LocalStore):
                 self._reached.add(path.parent)
                 above = self.root.absolute().parent
                 self._touched.update(f for f in path.parent.absolute().parents if f.is_relative_to(above))
+
+    def guard(self, lock: str, prefixes: list[str]) -> int:
+        """Do nothing: no writer outlives the kernel's lock on a file."""
+        return 0
+
+    def remove(self, prefix: str) -> None:
+        """Take out all keys below a prefix. They are gone at once; deleting many files may take a while."""
+        folder = self.root / prefix
+        if folder.exists():
+            grave = self.root.with_name(f"{self.root.name}.traj") / "removed" / uuid.uuid4().hex
+            grave.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(grave)
+            shutil.rmtree(grave)
 
     def flush(self) -> None:
         """Make every rename since the last flush durable."""

@@ -26,7 +26,9 @@ class Commits:
 
     schema: Schema
     records: NDArray[np.int64]
-    """(order, seed, segment, field)."""
+    """(order, seed, segment, field), without the fences."""
+    fence: int
+    """The highest of the fences under which they were written; see `place.Keeper.guard`."""
     leg: NDArray[np.int64]
     """(order, seed, step): ≥ 0 where an iterate was recorded."""
 
@@ -40,7 +42,8 @@ class Commits:
         if slab is not None:
             orders, seeds = (slice(k, k + 1) for k in slab)
         records = _values(group, "committed", (orders, seeds, slice(0, schema.segments)))
-        return cls(schema, records, _values(group, "leg", (orders, seeds, slice(0, schema.steps + 1))))
+        leg = _values(group, "leg", (orders, seeds, slice(0, schema.steps + 1)))
+        return cls(schema, records[..., :-1], max(0, int(records[..., -1].max())), leg)
 
     @cached_property
     def steps(self) -> NDArray[np.bool_]:

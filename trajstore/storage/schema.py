@@ -33,11 +33,12 @@ __all__ = [
 ]
 
 FORMAT = 1
-COMMIT_FIELDS = ("steps", "snapshots", *(f"digest_{k}" for k in range(SegmentDigest.WORDS)))
+COMMIT_FIELDS = ("steps", "snapshots", *(f"digest_{k}" for k in range(SegmentDigest.WORDS)), "fence")
 
 LATE_SPAN = 4_096
 """Steps that share a record of a late metric."""
-LATE_WORDS = LATE_SPAN // 64 + SegmentDigest.WORDS
+LATE_WORDS = LATE_SPAN // 64 + SegmentDigest.WORDS + 1
+"""A bit a step, the digest, the fence."""
 _PARAM_CHUNK = 65_536
 _SERIES_CHUNK = 4_096
 _SEGMENT_CHUNK = 1_024

@@ -20,16 +20,17 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import ConfigurationError, ConflictError, FormatError, TrajstoreError, WriteError
+from trajstore.errors import ConfigurationError, ConflictError, FormatError, WriteError
 from trajstore.storage.codecs import write_block
-from trajstore.storage.local import DurableStore
+from trajstore.storage.late import LateSeries
 from trajstore.storage.pipeline import Pipeline
+from trajstore.storage.place import keeper_of, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.resume import ResumeSlots
 from trajstore.storage.schema import Schema
 from trajstore.storage.segment import Corner, Cut, Segment, Snapshot, Spare, Written, array_of, row_of
 
-__all__ = ["Ledger", "SlabWriter"]
+__all__ = ["Ledger", "SlabWriter", "guarded"]
 
 COMMIT_STEPS = 4_096
 COMMIT_SECONDS = 300.0
@@ -43,9 +44,7 @@ class Ledger:
     """The commit records of one slab, and its series. Hold the slab's lock."""
 
     def __init__(self, group: zarr.Group, schema: Schema, order: int, seed: int) -> None:
-        store = group.store
-        assert isinstance(store, DurableStore)
-        self._store, self.group, self.schema, self.corner = store, group, schema, (order, seed)
+        self._store, self.group, self.schema, self.corner = keeper_of(group), group, schema, (order, seed)
         self.name = f"experiment {group.basename!r}, order {schema.orders[order]!r}, seed {schema.seeds[seed]}"
         commits = Commits.of(group, schema, self.corner)
         self.records = commits.records[0, 0].copy()
@@ -55,11 +54,14 @@ class Ledger:
         self._at_hand: tuple[int, dict[int, StoredRow]] = (-1, {})
         """The segment that was read last, and its steps."""
         self.slots = ResumeSlots(group, schema.orders[order], schema.seeds[seed])
+        self._fence = guarded(group, schema, self.corner)
         self._series = {
             spec.name: _Series(array_of(group, spec.name), self.corner, self.committed)
             for spec in schema.arrays()
             if "step" in spec.dims and spec.name not in schema.late
         }
+        if self._fence > commits.fence:
+            self._raise_fence()
 
     @property
     def last_step(self) -> int:
@@ -160,8 +162,17 @@ class Ledger:
         """Replace the one chunk that holds a segment's record."""
         length = self._committed_array.chunks[2]
         start = segment // length * length
-        write_block(self._committed_array, (*self.corner, start, 0), self.records[start : start + length][None, None])
+        records = self.records[start : start + length]
+        fenced = np.column_stack([records, np.full(len(records), self._fence)])
+        write_block(self._committed_array, (*self.corner, start, 0), fenced[None, None])
         self._store.flush()
+
+    def _raise_fence(self) -> None:
+        """Write the fence into all records, so that who held the lock before can commit nothing any more."""
+        for name in self.schema.late:
+            LateSeries(self.group, self.schema, self.corner, name).raise_fence(self._fence)
+        for segment in range(0, self.schema.segments, self._committed_array.chunks[2]):
+            self._write_record(segment)
 
     def steps_named(self, number: int) -> str:
         """Name a segment for a message."""
@@ -170,6 +181,15 @@ class Ledger:
 
 
 _REPAIR = "`trajstore verify --repair` takes them out, and --resume writes them again"
+
+
+def guarded(group: zarr.Group, schema: Schema, corner: Corner) -> int:
+    """Have a slab's chunks written only under its lock; return the fence of that."""
+    order, seed = schema.orders[corner[0]], schema.seeds[corner[1]]
+    arrays = [spec.name for spec in schema.arrays() if {"order", "seed"} <= set(spec.dims)]
+    prefixes = [f"{group.path}/{name}/c/{corner[0]}/{corner[1]}" for name in arrays]
+    prefixes += [f"{group.path}/{path}" for path in ResumeSlots(group, order, seed).paths]
+    return keeper_of(group).guard(slab_lock(group.basename, order, seed), prefixes)
 
 
 class SlabWriter:
@@ -258,9 +278,9 @@ class SlabWriter:
         def named() -> None:
             try:
                 work()
-            except TrajstoreError:
-                raise
             except OSError as error:
+                if isinstance(error, WriteError):
+                    raise
                 steps = f"steps {cut.rows[0].step} to {cut.rows[-1].step}" if cut.rows else "a segment"
                 raise WriteError(
                     f"{self.ledger.name}: {steps} could not be written ({error.strerror or error}); "

@@ -1,0 +1,325 @@
+"""A store in an object store: S3, Google's, or this process's memory.
+
+An object is there whole or not at all, and once put it stays, so nothing needs to be flushed. What has to be taken care
+of is who writes: every object is put on condition that nobody else has replaced it since this process saw it, and what
+fails that condition is tried again only after a look at the lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import MemoryStore, from_url
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import ObjectStore
+
+from trajstore.errors import BusyError, ConfigurationError, UnreachableError
+from trajstore.storage.leases import Lease, died, free, holder_of, taken
+from trajstore.storage.place import DECLARING, Durability
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
+
+__all__ = ["Bucket"]
+
+_LOCKS = "locks"
+_TRIES = 10
+"""Conditional puts of one object before giving up: each fails only if somebody else's came between."""
+_DOCUMENT = "zarr.json"
+
+
+class Bucket:
+    """A prefix of an object store. Beside it, at another prefix, are its locks."""
+
+    beside: Path | None = None
+
+    def __init__(self, url: str) -> None:
+        self.address, self.only_here = url, url.startswith("memory://")
+        self.objects, self._locks = _open(url), _open(f"{url}.traj")
+        self._leases: dict[str, Lease] = {}
+        self._proven = False
+
+    def __str__(self) -> str:
+        return self.address
+
+    def read(self, key: str) -> bytes | None:
+        """Return what is there, None where there is nothing."""
+        with told(self.address):
+            found = _get(self.objects, key)
+        return None if found is None else found[0]
+
+    def exists(self, key: str) -> bool:
+        """Tell whether there is something."""
+        with told(self.address):
+            return _version(self.objects, key) is not None
+
+    def files(self, prefix: str) -> list[tuple[str, int]]:
+        """Return the keys below a prefix, in order, and their sizes."""
+        with told(self.address):
+            found = [meta for page in obstore.list(self.objects, prefix or None) for meta in page]
+        return sorted((meta["path"], meta["size"]) for meta in found)
+
+    def folders(self) -> list[str]:
+        """Return the first parts of all keys that have several, in order."""
+        with told(self.address):
+            return sorted(obstore.list_with_delimiter(self.objects)["common_prefixes"])
+
+    def delete(self, key: str) -> None:
+        """Take out what is there, if anything is."""
+        with told(self.address):
+            _delete(self.objects, key)
+
+    def remove(self, prefix: str) -> None:
+        """Take out all keys below a prefix, the document at its top last."""
+        for key, _ in sorted(self.files(prefix), key=lambda file: file[0] == f"{prefix}/{_DOCUMENT}"):
+            self.delete(key)
+
+    @contextmanager
+    def lock(self, name: str, what: str, patience: float = 0.0) -> Iterator[None]:
+        """Hold a lock, waiting up to `patience` seconds; a BusyError names the holder."""
+        self._prove()
+        lease = self._take(f"{_LOCKS}/{name}", what, patience)
+        self._leases[name] = lease
+        try:
+            yield
+        finally:
+            del self._leases[name]
+            if lease.process == os.getpid():
+                self._release(lease)
+
+    def held(self, names: Sequence[str]) -> list[object]:
+        """Return what another process needs to write under locks that this one holds."""
+        return [self._leases[name] for name in (*names, DECLARING) if name in self._leases]
+
+    def lend(self, held: Sequence[object]) -> None:
+        """Write under locks that another process holds."""
+        self._leases |= {lease.name.removeprefix(f"{_LOCKS}/"): lease for lease in held if isinstance(lease, Lease)}
+
+    def unlock(self) -> list[str]:
+        """Take all locks away from their holders, which can write no more; return who held them."""
+        freed = []
+        with told(self.address):
+            keys = [meta["path"] for page in obstore.list(self._locks, _LOCKS) for meta in page]
+            for key in sorted(keys):
+                found = _get(self._locks, key)
+                holder = None if found is None else holder_of(found[0])
+                if found is not None and holder is not None:
+                    _replace(self._locks, key, free(found[0], clean=False), found[1])
+                    freed.append(f"{key.removeprefix(f'{_LOCKS}/')}: {_named(holder)}")
+        return freed
+
+    def fence(self, name: str) -> int:
+        """Return the fence of a lock, 0 where this process does not hold it."""
+        lease = self._leases.get(name)
+        return 0 if lease is None else lease.fence
+
+    def check_held(self, name: str, key: str) -> None:
+        """Refuse to write without a lock, or under one that was taken away."""
+        lease = self._leases.get(name)
+        if lease is None:
+            raise BusyError(f"{self.address}: {key} may be written only under the lock {name!r}, which is not held")
+        with told(self.address):
+            found = _get(self._locks, lease.name)
+        holder = None if found is None else holder_of(found[0])
+        if holder is None or holder["token"] != lease.token:
+            now = "was taken away" if holder is None else f"was taken over by {_named(holder)}"
+            raise BusyError(f"{self.address}: the lock {name!r} {now}; nothing more is written, and --resume goes on")
+
+    def keeper(self, *, read_only: bool, durability: Durability = "segment") -> ObjectStore[Any]:
+        """Return the Zarr store; an object that was put is durable, whatever is asked for."""
+        return _Guarded(self, read_only=read_only)
+
+    def check(self) -> None:
+        """Accept any prefix: what lies there is looked at by whoever reads it."""
+
+    def make(self) -> None:
+        """Refuse an object store that cannot tell two writers apart."""
+        self._prove()
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing is there."""
+        with told(self.address):
+            return not any(page for page in obstore.list(self.objects, chunk_size=1))
+
+    def _prove(self) -> None:
+        """Try whether conditions are honoured: some servers accept them and do not look."""
+        if self._proven:
+            return
+        key = f"probe/{uuid.uuid4().hex}"
+        with told(self.address):
+            first = obstore.put(self._locks, key, b"1", mode="create")
+            try:
+                created_twice = _create(self._locks, key, b"2")
+                second = _replace(self._locks, key, b"2", _condition(first))
+                replaced_twice = _replace(self._locks, key, b"3", _condition(first))
+            finally:
+                _delete(self._locks, key)
+        if created_twice or second is None or replaced_twice:
+            raise ConfigurationError(
+                f"{self.address} does not honour conditional puts, so two writers could not be told apart; "
+                "record into a folder, and copy it there when it is done"
+            )
+        self._proven = True
+
+    def _take(self, key: str, what: str, patience: float) -> Lease:
+        deadline = time.monotonic() + patience
+        while True:
+            with told(self.address):
+                found = _get(self._locks, key)
+                holder = None if found is None else holder_of(found[0])
+                if holder is None or died(holder):
+                    lease, document = taken(key, None if found is None else found[0])
+                    if found is None:
+                        done = _create(self._locks, key, document)
+                    else:
+                        done = _replace(self._locks, key, document, found[1])
+                    if done:
+                        return lease
+                    continue  # somebody came between: look again
+            if time.monotonic() >= deadline:
+                raise BusyError(
+                    f"{what} is being written by {_named(holder)}; wait for it or stop it, "
+                    f"or, if it has died, `trajstore unlock {self.address}`"
+                )
+            time.sleep(0.2)
+
+    def _release(self, lease: Lease) -> None:
+        with told(self.address):
+            found = _get(self._locks, lease.name)
+            holder = None if found is None else holder_of(found[0])
+            if found is not None and holder is not None and holder["token"] == lease.token:
+                _replace(self._locks, lease.name, free(found[0], clean=True), found[1])
+
+
+class _Guarded(ObjectStore[Any]):
+    """Zarr's view of a bucket: every put is conditional."""
+
+    def __init__(self, bucket: Bucket, *, read_only: bool) -> None:
+        super().__init__(bucket.objects, read_only=read_only)
+        self._bucket = bucket
+        self._seen: dict[str, UpdateVersion] = {}
+        """Key → the version that this process put there."""
+        self._guards: dict[str, str] = {}
+        """Prefix → the lock under which to write below it."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Guarded) and (self._bucket, self.read_only) == (other._bucket, other.read_only)
+
+    def with_read_only(self, read_only: bool = False) -> _Guarded:
+        """Return the same store, read-only or not."""
+        return _Guarded(self._bucket, read_only=read_only)
+
+    def flush(self) -> None:
+        """Do nothing: what was put is durable."""
+
+    def guard(self, lock: str, prefixes: list[str]) -> int:
+        """Let writes below these keys through only while a lock is held; return its fence."""
+        self._guards |= dict.fromkeys(prefixes, lock)
+        return self._bucket.fence(lock)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Return what is there; say so where the object store does not answer."""
+        with told(self._bucket.address):
+            return await super().get(key, prototype, byte_range)
+
+    def remove(self, prefix: str) -> None:
+        """Take out all keys below a prefix, the document at its top last."""
+        self._bucket.remove(prefix)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Put an object, unless somebody else has replaced it."""
+        await asyncio.to_thread(self.set_sync, key, value)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Put an object, unless somebody else has replaced it."""
+        self._check_writable()
+        content: Any = value.as_buffer_like()
+        lock = next((self._guards[str(p)] for p in PurePosixPath(key).parents if str(p) in self._guards), DECLARING)
+        objects, version = self._bucket.objects, self._seen.get(key)
+        with told(self._bucket.address):
+            for _ in range(_TRIES):
+                put = _create(objects, key, content) if version is None else _replace(objects, key, content, version)
+                if put:
+                    self._seen[key] = put
+                    return
+                # First what is there, then whose it is to replace: whoever takes the lock over in between replaces
+                # what is there, and the condition fails.
+                version = _version(objects, key)
+                self._bucket.check_held(lock, key)
+        raise UnreachableError(f"{self._bucket.address}: {key} is replaced by somebody else again and again")
+
+
+def _open(url: str) -> Any:  # noqa: ANN401
+    if url.startswith("memory://"):
+        return MemoryStore()
+    try:
+        return from_url(url)
+    except (BaseError, ValueError) as error:
+        raise ConfigurationError(f"{url}: {_first_line(error)}") from None
+
+
+def _get(objects: Any, key: str) -> tuple[bytes, UpdateVersion] | None:  # noqa: ANN401
+    try:
+        found = obstore.get(objects, key)
+    except FileNotFoundError:
+        return None
+    return bytes(found.bytes()), _condition(found.meta)
+
+
+def _version(objects: Any, key: str) -> UpdateVersion | None:  # noqa: ANN401
+    try:
+        return _condition(obstore.head(objects, key))
+    except FileNotFoundError:
+        return None
+
+
+def _create(objects: Any, key: str, content: Any) -> UpdateVersion | None:  # noqa: ANN401
+    """Put an object where there is none; return None where there is one."""
+    try:
+        return _condition(obstore.put(objects, key, content, mode="create"))
+    except AlreadyExistsError:
+        return None
+
+
+def _replace(objects: Any, key: str, content: Any, version: UpdateVersion) -> UpdateVersion | None:  # noqa: ANN401
+    """Put an object in the place of a version; return None where that is not there any more."""
+    try:
+        return _condition(obstore.put(objects, key, content, mode=version))
+    except (PreconditionError, FileNotFoundError):
+        return None
+
+
+def _delete(objects: Any, key: str) -> None:  # noqa: ANN401
+    with suppress(FileNotFoundError):
+        obstore.delete(objects, key)
+
+
+def _condition(meta: Any) -> UpdateVersion:  # noqa: ANN401
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name) is not None}  # type: ignore[return-value]
+
+
+def _named(holder: dict[str, Any]) -> str:
+    return f"process {holder['process']} on {holder['host']} since {holder['since']}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].strip() if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def told(address: str) -> Iterator[None]:
+    """Say in one line what an object store does not do."""
+    try:
+        yield
+    except (BaseError, FileNotFoundError, PermissionError) as error:
+        raise UnreachableError(f"{address}: {_first_line(error)}") from None

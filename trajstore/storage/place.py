@@ -1,0 +1,143 @@
+"""Where a store lies: a folder, or a prefix of an object store. Everything that is no array goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+from urllib.parse import quote, unquote, urlsplit
+
+import zarr
+from zarr.abc.store import Store as ZarrStore
+from zarr.core.buffer import Buffer
+
+from trajstore.errors import ConfigurationError, choices
+
+__all__ = ["DECLARING", "Durability", "Keeper", "Place", "keeper_of", "place_of", "slab_lock"]
+
+Durability = Literal["segment", "none"]
+"""Whether what is committed is made to survive a power cut first."""
+DECLARING = "declare.lock"
+"""The lock of whoever changes shapes or attributes."""
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """What a Zarr store can do here beyond Zarr's own."""
+
+    def flush(self) -> None:
+        """Make durable whatever was set before."""
+
+    def guard(self, lock: str, prefixes: list[str]) -> int:
+        """Let writes below these keys through only while a lock is held.
+
+        Returns its fence: a number that is larger for every holder that took the lock over from one that may still
+        run. What is written last, to make the rest count, has to carry it.
+        """
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Set a key at once."""
+
+    def remove(self, prefix: str) -> None:
+        """Take out all keys below a prefix: at once where that is possible, its document last where it is not."""
+
+
+class Place(Protocol):
+    """Where a store lies. Keys are paths below it, with slashes."""
+
+    address: str
+    """How another process finds it."""
+    beside: Path | None
+    """The folder for what may be lost, if it lies in a file system."""
+    only_here: bool
+    """No other process sees it."""
+
+    def read(self, key: str) -> bytes | None:
+        """Return what is there, None where there is nothing."""
+
+    def exists(self, key: str) -> bool:
+        """Tell whether there is something."""
+
+    def files(self, prefix: str) -> list[tuple[str, int]]:
+        """Return the keys below a prefix, in order, and their sizes."""
+
+    def folders(self) -> list[str]:
+        """Return the first parts of all keys that have several, in order."""
+
+    def delete(self, key: str) -> None:
+        """Take out what is there, if anything is."""
+
+    def remove(self, prefix: str) -> None:
+        """Take out all keys below a prefix: at once where that is possible, its document last where it is not."""
+
+    def lock(self, name: str, what: str, patience: float = 0.0) -> AbstractContextManager[None]:
+        """Hold a lock, waiting up to `patience` seconds; a BusyError names the holder."""
+
+    def held(self, names: Sequence[str]) -> list[object]:
+        """Return what another process needs to write under locks that this one holds."""
+
+    def lend(self, held: Sequence[object]) -> None:
+        """Write under locks that another process holds."""
+
+    def unlock(self) -> list[str]:
+        """Take locks away from holders that died without a word; return who held them."""
+
+    def keeper(self, *, read_only: bool, durability: Durability = "segment") -> ZarrStore:
+        """Return the Zarr store, which is a Keeper."""
+
+    def check(self) -> None:
+        """Refuse a place that something else than a store occupies."""
+
+    def make(self) -> None:
+        """Get ready for writing; refuse where nothing can be written."""
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing is there, or nothing but what a process that died had begun to write."""
+
+
+def place_of(address: str | Path | Place) -> Place:
+    """Return the place at a path or URL."""
+    if not isinstance(address, str | Path):
+        return address
+    scheme, colon, rest = str(address).partition("://")
+    if isinstance(address, Path) or not colon:
+        return _folder(Path(address))
+    if scheme == "file":
+        path = urlsplit(address)
+        if path.netloc not in ("", "localhost"):
+            raise ConfigurationError(f"{address}: write file:///path/on/this/machine")
+        return _folder(Path(unquote(path.path)))
+    if scheme not in ("s3", "gs", "memory"):
+        known = choices(scheme, ("s3", "gs", "memory", "file"))
+        raise ConfigurationError(f"{address}: stores lie in folders or at s3://, gs://, memory:// or file://; {known}")
+    if not rest.strip("/") or (scheme != "memory" and "/" not in rest.strip("/")):
+        raise ConfigurationError(f"{address}: name the store in the bucket, as in {scheme}://bucket/runs.zarr")
+    return _bucket(address.rstrip("/"))
+
+
+def _folder(path: Path) -> Place:
+    from trajstore.storage.folder import Folder
+
+    return Folder(path)
+
+
+@cache
+def _bucket(url: str) -> Place:
+    """Return one and the same for a URL: what is in memory is nowhere else, and locks are held by the process."""
+    from trajstore.storage.bucket import Bucket
+
+    return Bucket(url)
+
+
+def keeper_of(group: zarr.Group) -> Keeper:
+    """Return the store of a group that can be written."""
+    store = group.store
+    assert isinstance(store, Keeper)
+    return store
+
+
+def slab_lock(experiment: str, order: str, seed: int) -> str:
+    """Return the name of a slab's lock."""
+    return f"{experiment}/{quote(order, safe='')}.{seed}.lock"
