@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
-# Some thousand kills, failing disks, power cuts and flipped bytes: about forty minutes.
+# Kills, failing disks, power cuts, writers that lost their lock, and every byte flipped: some hours.
 torture: $(VENV)/.installed-test
 	$(BIN)/python -m tests.torture
 

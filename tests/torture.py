@@ -419,6 +419,7 @@ def same_document(whole: bytes, broken: bytes) -> bool:
 
 def main() -> int:
     """Run everything, print what came out, and return 1 if anything is wrong."""
+    from tests.storage.test_bucket import duels
     from tests.test_faults import cuts, errors
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -426,14 +427,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--errors", type=int, default=2_000, help="at most so many; all are about 1,400")
     parser.add_argument("--cuts", type=int, default=400, help="at most so many; all are about 1,000")
+    parser.add_argument("--duels", type=int, default=1_000, help="at most so many; all are about 2,600")
     parser.add_argument("--bytes", type=int, default=1_000_000, help="at most so many; all are about 27,000")
-    parser.add_argument("--only", choices=["kill", "errors", "cuts", "flip"])
+    parser.add_argument("--only", choices=["kill", "errors", "cuts", "duels", "flip"])
     given, problems = parser.parse_args(), 0
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     parts: dict[str, Callable[[], Report]] = {
         "kill": lambda: kill(VARIANTS, given.kills, given.seed, folder / "kill"),
         "errors": lambda: errors(given.errors, given.seed, folder / "errors"),
         "cuts": lambda: cuts(given.cuts, given.seed, folder / "cuts"),
+        "duels": lambda: duels(given.duels, given.seed),
         "flip": lambda: flip(given.bytes, given.seed, folder / "flip"),
     }
     print(f"seed {given.seed}, in {folder}", flush=True)  # noqa: T201

@@ -1,0 +1,279 @@
+"""Object stores: one writer at a time; whoever lost its lock, however late it wakes up, changes nothing that counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import obstore
+import pytest
+import zarr
+
+import trajstore.storage.bucket as module
+from tests.torture import Report
+from trajstore.errors import BusyError, ConfigurationError, TrajstoreError
+from trajstore.storage.bucket import Bucket
+from trajstore.storage.declaring import declare
+from trajstore.storage.late import LateSeries
+from trajstore.storage.layout import Entry, Layout
+from trajstore.storage.pipeline import Pipeline
+from trajstore.storage.place import DECLARING, Place, place_of, slab_lock
+from trajstore.storage.schema import Schema
+from trajstore.storage.writer import Ledger, SlabWriter
+from trajstore.store import Store, open_root
+from trajstore.verifying import verify
+
+LAYOUT = Layout.of([Entry("w", "parameter", (3,), "float32")], {})
+SCHEMA = Schema(
+    orders=("forward",), seeds=(0,), init_seeds=(0,), data_seeds=(0,), steps=11, snapshots=tuple(range(12)),
+    layout=LAYOUT, metrics={"a": None}, components=2, parameters=3, batch_size=0, codec="pcodec",
+    snapshots_per_segment=8, late=("b",),
+)  # fmt: skip
+SLAB = slab_lock("e", "forward", 0)
+
+
+@pytest.fixture
+def bucket(tmp_path) -> Bucket:
+    made = place_of(f"memory://{tmp_path.name}/s.zarr")
+    assert isinstance(made, Bucket)
+    return made
+
+
+def another(bucket: Bucket) -> Bucket:
+    """The same place, as another process sees it."""
+    other = Bucket(bucket.address)
+    other.objects, other._locks = bucket.objects, bucket._locks
+    return other
+
+
+def declared(place: Place) -> None:
+    with place.lock(DECLARING, "it"):
+        declare(open_root(place), "e", SCHEMA, {"name": "e", "problem": {}}, [])
+
+
+def content(who: float, step: int):
+    return {"a": step + who}, np.array([step, who]), (np.float32([step, who, 0]), np.zeros(0, dtype=np.int64))
+
+
+def record(place: Place, who: float) -> list[int]:
+    """Record what is not recorded yet; return these steps."""
+    with place.lock(SLAB, "it"):
+        group = zarr.open_group(place.keeper(read_only=False), path="e", mode="r+", zarr_format=3)
+        ledger, pipeline = Ledger(group, SCHEMA, 0, 0), Pipeline(threads=1)
+        writer, steps = SlabWriter(ledger, pipeline), list(range(ledger.last_step + 1, SCHEMA.steps + 1))
+        try:
+            for n in steps:
+                writer.append(n, 0, *content(who, n), resume=lambda n=n: bytes([1, n, int(10 * who)]))
+                if n % 3 == 2:
+                    writer.commit()
+                    pipeline.drain()
+                    late = LateSeries(group, SCHEMA, (0, 0), "b")
+                    known = late.read()[0]
+                    late.put(new := np.array([k for k in (n - 1, n) if not known[k]], dtype=np.int64), new + who)
+        finally:
+            pipeline.close()
+    return steps
+
+
+@contextmanager
+def before_each_put(told: Callable[[], None]) -> Iterator[None]:
+    """Call a function before every object that this thread's recording puts."""
+    originals = module._create, module._replace
+
+    def hooked(original):
+        def put(*args):
+            told()
+            return original(*args)
+
+        return put
+
+    module._create, module._replace = map(hooked, originals)
+    try:
+        yield
+    finally:
+        module._create, module._replace = originals
+
+
+def duel(first: int, second: int) -> list[str]:
+    """Let one writer stop before its put number `first`, and another take over, which stops in turn; both go on.
+
+    Return what is wrong in the end: nothing that the second committed may be touched.
+    """
+    bucket = Bucket("memory://duel/s.zarr")
+    declared(bucket)
+    stopped, over = threading.Event(), threading.Event()
+    counts, told = {"first": 0, "second": 0}, threading.local()
+    begun: list[threading.Thread] = []
+    outcome: dict[str, object] = {}
+
+    def takes_over() -> None:
+        told.me = "second"
+        rival = another(bucket)
+        rival._proven = True
+        rival.unlock()
+        try:
+            outcome["steps"] = record(rival, 0.5)
+        except BaseException as error:
+            outcome["error"] = error
+        finally:
+            stopped.set()
+
+    def before() -> None:
+        # Puts are made by threads of zarr's; there are only two writers, and they take turns.
+        who = "second" if (begun and not stopped.is_set()) or over.is_set() else "first"
+        counts[who] += 1
+        if who == "first" and counts[who] == first and not begun:
+            begun.append(threading.Thread(target=takes_over, daemon=True))
+            begun[0].start()
+            stopped.wait(20)
+        elif who == "second" and counts[who] == second:
+            stopped.set()
+            over.wait(20)
+
+    bucket._proven = True
+    with before_each_put(before):
+        try:
+            record(bucket, 0.0)
+        except BusyError:
+            outcome["busy"] = True
+        except TrajstoreError as error:
+            outcome["first"] = error
+        # Were the second to die now, this is what would be left.
+        problems = [f"after the first: {finding}" for finding in verify(Store(bucket)) if not finding.harmless]
+        over.set()
+        for thread in begun:
+            thread.join(20)
+    problems += [f"{name}: {outcome[name]!r}" for name in ("error", "first") if name in outcome]
+    problems += [str(finding) for finding in verify(Store(bucket))]
+    if begun and "steps" not in outcome and "error" not in outcome:
+        problems.append("the second hangs")
+    group = Store(bucket)["e"].group
+    commits = Store(bucket)["e"].commits()
+    if begun and not problems:
+        if not commits.complete.all():
+            problems.append("something is missing")
+        problems += [
+            f"step {n} is not what its second writer committed: {group['a'][0, 0, n]}"
+            for n in outcome["steps"]
+            if group["a"][0, 0, n] != n + 0.5 or group["params"][0, 0, 1, n] != np.float32(0.5)
+        ]
+        known, values = LateSeries(group, SCHEMA, (0, 0), "b").read()
+        problems += [f"late value of step {n}" for n in np.flatnonzero(known) if values[n] - n not in (0.0, 0.5)]
+    return problems
+
+
+def duels(most: int, seed: int) -> Report:
+    """Stop two writers at every moment, and let both go on."""
+    pairs = [(first, second) for first in range(1, 48) for second in (*range(1, 2 * first + 6), 1_000)]
+    report = Report("writers that lost their lock", Counter(duels=0))
+    for first, second in random.Random(seed).sample(pairs, min(most, len(pairs))):
+        report.add(f"stopped before put {first}, the other before put {second}", duel(first, second), duels=1)
+    return report
+
+
+def test_a_writer_that_lost_its_lock_changes_nothing_that_counts():
+    """A sample; `make torture` takes every pair of moments."""
+    report = duels(60, 0)
+    assert not report.problems, "\n".join(report.problems)
+
+
+def test_the_second_writer_is_told_who_holds_the_lock(bucket):
+    other = another(bucket)
+    with bucket.lock(SLAB, "slab x"):
+        with pytest.raises(BusyError) as caught, other.lock(SLAB, "slab x"):
+            pass
+        assert f"slab x is being written by process {os.getpid()} on" in str(caught.value)
+        assert f"trajstore unlock {bucket.address}" in str(caught.value)
+    with other.lock(SLAB, "slab x"):
+        pass
+
+
+def test_a_lock_of_a_process_that_died_here_is_taken_over_with_a_fence(bucket):
+    declared(bucket)
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    with bucket.lock(SLAB, "it"):
+        key = f"locks/{SLAB}"
+        held = json.loads(bytes(obstore.get(bucket._locks, key).bytes()))
+        assert bucket.fence(SLAB) == 0
+    died = {**held, "holder": {**held["holder"], "process": int(gone.stdout)}}
+    obstore.put(bucket._locks, key, json.dumps(died).encode())
+    with bucket.lock(SLAB, "it"):
+        assert bucket.fence(SLAB) == held["generation"] + 1
+    with bucket.lock(SLAB, "it"):  # released as it should be: nobody needs to be kept out any more
+        assert bucket.fence(SLAB) == held["generation"] + 1
+    record(bucket, 0.0)
+    fences = Store(bucket)["e"].group["committed"][0, 0, :, -1]
+    assert fences.tolist() == [held["generation"] + 1] * SCHEMA.segments
+    assert list(verify(Store(bucket))) == []
+
+
+def test_a_lock_held_elsewhere_is_freed_by_a_person_only(bucket):
+    with bucket.lock(SLAB, "it"):
+        key = f"locks/{SLAB}"
+        held = json.loads(bytes(obstore.get(bucket._locks, key).bytes()))
+    far = {**held, "holder": {**held["holder"], "host": "elsewhere", "process": 1}}
+    obstore.put(bucket._locks, key, json.dumps(far).encode())
+    with pytest.raises(BusyError, match="process 1 on elsewhere"), bucket.lock(SLAB, "it"):
+        pass
+    assert [one.split(" since")[0] for one in bucket.unlock()] == [f"{SLAB}: process 1 on elsewhere"]
+    assert bucket.unlock() == []
+    with bucket.lock(SLAB, "it"):
+        assert bucket.fence(SLAB) > 0
+
+
+def test_a_writer_waits_as_long_as_it_was_told(bucket):
+    other = another(bucket)
+
+    def hold() -> None:
+        with other.lock(DECLARING, "it"):
+            time.sleep(0.5)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    time.sleep(0.1)
+    with bucket.lock(DECLARING, "it", patience=30):
+        pass
+    holding.join()
+
+
+def test_a_server_that_does_not_look_at_conditions_is_refused(bucket, monkeypatch):
+    put = obstore.put
+    monkeypatch.setattr(obstore, "put", lambda objects, key, content, mode=None: put(objects, key, content))
+    with pytest.raises(ConfigurationError, match="does not honour conditional puts"), bucket.lock(SLAB, "it"):
+        pass
+    assert not any(page for page in obstore.list(bucket._locks))
+
+
+def test_nothing_is_replaced_without_a_lock(bucket):
+    declared(bucket)
+    group = zarr.open_group(bucket.keeper(read_only=False), path="e", mode="r+", zarr_format=3)
+    with pytest.raises(BusyError, match="may be written only under the lock"):
+        group.attrs["other"] = 1
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s4://bucket/runs.zarr", "s3://, gs://, memory:// or file://"),
+        ("s3://bucket", "name the store in the bucket, as in s3://bucket/runs.zarr"),
+        ("s3://bucket/", "name the store in the bucket"),
+        ("memory://", "name the store"),
+        ("file://elsewhere/runs.zarr", "write file:///path/on/this/machine"),
+    ],
+)
+def test_urls_that_name_no_store(url, message):
+    with pytest.raises(ConfigurationError, match=message):
+        place_of(url)
+
+
+def test_a_file_url_is_a_folder(tmp_path):
+    assert str(place_of(f"file://{tmp_path}/a%20b.zarr")) == f"{tmp_path}/a b.zarr"
