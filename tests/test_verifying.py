@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.test_resume import contents
+from trajstore.errors import FormatError
 from trajstore.storage.segment import array_of
 from trajstore.verifying import verify
 
@@ -59,8 +61,6 @@ def test_a_flipped_byte_anywhere_is_found(store):
 
 def harmless(whole: bytes, broken: bytes) -> bool:
     """Whitespace between the words of a document."""
-    import json
-
     try:
         return json.loads(whole) == json.loads(broken)
     except ValueError:
@@ -147,4 +147,18 @@ def test_damage_where_nothing_was_committed_yet_is_repaired(store):
     assert found(store) == [message]
     assert found(store, repair=True) == [f"{message}; taken out"]
     resume(store)
+    assert found(store) == []
+
+
+@pytest.mark.parametrize("array", ["measured", "counters", "sketch", "leg", "params", "committed", "train_loss"])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_document_that_tells_of_a_shorter_array_is_found(store, array, axis):
+    document = store / "net" / array / "zarr.json"
+    told = json.loads(document.read_text())
+    told["shape"][axis] = 0
+    document.write_text(json.dumps(told))
+    assert f"a document is damaged or missing (net/{array}/zarr.json)" in " ".join(found(store))
+    with pytest.raises(FormatError, match=r"shorter array|out of bounds"):
+        ts.open(store)["net"].dataset()
+    found(store, repair=True)
     assert found(store) == []

@@ -59,7 +59,7 @@ def dataset(experiment: StoredExperiment) -> xr.Dataset:
 
 def _lazy(experiment: StoredExperiment, spec: ArraySpec) -> Any:  # noqa: ANN401  dask has no types
     """Return an array in tasks of whole chunks, several where they are small: one task a chunk would drown in tasks."""
-    array, schema = array_of(experiment.group, spec.name), experiment.schema
+    array, schema = experiment.array(spec), experiment.schema
     chunks = dict(zip(spec.dims, spec.chunks, strict=True))
     if spec.kind == "params":
         task = _TASK_BYTES // (schema.snapshots_per_segment * array.dtype.itemsize)

@@ -134,7 +134,7 @@ def reading(where: str) -> Iterator[None]:
         yield
     except TrajstoreError:
         raise
-    except (ValueError, KeyError, AssertionError) as error:
+    except (ValueError, LookupError, AssertionError) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise FormatError(f"{where}: what is stored is damaged ({told}); `trajstore verify` tells more") from None
 

@@ -291,6 +291,7 @@ class Recorder:
         self._since = 0
         self._marks: tuple[int, ...] = ()
         device = self._watched.parameters[0].device
+        self._here, self._scratch = torch.empty(2, self._watched.size, dtype=torch.float64, device=device).unbind()
         self._held.enter_context(
             noted(StoredExperiment(self._store, self._group), [(self._order, self._seed)], provenance(device))
         )
@@ -375,13 +376,14 @@ class Recorder:
 
     def _observe(self, step: _Step) -> None:
         """Measure and append a step, in the observing thread."""
-        here = step.weights.double()
-        difference = here - self._start
-        lengths = [here.norm(), difference.norm(), *([] if self._before is None else [(here - self._before).norm()])]
-        self._before = here
+        # In memory that is used again: fresh memory for each of these would take as long as all else together.
+        here, before, scratch = self._here.copy_(step.weights), self._before, self._scratch
+        moved = [] if before is None else [torch.sub(here, before, out=scratch).norm()]
+        lengths = [here.norm(), torch.sub(here, self._start, out=scratch).norm(), *moved]
+        sketch = self._sketch(scratch.numpy(force=True))
+        self._before, self._here = here, torch.empty_like(here) if before is None else before
         names = ("param_norm", "start_distance", "step_distance")
         metrics = {**step.metrics, **dict(zip(names, torch.stack(lengths).tolist(), strict=False))}
-        sketch = self._sketch(difference.numpy(force=True))
         state = None if step.state is None else (step.state[0].numpy(force=True), step.state[1].numpy(force=True))
         resume = step.resume
         self._writer.append(step.number, 0, metrics, sketch, state, None if resume is None else lambda: resume)

@@ -24,7 +24,8 @@ from trajstore.errors import ConflictError, FormatError, NotFoundError, Trajstor
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DECLARING, Durability, Place, place_of, slab_lock
 from trajstore.storage.reader import Commits
-from trajstore.storage.schema import FORMAT, Schema, check_format
+from trajstore.storage.schema import FORMAT, ArraySpec, Schema, check_format
+from trajstore.storage.segment import array_of
 
 if TYPE_CHECKING:
     import duckdb
@@ -245,10 +246,20 @@ class StoredExperiment:
             found[name] = known, values
         return found
 
-    def _values(self, name: str) -> np.ndarray[Any, Any]:
+    def array(self, spec: ArraySpec) -> zarr.Array[Any]:
+        """Return an array, which is as long as was declared, or longer where the experiment is just growing."""
         with _damage_told(f"experiment {self.name!r} in {self.store}"):
-            array = self.group[name]
-            assert isinstance(array, zarr.Array)
+            array, lengths = array_of(self.group, spec.name), self.schema.lengths()
+            if len(array.shape) != len(spec.dims) or any(
+                n < lengths[dim] for n, dim in zip(array.shape, spec.dims, strict=True)
+            ):
+                raise ValueError(f"the document of {spec.name!r} tells of a shorter array")
+            return array
+
+    def _values(self, name: str) -> np.ndarray[Any, Any]:
+        spec = next(spec for spec in self.schema.arrays() if spec.name == name)
+        array = self.array(spec)
+        with _damage_told(f"experiment {self.name!r} in {self.store}"):
             return np.asarray(array[tuple(slice(0, n) for n in self._shape)])
 
     @property
@@ -283,9 +294,8 @@ class StoredExperiment:
             raise NotFoundError(f"{at}: step {step} was not computed; the nearest that was is step {near}")
         if not commits.snapshots[i, k, s]:
             raise NotFoundError(f"{at}: step {step} is not recorded yet; go on with --resume")
-        params, counters = self.group["params"], self.group["counters"]
-        assert isinstance(params, zarr.Array)
-        assert isinstance(counters, zarr.Array)
+        arrays = {spec.name: spec for spec in schema.arrays()}
+        params, counters = self.array(arrays["params"]), self.array(arrays["counters"])
         return schema.layout.unflatten(
             np.asarray(params[i, k, :, s]), np.asarray(counters[i, k, :, s]).astype(np.int64)
         )
@@ -317,7 +327,15 @@ def _damage_told(where: str) -> Iterator[None]:
         yield
     except TrajstoreError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError, FileNotFoundError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+        FileNotFoundError,
+    ) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise FormatError(f"{where} is damaged ({told}); move its folder away, or restore it") from None
 

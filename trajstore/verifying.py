@@ -35,7 +35,7 @@ __all__ = ["Finding", "verify"]
 
 _DOCUMENT = "zarr.json"
 _GONE = "recording it again with --resume writes it anew"
-_DECODING = (ValueError, RuntimeError, KeyError, TypeError, OSError, ArithmeticError)
+_DECODING = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError)
 """What zarr and its codecs raise on bytes that are not what was written."""
 
 

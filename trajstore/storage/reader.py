@@ -90,6 +90,9 @@ def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[A
     if not isinstance(array, zarr.Array):
         raise FormatError(f"experiment {group.basename!r}: array {name!r} is missing; the store is damaged")
     try:
-        return np.asarray(array[where])
+        found = np.asarray(array[where])
+        if found.shape[: len(where)] != tuple(part.stop - part.start for part in where):
+            raise ValueError("its document tells of a shorter array")
+        return found
     except (ValueError, RuntimeError) as error:
         raise FormatError(f"experiment {group.basename!r}: a chunk of {name!r} is damaged ({error})") from None

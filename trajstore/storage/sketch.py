@@ -14,7 +14,7 @@ __all__ = ["Sketch"]
 
 
 class Sketch:
-    """A projection to `components` numbers, which must be a power of two, or the identity."""
+    """A projection to `components` numbers, which must be a power of two, or the identity. Not for several threads."""
 
     def __init__(self, parameters: int, components: int, seed: int) -> None:
         self.components = min(components, parameters)
@@ -23,10 +23,12 @@ class Sketch:
         bits = np.random.Philox(key=seed).random_raw(0 if self._identity else parameters)
         self._bucket = (bits & np.uint64(components - 1)).astype(np.intp)
         self._sign = np.where(bits >> np.uint64(63), -1.0, 1.0)
+        self._signed = np.empty_like(self._sign)  # fresh memory would cost more than what is done in it
 
     def __call__(self, difference: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sketch of a difference of parameters, in float64."""
         if self._identity:
             return difference
-        sums = np.bincount(self._bucket, weights=self._sign * difference, minlength=self.components)
+        np.multiply(self._sign, difference, out=self._signed)
+        sums = np.bincount(self._bucket, weights=self._signed, minlength=self.components)
         return np.asarray(sums, dtype=np.float64)

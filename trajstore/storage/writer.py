@@ -114,7 +114,7 @@ class Ledger:
                     state = (params[:, places[step]], counters[:, places[step]]) if step in places else None
                     rows.append((step, int(series["leg"][at]), metrics, series["sketch"][at], state))
                 yield rows
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, IndexError) as error:  # the last where a document tells of a shorter array
             raise FormatError(f"{self.steps_named(number)} are damaged ({error}); {_REPAIR}") from None
 
     def adopt(self, written: Written, resume: bytes | None = None) -> None:
