@@ -58,8 +58,9 @@ from trajstore.problems.regression import Regression
 from trajstore.state import State
 from trajstore.storage.codecs import CODECS, Codec, chunk_codecs, write_block
 from trajstore.storage.declaring import declare
-from trajstore.storage.local import Durability, DurableStore
+from trajstore.storage.local import DurableStore
 from trajstore.storage.pipeline import Pipeline
+from trajstore.storage.place import Durability
 from trajstore.storage.schema import Schema
 from trajstore.storage.segment import Segment, Spare, _transposed, array_of
 from trajstore.storage.writer import Ledger, SlabWriter

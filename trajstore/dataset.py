@@ -10,13 +10,14 @@ import xarray as xr
 
 from trajstore.storage.schema import ArraySpec, late_records
 from trajstore.storage.segment import array_of
+from trajstore.storage.states import States
 
 if TYPE_CHECKING:
     from trajstore.store import StoredExperiment
 
 __all__ = ["dataset"]
 
-_TASK_BYTES = 64 * 2**20
+_TASK_BYTES = 16 * 2**20
 
 
 def dataset(experiment: StoredExperiment) -> xr.Dataset:
@@ -65,8 +66,9 @@ def _lazy(experiment: StoredExperiment, spec: ArraySpec) -> Any:  # noqa: ANN401
         task = _TASK_BYTES // (schema.snapshots_per_segment * array.dtype.itemsize)
         chunks["param"] = max(chunks["param"], task // chunks["param"] * chunks["param"])
     lengths = schema.lengths()
+    source: Any = States.of(experiment.store.place, array, schema.codec) if spec.kind == "params" else array
     # A name of its own: the array's contents change while it is recorded.
-    whole: Any = da.from_array(array, chunks=tuple(chunks[d] for d in spec.dims), name=False, inline_array=True)  # type: ignore[no-untyped-call]
+    whole: Any = da.from_array(source, chunks=tuple(chunks[d] for d in spec.dims), name=False, inline_array=True)  # type: ignore[no-untyped-call]
     return whole[tuple(slice(0, lengths[dim]) for dim in spec.dims)]
 
 

@@ -26,6 +26,7 @@ from trajstore.storage.place import DECLARING, Durability, Place, place_of, slab
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema, check_format
 from trajstore.storage.segment import array_of
+from trajstore.storage.states import States
 
 if TYPE_CHECKING:
     import duckdb
@@ -296,9 +297,9 @@ class StoredExperiment:
             raise NotFoundError(f"{at}: step {step} is not recorded yet; go on with --resume")
         arrays = {spec.name: spec for spec in schema.arrays()}
         params, counters = self.array(arrays["params"]), self.array(arrays["counters"])
-        return schema.layout.unflatten(
-            np.asarray(params[i, k, :, s]), np.asarray(counters[i, k, :, s]).astype(np.int64)
-        )
+        with _damage_told(at):
+            states = States.of(self.store.place, params, schema.codec)
+            return schema.layout.unflatten(states[i, k, :, s], np.asarray(counters[i, k, :, s]).astype(np.int64))
 
     def state_dict(self, *, order: str, seed: int, step: int) -> dict[str, torch.Tensor]:
         """Return one stored state for `module.load_state_dict`, strict."""

@@ -1,0 +1,107 @@
+"""Reading states: chunks decoded where they are needed, in memory that is used again.
+
+Zarr would decode each chunk into fresh memory and copy from there into more of it, which takes as long as decoding.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs import Zstd  # type: ignore[import-untyped]
+from numcodecs.pcodec import PCodec  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from trajstore.storage.codecs import Codec
+from trajstore.storage.place import Place, place_of
+
+__all__ = ["States"]
+
+_CHECK = 4
+"""Bytes of the checksum at the end of a chunk, little-endian."""
+_own = threading.local()
+
+
+@cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Return threads that stay, with their buffers; a fork has none of them."""
+    return ThreadPoolExecutor(os.cpu_count(), "reading")
+
+
+@dataclass(frozen=True)
+class States:
+    """The array `params` of an experiment, to be indexed by slices and positions, one a dimension."""
+
+    address: str
+    path: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype[Any]
+    codec: Codec
+
+    @classmethod
+    def of(cls, place: Place, array: zarr.Array[Any], codec: Codec) -> States:
+        """Read an array at its place."""
+        return cls(place.address, array.path, array.shape, array.chunks, array.dtype, codec)
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions."""
+        return len(self.shape)
+
+    def __getitem__(self, where: tuple[slice | int, ...]) -> NDArray[Any]:
+        spans = [
+            range(*part.indices(n)) if isinstance(part, slice) else range(part, part + 1)
+            for part, n in zip(where, self.shape, strict=True)
+        ]
+        shown = self._read(spans)
+        return shown[tuple(slice(None) if isinstance(part, slice) else 0 for part in where)]
+
+    def _read(self, spans: list[range]) -> NDArray[Any]:
+        out = np.empty(tuple(map(len, spans)), self.dtype)
+        if not out.size:
+            return out
+        parts = [
+            range(span[0] // length, span[-1] // length + 1) for span, length in zip(spans, self.chunks, strict=True)
+        ]
+        indices = list(product(*parts))
+        if len(indices) == 1:
+            self._copy(indices[0], spans, out)
+        else:
+            list(_threads(os.getpid()).map(lambda index: self._copy(index, spans, out), indices))
+        return out
+
+    def _copy(self, index: tuple[int, ...], spans: list[range], out: NDArray[Any]) -> None:
+        """Copy what is asked for of one chunk."""
+        chunk, inner, outer = self._chunk(index), [], []
+        for k, length, span in zip(index, self.chunks, spans, strict=True):
+            begin = max(0, -(-(k * length - span.start) // span.step))
+            stop = min(len(span), -(-((k + 1) * length - span.start) // span.step))
+            outer.append(slice(begin, stop))
+            first = span.start + begin * span.step - k * length
+            inner.append(slice(first, first + (stop - begin - 1) * span.step + 1, span.step))
+        out[tuple(outer)] = chunk[tuple(inner)]
+
+    def _chunk(self, index: tuple[int, ...]) -> NDArray[Any]:
+        """Return a chunk, in a buffer of this thread's own, valid until the next call."""
+        content = place_of(self.address).read(f"{self.path}/c/{'/'.join(map(str, index))}")
+        buffer: NDArray[Any] | None = getattr(_own, "buffer", None)
+        if buffer is None or buffer.shape != self.chunks or buffer.dtype != self.dtype:
+            buffer = _own.buffer = np.empty(self.chunks, self.dtype)
+        if content is None:
+            buffer.fill(np.nan)
+            return buffer
+        body, check = memoryview(content)[:-_CHECK], content[-_CHECK:]
+        if int.from_bytes(check, "little") != google_crc32c.value(bytes(body)):
+            raise ValueError(f"stored and computed checksum do not match: {self.path}, chunk {index}")
+        decoder = PCodec() if self.codec == "pcodec" else Zstd()
+        decoder.decode(body, out=buffer)
+        return buffer
