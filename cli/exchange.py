@@ -87,7 +87,9 @@ def _kind(output: Path, numpy: bool) -> str:
 def import_(
     store: StorePath,
     exp: ExperimentName,
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Checkpoints: .pt, .pth or .safetensors.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES...", help="Checkpoints: .pt, .pth, .ckpt or .safetensors.")
+    ],
     pattern: Annotated[
         str, typer.Option(help="What the ends of their paths mean, as in 'seed{seed}/step{step}.pt'; * is anything.")
     ],

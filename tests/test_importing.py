@@ -95,7 +95,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("ending", ["pt", "pth", "safetensors"])
+@pytest.mark.parametrize("ending", ["pt", "pth", "ckpt", "safetensors"])
 def test_every_tensor_comes_back_as_it_was(tmp_path, ending):
     steps = [300, 0, 7, 1000, 20]
     files = [write(tmp_path, seed, n, net(seed, n).state_dict(), ending=ending) for n in steps for seed in (2, 0)]
@@ -337,6 +337,8 @@ def broken(folder: Path) -> None:
     write(folder, 0, 18, {"n": torch.ones(3, dtype=torch.int64), "running_mean": torch.ones(3)})
     write(folder, 0, 19, {"a": {"b": {"c": 3, "w": torch.ones(1)}}})
     write(folder, 0, 20, [torch.ones(3)])
+    write(folder, 0, 21, {"epoch": 3, "model": {**state(0, 0), "scale": 3}})
+    write(folder, 0, 22, {**state(0, 0), "names": ["w", "b"]})
     write(folder, 0, 1, ending="safetensors")
     (folder / "seed0" / "step0030.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "seed0" / "step0031.pt").write_bytes(b"")
@@ -362,10 +364,12 @@ BAD = [
     (["16"], ["--key", "net"], "step0001.pt has no key 'net'; there is 'w', 'b'"),
     (["17"], [], "step0017.pt holds a state dict under each of 'model', 'state_dict'; choose with --key"),
     (["20"], [], "step0020.pt holds a list, and no state dict"),
+    (["21"], [], "step0021.pt: 'scale' under 'model' is a value of type int, and no tensor; save the state dict with"),
+    (["22"], [], "step0022.pt: 'names' is a value of type list, and no tensor; save the state dict without it"),
     (["30"], [], "step0030.pt cannot be read: it is no checkpoint, is cut off, or damaged"),
     (["31"], [], "step0031.pt cannot be read"),
     (["32"], [], "step0032.pt cannot be read"),
-    (["seed0/step0033.txt"], [], "step0033.txt: the ending says the format; .pt, .pth, .safetensors can be read"),
+    (["seed0/step0033.txt"], [], "the ending says the format; .pt, .pth, .ckpt, .safetensors can be read"),
     (["seed0/step0034.safetensors"], [], "step0034.safetensors cannot be read: it is no checkpoint, is cut off"),
     (["seed0/step0035.safetensors"], [], "step0035.safetensors cannot be read"),
     (["seed0/step0001.safetensors"], [], "step0001.pt and seed0/step0001.safetensors are both order 'forward', seed 0"),
@@ -404,7 +408,7 @@ def test_a_wrong_request_gets_one_clear_line_and_writes_nothing(trajstore, tmp_p
     [
         (14, None, "step0014.pt: buffer 'w' has dtype complex64; real floats and integers can be stored"),
         (18, None, "step0018.pt holds no parameters"),
-        (19, "a.b", "step0019.pt: 'c' is a int, and no tensor"),
+        (19, "a.b", "step0019.pt: 'c' under 'a.b' is a value of type int, and no tensor"),
         (19, "a.x", "step0019.pt has no key 'a.x'; there is 'b'"),
         (19, "a.b.c", "step0019.pt: there is no state dict under 'a.b.c', but a int"),
     ],

@@ -1,8 +1,8 @@
 """Checkpoints: files that hold a state dict, read without running anything that is in them.
 
-`.pt` and `.pth` files are pickles, and a pickle can call whatever it likes: torch's restricted reader makes tensors,
-numbers, text and containers, and refuses everything else. Tensors are mapped into memory where the file allows it, so
-that to look at names and shapes reads no numbers.
+`.pt`, `.pth` and `.ckpt` files are pickles, and a pickle can call whatever it likes: torch's restricted reader makes
+tensors, numbers, text and containers, and refuses everything else. Tensors are mapped into memory where the file allows
+it, so that to look at names and shapes reads no numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trajstore.errors import ConfigurationError
 
 __all__ = ["ENDINGS", "Checkpoint", "Structure", "difference", "read", "same_numbers", "shared", "structure"]
 
-ENDINGS = (".pt", ".pth", ".safetensors")
+ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors")
 _USUAL = ("model", "model_state_dict", "state_dict", "module")
 """Keys under which a training loop usually puts a model's state dict."""
 
@@ -155,6 +155,10 @@ def _state_dict(file: Path, tree: Any, key: str | None) -> Checkpoint:  # noqa: 
         return _checked(file, tree[found[0]], found[0])
     if found:
         raise ConfigurationError(f"{file} holds a state dict under each of {_listed(found)}; choose with --key")
+    if _is_almost_one(tree):  # to check it names what else is in it
+        return _checked(file, tree, None)
+    if almost := [name for name in _USUAL if _is_almost_one(tree.get(name))]:
+        return _checked(file, tree[almost[0]], almost[0])
     raise ConfigurationError(f"{file} holds {_listed(list(tree))}; say with --key under which the state dict is")
 
 
@@ -177,13 +181,24 @@ def _is_state_dict(tree: Any) -> bool:  # noqa: ANN401
     return isinstance(tree, Mapping) and bool(tree) and all(isinstance(t, Tensor) for t in tree.values())
 
 
+def _is_almost_one(tree: Any) -> bool:  # noqa: ANN401
+    """Tell whether there are tensors, and nothing else that could hold them."""
+    if not isinstance(tree, Mapping) or any(isinstance(value, Mapping) for value in tree.values()):
+        return False
+    return any(isinstance(value, Tensor) for value in tree.values())
+
+
 def _checked(file: Path, tensors: Mapping[Any, Any], key: str | None) -> Checkpoint:
     """Refuse what is in a state dict and could not be stored, whatever the other files hold."""
+    under = "" if key is None else f" under {key!r}"
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not name.isprintable():
-            raise ConfigurationError(f"{file}: {name!r} is no name of a tensor")
+            raise ConfigurationError(f"{file}: {name!r}{under} is no name of a tensor")
         if not isinstance(tensor, Tensor):
-            raise ConfigurationError(f"{file}: {name!r} is a {type(tensor).__name__}, and no tensor")
+            raise ConfigurationError(
+                f"{file}: {name!r}{under} is a value of type {type(tensor).__name__}, and no tensor; save the state "
+                "dict without it"
+            )
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise ConfigurationError(f"{file}: tensor {name!r} is sparse, quantized or empty of data; store it dense")
     return Checkpoint({name: tensor.detach() for name, tensor in tensors.items()}, key)
