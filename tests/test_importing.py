@@ -455,10 +455,13 @@ def test_tensors_are_one_only_where_they_are_in_every_file(tmp_path):
     assert same(stored.state_dict(order="forward", seed=0, step=2), apart)
     stored = import_checkpoints(tmp_path / "s", "tied", files[::2], PATTERN, **QUICK)
     assert stored.schema.layout.parameters == 3
+    before = everything(tmp_path / "s")
+    more = [write(tmp_path, 0, 4, tied), write(tmp_path, 0, 5, apart)]
     with pytest.raises(
-        ConflictError, match=r"step0004.pt: tensors 'b' and 'a' are one in experiment 'tied', and differ"
+        ConflictError, match=r"step0005.pt: tensors 'b' and 'a' are one in experiment 'tied', and differ"
     ):
-        import_checkpoints(tmp_path / "s", "tied", [write(tmp_path, 0, 4, apart)], PATTERN, **QUICK)
+        import_checkpoints(tmp_path / "s", "tied", more, PATTERN, **QUICK)
+    assert everything(tmp_path / "s") == before
     equal = {"a": one * 5, "b": one * 5}
     stored = import_checkpoints(tmp_path / "s", "tied", [write(tmp_path, 0, 4, equal)], PATTERN, **QUICK)
     assert same(stored.state_dict(order="forward", seed=0, step=4), equal)

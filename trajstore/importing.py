@@ -142,6 +142,7 @@ def prepare(
     if stored is None:
         return asked
     _schema(asked, stored)
+    _refuse_untied(asked, stored.schema.layout)
     ledgers = _ledgers(asked, stored)
     missing = {
         slab: _missing(asked, ledgers[slab], slab) if slab in ledgers else list(those)
@@ -275,6 +276,25 @@ def _refuse_other_kind(asked: Import, stored: StoredExperiment) -> None:
         raise ConflictError(f"experiment {asked.name!r}: {first} does not fit: {told}; choose another name")
 
 
+def _refuse_untied(asked: Import, layout: Layout) -> None:
+    """Refuse files in which tensors differ that are stored as one."""
+    tied = asked.layout.tied
+    if all(tied.get(name, name) == tied.get(first, first) for name, first in layout.tied.items()):
+        return
+    for slab in asked.sources.values():
+        for source in slab.values():
+            _refuse_other_than_tied(asked, source, read(source.file, asked.key).tensors, layout)
+
+
+def _refuse_other_than_tied(asked: Import, source: Source, tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    for name, first in layout.tied.items():
+        if not same_numbers(tensors[name], tensors[first]):
+            raise ConflictError(
+                f"{source.file}: tensors {name!r} and {first!r} are one in experiment {asked.name!r}, and differ here; "
+                "choose another name"
+            )
+
+
 def _structure_of(layout: Layout) -> Structure:
     own = {entry.name: (entry.shape, entry.dtype) for entry in layout.entries}
     return own | {name: own[first] for name, first in layout.tied.items()}
@@ -362,12 +382,7 @@ def _flat(asked: Import, source: Source, ledger: Ledger) -> tuple[Tensor, Snapsh
     tensors, _ = read(source.file, asked.key)
     if told := difference(structure(tensors), _structure_of(layout), f"experiment {asked.name!r}"):
         raise ConfigurationError(f"{source.file}: {told}; it was changed, or does not belong to these")
-    for name, first in layout.tied.items():
-        if not same_numbers(tensors[name], tensors[first]):
-            raise ConflictError(
-                f"{source.file}: tensors {name!r} and {first!r} are one in experiment {asked.name!r}, and differ here; "
-                "choose another name"
-            )
+    _refuse_other_than_tied(asked, source, tensors, layout)
     floats = torch.float64 if layout.dtype == np.float64 else torch.float32
     params = torch.empty(layout.size("params"), dtype=floats)
     counters = torch.empty(layout.size("counters"), dtype=torch.int64)
