@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from trajstore.cli.main import main
 
 import trajstore as ts
 from tests.test_resume import contents
-from trajstore.errors import ConfigurationError, ConflictError, NotFoundError
+from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, WriteError
 from trajstore.filenames import Pattern
 from trajstore.importing import import_checkpoints
 from trajstore.verifying import verify
@@ -211,11 +212,68 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch, round
             import_checkpoints(store, "mine", files, PATTERN, progress=interrupt, **how)
         stopped = ts.open(store)["mine"]
         assert sum(slab.recorded for slab in stopped.slabs()) == left
+        assert len(digests(stopped)) == left
         assert list(verify(stopped.store)) == []
         again = import_checkpoints(store, "mine", files, PATTERN, **how)
         assert contents(store) == contents(tmp_path / "whole.zarr")
+        assert digests(again) == digests(whole)
+        assert all(slab.complete for slab in again.slabs())
         assert again.dataset().assign_attrs(whole.dataset().attrs).identical(whole.dataset())
         assert list(verify(again.store)) == []
+
+
+def digests(stored: ts.StoredExperiment) -> dict[str, str]:
+    """What is noted of files, whichever import noted it."""
+    return {name: digest for fill in stored.attributes["fills"] for name, digest in fill["files"].items() if digest}
+
+
+def test_an_import_that_stopped_before_its_fill_ended_is_ended_by_another(tmp_path, monkeypatch):
+    """As when it is killed: every step is committed, and nothing is noted."""
+    files = [write(tmp_path, seed, n) for seed in (0, 1) for n in (1, 2)]
+    times = iter(["it began", KeyboardInterrupt()])
+
+    def now() -> str:
+        if isinstance(time := next(times), str):
+            return time
+        raise time
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trajstore.fills.now", now)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoints(tmp_path / "s.zarr", "mine", files[:2], PATTERN, **QUICK)
+    stopped = ts.open(tmp_path / "s.zarr")["mine"]
+    assert [(s.recorded, s.complete) for s in stopped.slabs()] == [(2, False)]
+    assert digests(stopped) == {}
+    before = contents(tmp_path / "s.zarr")
+    again = import_checkpoints(tmp_path / "s.zarr", "mine", files[:2], PATTERN, **QUICK)
+    assert contents(tmp_path / "s.zarr") == before
+    assert [(s.recorded, s.complete) for s in again.slabs()] == [(2, True)]
+    assert digests(again) == {
+        f"seed0/step{n:04}.pt": f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        for n, file in enumerate(files[:2], 1)
+    }
+    assert list(verify(again.store)) == []
+    as_it_is = everything(tmp_path / "s.zarr")
+    import_checkpoints(tmp_path / "s.zarr", "mine", files[:1], PATTERN, **QUICK)
+    assert everything(tmp_path / "s.zarr") == as_it_is
+    import_checkpoints(tmp_path / "s.zarr", "mine", files, PATTERN, **QUICK)
+    assert [fill["slabs"] for fill in ts.open(tmp_path / "s.zarr")["mine"].attributes["fills"]] == [
+        [["forward", 0]], [["forward", 0]], [["forward", 1]]
+    ]  # fmt: skip
+
+
+def test_a_file_that_changes_during_an_import_is_an_error_of_writing(tmp_path):
+    files = [write(tmp_path, 0, n) for n in range(8)]
+
+    def change(done: int, where: str) -> None:
+        files[-1].write_text("hello")
+
+    with pytest.raises(WriteError, match=r"step0007.pt cannot be read.*; what was imported before stays, and"):
+        import_checkpoints(tmp_path / "s.zarr", "mine", files, PATTERN, progress=change, **QUICK)
+    stopped = ts.open(tmp_path / "s.zarr")["mine"]
+    assert len(digests(stopped)) == stopped.slabs()[0].recorded == 7
+    write(tmp_path, 0, 7)
+    assert import_checkpoints(tmp_path / "s.zarr", "mine", files, PATTERN, **QUICK).slabs()[0].complete
 
 
 def test_more_files_are_added_and_those_that_are_stored_must_be_the_same(tmp_path):

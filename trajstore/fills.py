@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import zarr
@@ -18,14 +18,23 @@ __all__ = ["noted"]
 
 @contextmanager
 def noted(
-    stored: StoredExperiment, slabs: Sequence[tuple[str, int]], where: dict[str, Any]
+    stored: StoredExperiment, slabs: Sequence[tuple[str, int]], where: dict[str, Any], *, when_stopped: bool = False
 ) -> Iterator[dict[str, float]]:
-    """Write down who records these slabs, given as order and seed, before and after; takes what it spent."""
+    """Write down who records these slabs, given as order and seed, before and after; takes what it spent.
+
+    With `when_stopped`, what `where` has come to say is written down also if it does not come to its end.
+    """
     named = [[order, seed] for order, seed in slabs]
     fill = {"id": uuid.uuid4().hex, "slabs": named, "began": now(), "ended": None, **where}
     _note(stored, fill)
     spent: dict[str, float] = {}
-    yield spent
+    try:
+        yield spent
+    except BaseException:
+        if when_stopped:
+            with suppress(Exception):  # the first error is the one that matters
+                _note(stored, fill)
+        raise
     _note(stored, fill | {"ended": now(), "seconds": {what: round(s, 3) for what, s in spent.items()}})
 
 

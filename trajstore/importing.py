@@ -2,8 +2,8 @@
 
 What can be known without reading numbers is looked at first, of all files: their names, whether they can be read
 without running anything, and whether they hold the same tensors. Only then something is written. Steps that are stored
-already must be what the files hold; so an import that was stopped goes on when it is called again, and one that is
-called with more files adds them.
+already must be what the files hold; so an import that was stopped goes on when it is called again, or only ends what it
+had not noted, and one that is called with more files adds them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trajstore.checkpoints import Structure, difference, read, same_numbers, shared, structure
 from trajstore.configuration import differences
-from trajstore.errors import ConfigurationError, ConflictError
+from trajstore.errors import ConfigurationError, ConflictError, WriteError
 from trajstore.experiment import check_name
 from trajstore.exporting import reading
 from trajstore.filenames import Pattern, Slab, Source, told_apart
@@ -160,7 +160,8 @@ def carry_out(
         missing = set(asked.missing[slab])
         there = [step for step in asked.sources[slab] if step not in missing]
         _refuse_other_numbers(asked, ledger, slab, there, progress)
-    if not any(asked.missing.values()):
+    begun = [slab for slab in asked.sources if stored is not None and _unnoted(asked, stored, slab) is not None]
+    if not begun and not any(asked.missing.values()):
         return asked.store[asked.name]
     asked.store.place.make()
     with asked.store.declaring():
@@ -176,7 +177,7 @@ def carry_out(
             if schema != stored.schema:
                 grow(group, schema, {**asked.table, **sizes}, [])
     sketch = Sketch(schema.parameters, _COMPONENTS, schema.sketch_seed)
-    for slab in [slab for slab, steps in asked.missing.items() if steps]:
+    for slab in [slab for slab, steps in asked.missing.items() if steps or slab in begun]:
         _fill(asked, StoredExperiment(asked.store, group), slab, sketch, progress)
     return asked.store[asked.name]
 
@@ -337,6 +338,21 @@ def _measured_against(ledger: Ledger, missing: Sequence[int]) -> tuple[int, dict
     return steps[0], {step: before for before, step in pairwise(steps) if step in wanted}
 
 
+def _unnoted(asked: Import, stored: StoredExperiment, slab: Slab) -> list[int] | None:
+    """Return the steps whose files an import that was stopped did not note; None if each came to its end, with all."""
+    fills = [fill for fill in stored.attributes["fills"] if [*slab] in fill["slabs"]]
+    named = [pair for fill in fills for pair in fill["files"].items()]
+    noted = {name for name, digest in named if digest is not None}
+    ended = not fills or fills[-1]["ended"] is not None
+    lost = {name for name, _ in named} - noted
+    steps = []
+    for step, source in asked.sources[slab].items():
+        name = _plain(source.name)
+        if name in lost or not (ended or name in noted):
+            steps.append(step)
+    return None if ended and not steps else steps
+
+
 def _refuse_other_numbers(
     asked: Import, ledger: Ledger, slab: Slab, steps: Sequence[int], progress: Progress | None
 ) -> None:
@@ -394,27 +410,51 @@ def _flat(asked: Import, source: Source, ledger: Ledger) -> tuple[Tensor, Snapsh
 
 
 def _fill(asked: Import, stored: StoredExperiment, slab: Slab, sketch: Sketch, progress: Progress | None) -> None:
-    """Write the missing steps of one slab."""
+    """Write the missing steps of one slab; note the files of these, and those that an earlier import did not note."""
     order, seed = slab
-    what = f"experiment {asked.name!r}, order {order!r}, seed {seed}"
     with stored.locked(order, seed):
         schema, sources = stored.schema, asked.sources[slab]
         ledger = Ledger(stored.group, schema, schema.orders.index(order), schema.seeds.index(seed))
         missing = _missing(asked, ledger, slab)
         # Somebody may have imported some of them since they were looked at.
         _refuse_other_numbers(asked, ledger, slab, sorted({*asked.missing[slab]} - {*missing}), progress)
-        if not missing:
+        unnoted = _unnoted(asked, stored, slab)
+        if not missing and unnoted is None:
             return
-        read_from: dict[str, str | None] = {_plain(sources[step].name): None for step in missing}
-        where = {"engine": "import", "pattern": asked.pattern, "keys": list(asked.keys), "files": read_from}
-        with (
-            noted(stored, [slab], {**where, **provenance(torch.device("cpu"))}),
-            _writing(ledger) as (writer, measuring),
-        ):
-            for one in _read_in_turn(asked, ledger, slab, missing, read_from):
-                measuring.submit([], partial(_append, writer, sketch, one))
-                if progress is not None:
-                    progress(1, f"{what}: step {one.step}")
+        steps = sorted({*missing, *(unnoted or ())})
+        files: dict[str, str | None] = {_plain(sources[step].name): None for step in steps}
+        where = {"engine": "import", "pattern": asked.pattern, "keys": list(asked.keys), "files": files}
+        with noted(stored, [slab], {**where, **provenance(torch.device("cpu"))}, when_stopped=True):
+            digests = {step: _digest(sources[step].file) for step in steps if step not in missing}
+            try:
+                if missing:
+                    _write(asked, ledger, slab, missing, digests, sketch, progress)
+            except (ConfigurationError, ConflictError) as error:  # refusals, but by now something is written
+                raise WriteError(f"{error}; what was imported before stays, and importing again goes on") from None
+            finally:  # of a file whose step is not there it would say nothing
+                files |= {_plain(sources[n].name): digest for n, digest in digests.items() if ledger.committed[n]}
+
+
+def _write(
+    asked: Import,
+    ledger: Ledger,
+    slab: Slab,
+    missing: Sequence[int],
+    digests: dict[int, str],
+    sketch: Sketch,
+    progress: Progress | None,
+) -> None:
+    """Write the missing steps of one slab, and tell the digests of their files."""
+    with _writing(ledger) as (writer, measuring):
+        for one in _read_in_turn(asked, ledger, slab, missing, digests):
+            measuring.submit([], partial(_append, writer, sketch, one))
+            if progress is not None:
+                progress(1, f"{ledger.name}: step {one.step}")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
 
 
 def _plain(name: str) -> str:
@@ -461,9 +501,9 @@ class _Read(NamedTuple):
 
 
 def _read_in_turn(
-    asked: Import, ledger: Ledger, slab: Slab, missing: Sequence[int], read_from: dict[str, str | None]
+    asked: Import, ledger: Ledger, slab: Slab, missing: Sequence[int], digests: dict[int, str]
 ) -> Iterator[_Read]:
-    """Read the missing steps of a slab, and note the digests of their files."""
+    """Read the missing steps of a slab, and tell the digests of their files."""
     sources, weights_of = asked.sources[slab], _Weights(asked, ledger, slab)
     first, steps_before = _measured_against(ledger, missing)
     start = None if first == missing[0] else weights_of(first)
@@ -471,9 +511,7 @@ def _read_in_turn(
     for step in missing:
         if step != first and steps_before[step] != last:
             before = weights_of(steps_before[step])
-        with sources[step].file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        read_from[_plain(sources[step].name)] = f"sha256:{digest}"  # written down when all have come to their end
+        digests[step] = _digest(sources[step].file)
         weights, state = _flat(asked, sources[step], ledger)
         start = weights if start is None else start
         yield _Read(step, weights, state, start, before)
