@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from trajstore.cli.console import human_bytes, human_seconds, print_csv, print_json, print_table, say
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
 from trajstore.errors import ConfigurationError, FormatError
+
+if TYPE_CHECKING:
+    from trajstore.store import StoredExperiment
 
 __all__ = ["info", "ls", "sql"]
 
@@ -76,16 +79,15 @@ def info(
             }
         )
         return
-    from trajstore.measures import about
 
     config, layout = experiment.config, schema.layout
     lines = [
         ("experiment", f"{experiment.name}   {experiment.attributes['config_digest']}"),
         ("problem", _one_line(config["problem"])),
         ("operator", _one_line(config["operator"])),
-        ("steps", f"{schema.steps}, states stored at {_stored_where(config, len(schema.snapshots))}"),
+        ("steps", f"{schema.steps}, states stored at {_stored_where(experiment)}"),
         ("parameters", f"{layout.parameters:,} ({layout.dtype})"),
-        *(("metric", f"{name}: {about(name, number)}") for name, number in schema.metrics.items()),
+        *(("metric", f"{name}: {schema.about(name)}") for name in (*schema.metrics, *schema.late)),
         (
             "size",
             f"{human_bytes(experiment.bytes_on_disk())} on disk, states {human_bytes(raw)} raw, codec {schema.codec}",
@@ -128,11 +130,13 @@ def sql(
         print_table(columns, rows)
 
 
-def _stored_where(config: dict[str, Any], snapshots: int) -> str:
-    record = config["record"]
+def _stored_where(experiment: StoredExperiment) -> str:
+    record, places = experiment.config["record"], len(experiment.schema.snapshots)
+    if experiment.schema.made_by != "problem":  # it has places for more states than there are
+        return f"{int(experiment.commits().snapshots.any(axis=(0, 1)).sum())} of them"
     if record.get("adaptive") is None:
-        return f"{snapshots} of them"
-    return f"those of {snapshots} that it took to know {record['adaptive']} to {record['tolerance']:g}"
+        return f"{places} of them"
+    return f"those of {places} that it took to know {record['adaptive']} to {record['tolerance']:g}"
 
 
 def _fill_line(fill: dict[str, Any]) -> str:

@@ -222,6 +222,24 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch, round
         assert list(verify(again.store)) == []
 
 
+def test_what_is_told_of_an_import_is_what_it_is(trajstore, tmp_path):
+    files = [str(write(tmp_path, 0, n)) for n in (100, 200, 300)]
+    assert trajstore("import", "s.zarr", "mine", *files, "--pattern", PATTERN)[::2] == (0, "")
+    start = "distance of the parameters to the first imported step of the slab"
+    _, out, _ = trajstore("info", "s.zarr", "mine")
+    assert "steps        300, states stored at 3 of them\n" in out
+    assert f"start_distance: {start}\n" in out
+    group = ts.open("s.zarr")["mine"].group
+    assert group["start_distance"].attrs["description"] == start
+    difference = "projection of the parameters' difference to the first imported step of the slab"
+    assert group["sketch"].attrs["description"] == difference
+    assert trajstore("export", "s.zarr", "mine", "--numpy", "-o", "out")[0] == 0
+    layout = json.loads(Path("out/layout.json").read_text())
+    assert layout["arrays"]["sketch"]["about"] == difference
+    assert {metric["name"]: metric["about"] for metric in layout["metrics"]}["start_distance"] == start
+    assert trajstore("verify", "s.zarr")[:2] == (0, "s.zarr: sound\n")
+
+
 def digests(stored: ts.StoredExperiment) -> dict[str, str]:
     """What is noted of files, whichever import noted it."""
     return {name: digest for fill in stored.attributes["fills"] for name, digest in fill["files"].items() if digest}

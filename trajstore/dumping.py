@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from trajstore.appearing import whole_folder
 from trajstore.exporting import Slab, check_outside, origin, reading, slabs_of
-from trajstore.measures import about
+from trajstore.measures import start_of
+from trajstore.storage.late import LateSeries
 from trajstore.store import StoredExperiment
 
 __all__ = ["LAYOUT_FILE", "export_arrays"]
@@ -41,7 +42,7 @@ _ARRAYS = {
     "leg": (["step"], "start step of the leg that made the iterate"),
     "metrics": (["step", "metric"], "`metrics` names the columns; NaN where not measured, or diverged"),
     "measured": (["step", "metric"], "whether it was measured: tells a diverged NaN from no value"),
-    "sketch": (["step", "component"], "projection of the parameters' difference to step 0"),
+    "sketch": (["step", "component"], "projection of the parameters' difference to {start}"),
 }
 _BATCHES = (["batch", "example"], "one file a seed, for all orders: the examples in B_1, B_2, ...")
 _BLOCK_BYTES = 64 * 2**20
@@ -76,7 +77,7 @@ def _write_slab(folder: Path, experiment: StoredExperiment, slab: Slab) -> dict[
     with reading(slab.where):
         for name in ("params", "counters"):
             _write_states(paths[name], _array(group, name), slab, schema.snapshots_per_segment)
-        _write_metrics(paths["metrics"], paths["measured"], group, list(schema.metrics), slab)
+        _write_metrics(paths["metrics"], paths["measured"], experiment, slab)
         _write_sketch(paths["sketch"], _array(group, "sketch"), slab)
         for name, values in {"snapshots": snapshots, "steps": steps, "leg": _series(group, "leg", slab)}.items():
             np.save(paths[name], values, allow_pickle=False)
@@ -105,14 +106,18 @@ def _write_states(file: Path, array: zarr.Array[Any], slab: Slab, segment: int) 
         row = end
 
 
-def _write_metrics(metrics: Path, measured: Path, group: zarr.Group, names: Sequence[str], slab: Slab) -> None:
-    """Write (step × metric), a column at a time: the values, and whether they were measured."""
-    shape = (int(slab.recorded.sum()), len(names))
+def _write_metrics(metrics: Path, measured: Path, experiment: StoredExperiment, slab: Slab) -> None:
+    """Write (step × metric), a column at a time: the values, and whether they were measured; late ones come last."""
+    schema, group = experiment.schema, experiment.group
+    shape = (int(slab.recorded.sum()), len(schema.metrics) + len(schema.late))
     values, flags = _new_array(metrics, shape, np.dtype(np.float64)), _new_array(measured, shape, np.dtype(np.bool_))
     bits = _series(group, "measured", slab)
-    for bit, name in enumerate(names):
+    for bit, name in enumerate(schema.metrics):
         flags[:, bit] = bits >> bit & 1
         values[:, bit] = np.where(flags[:, bit], _series(group, name, slab), np.nan)
+    for column, name in enumerate(schema.late, len(schema.metrics)):
+        known, late = LateSeries(group, schema, slab.corner, name).read()
+        flags[:, column], values[:, column] = known[slab.recorded], late[slab.recorded]
 
 
 def _write_sketch(file: Path, array: zarr.Array[Any], slab: Slab) -> None:
@@ -156,7 +161,7 @@ def _layout(
         "config": stored["config"],
         "fills": stored["fills"],
         "arrays": {
-            name: {"dimensions": dimensions, "about": what}
+            name: {"dimensions": dimensions, "about": what.format(start=start_of(schema.made_by))}
             for name, (dimensions, what) in (_ARRAYS | ({"batch_index": _BATCHES} if batches else {})).items()
         },
         "slabs": list(slabs),
@@ -165,7 +170,10 @@ def _layout(
             for seed, init, data in seeds
             if any(slab["seed"] == seed for slab in slabs)
         ],
-        "metrics": [{"name": m, "examples": n, "about": about(m, n)} for m, n in schema.metrics.items()],
+        "metrics": [
+            {"name": m, "examples": schema.metrics.get(m), "late": m in schema.late, "about": schema.about(m)}
+            for m in (*schema.metrics, *schema.late)
+        ],
         **tensors,
         "tied": dict(schema.layout.tied),
         "sketch": {"seed": schema.sketch_seed, "identity": schema.components == schema.layout.parameters},

@@ -241,7 +241,7 @@ def _schema(asked: Import, stored: StoredExperiment | None) -> Schema:
             orders=(), seeds=(), init_seeds=(), data_seeds=(), steps=0, snapshots=(0,), layout=layout,
             metrics=dict.fromkeys(MEASURES), components=min(_COMPONENTS, layout.parameters),
             parameters=layout.parameters, batch_size=0, codec=record["codec"],
-            snapshots_per_segment=segment_length(layout),
+            snapshots_per_segment=segment_length(layout), made_by="import",
         )  # fmt: skip
     else:
         before = stored.schema
@@ -264,7 +264,7 @@ def _schema(asked: Import, stored: StoredExperiment | None) -> Schema:
 
 def _refuse_other_kind(asked: Import, stored: StoredExperiment) -> None:
     """Refuse an experiment that was made otherwise, or of other tensors."""
-    if stored.config["problem"].get("family") != "import":
+    if stored.schema.made_by != "import":
         raise ConflictError(f"experiment {asked.name!r} is stored already and was not imported; choose another name")
     sizes = ("steps", "orders", "seeds")
     if found := differences({k: v for k, v in stored.config.items() if k not in sizes}, asked.table):

@@ -1,8 +1,14 @@
-"""Measures: metrics that every problem has. A problem adds losses and scores of its own."""
+"""Measures: metrics that every experiment has. A problem adds losses and scores, and a loop what it likes."""
 
 from __future__ import annotations
 
-__all__ = ["MEASURES", "about"]
+from collections.abc import Mapping
+from typing import Any, Literal
+
+__all__ = ["MEASURES", "MadeBy", "about", "maker_of", "start_of"]
+
+MadeBy = Literal["problem", "loop", "import"]
+"""What made the iterates: a problem that is computed here, somebody's training loop, or nobody knows."""
 
 MEASURES = {
     "batch_loss": "loss of θ_n on B_n, as the operator saw it",
@@ -12,8 +18,21 @@ MEASURES = {
 }
 
 
-def about(metric: str, examples: int | None) -> str:
+def maker_of(config: Mapping[str, Any]) -> MadeBy:
+    """Tell from a configuration what made the iterates."""
+    family = config.get("problem", {}).get("family")
+    return family if family in ("loop", "import") else "problem"
+
+
+def start_of(made_by: MadeBy) -> str:
+    """Say from where differences of parameters are measured."""
+    return "the first imported step of the slab" if made_by == "import" else "θ₀"
+
+
+def about(metric: str, examples: int | None, made_by: MadeBy = "problem") -> str:
     """Say what a metric is."""
     if metric in MEASURES:
-        return MEASURES[metric]
+        return MEASURES[metric].replace("θ₀", start_of(made_by))
+    if made_by != "problem":
+        return "as the loop gave it"
     return "exact expectation" if examples is None else f"mean over {examples} examples"

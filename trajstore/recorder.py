@@ -443,7 +443,7 @@ class Recorder:
             stored = Schema(
                 orders=(), seeds=(), init_seeds=(), data_seeds=(), steps=0, snapshots=(0,), layout=layout,
                 metrics=dict.fromkeys(MEASURES), components=min(record["sketch"], size), parameters=size,
-                batch_size=0, codec=record["codec"], snapshots_per_segment=segment_length(layout),
+                batch_size=0, codec=record["codec"], snapshots_per_segment=segment_length(layout), made_by="loop",
             )  # fmt: skip
         seeds = tuple(dict.fromkeys((*stored.seeds, self._seed)))
         length = max(steps, stored.steps) or (_GROWTH - 1)

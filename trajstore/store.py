@@ -204,7 +204,7 @@ class StoredExperiment:
 
     def complete(self, commits: Commits) -> NDArray[np.bool_]:
         """Return (order, seed): everything that was to be recorded is; for a training loop, that it came to its end."""
-        if self.config["problem"].get("family") not in ("loop", "import"):
+        if self.schema.made_by == "problem":
             return commits.complete
         latest = {(order, seed): fill["ended"] for fill in self.attributes["fills"] for order, seed in fill["slabs"]}
         schema, last = self.schema, commits.last_step

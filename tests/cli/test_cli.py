@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import nn
 from trajstore.cli.main import main
 from trajstore.cli.options import parse_seeds, parse_settings, parse_size
 
@@ -84,6 +85,18 @@ def test_info_shows_where_a_run_diverged(trajstore):
     assert heading.endswith("diverged at")
     (forward,) = (line for line in out.splitlines() if line.startswith("forward"))
     assert int(forward.split()[-1]) > 1
+
+
+def test_info_does_not_claim_to_know_what_a_loop_measured(trajstore):
+    with ts.record("s.zarr", "mine", nn.Linear(2, 1), snapshots=ts.every(2), steps=40, durability="none") as rec:
+        for n in range(1, 5):
+            rec.step(loss=1 / n)
+        rec.log(1, sharpness=2.0)
+    _, out, _ = trajstore("info", "s.zarr", "mine")
+    assert "loss: as the loop gave it\n" in out
+    assert "sharpness: as the loop gave it, after the step was recorded\n" in out
+    assert "start_distance: distance of the parameters to θ₀\n" in out
+    assert "steps        40, states stored at 3 of them\n" in out
 
 
 def test_presets(trajstore):

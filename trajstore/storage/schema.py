@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError, FormatError
-from trajstore.measures import about
+from trajstore.measures import MadeBy, about, maker_of, start_of
 from trajstore.storage.codecs import Codec
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.layout import Layout
@@ -82,6 +82,8 @@ class Schema:
     sketch_seed: int = 0
     late: tuple[str, ...] = ()
     """Metrics that come after their steps were recorded."""
+    made_by: MadeBy = "problem"
+    """What made the iterates, as the configuration says; descriptions of metrics depend on it."""
 
     @property
     def segments(self) -> int:
@@ -112,6 +114,12 @@ class Schema:
         """Return the segment that a step belongs to."""
         return int(np.searchsorted(self.segment_starts, step, side="right")) - 1
 
+    def about(self, metric: str) -> str:
+        """Say what a metric is."""
+        if metric in self.late:
+            return "as the loop gave it, after the step was recorded"
+        return about(metric, self.metrics[metric], self.made_by)
+
     def arrays(self) -> list[ArraySpec]:
         """Return the data arrays."""
         series, segment = ("order", "seed", "step"), self.snapshots_per_segment
@@ -130,7 +138,7 @@ class Schema:
             ArraySpec(
                 "sketch", ("order", "seed", "step", "component"), "float64",
                 (1, 1, 512, max(1, self.components)), np.nan,
-                "projection of the parameters' difference to step 0",
+                f"projection of the parameters' difference to {start_of(self.made_by)}",
                 {"seed": self.sketch_seed, "identity": self.components == self.parameters},
             ),
             ArraySpec(
@@ -150,11 +158,11 @@ class Schema:
             ),
         ]  # fmt: skip
         for name, examples in self.metrics.items():
-            what, more = about(name, examples), {"examples": examples}
-            specs.append(ArraySpec(name, series, "float64", (1, 1, along), np.nan, what, more))
+            more = {"examples": examples}
+            specs.append(ArraySpec(name, series, "float64", (1, 1, along), np.nan, self.about(name), more))
         for name in self.late:
-            what = "measured after its steps were recorded"
-            specs.append(ArraySpec(name, series, "float64", (1, 1, LATE_SPAN), np.nan, what, {"late": True}))
+            more = {"late": True}
+            specs.append(ArraySpec(name, series, "float64", (1, 1, LATE_SPAN), np.nan, self.about(name), more))
             dims, what = (
                 ("order", "seed", "span", "word"),
                 f"which steps have a {name} that counts, and the digest of these",
@@ -235,7 +243,7 @@ class Schema:
     def of(cls, group: zarr.Group) -> Schema:
         """Return the schema of a declared experiment. Its arrays may be longer, while they grow."""
         attributes: Any = group.attrs["trajstore"]
-        return cls.from_json(attributes["schema"])
+        return replace(cls.from_json(attributes["schema"]), made_by=maker_of(attributes["config"]))
 
 
 def _runs(steps: Sequence[int]) -> list[list[int]]:
