@@ -23,6 +23,7 @@ from trajstore.cli.main import main
 import trajstore as ts
 from tests.test_resume import contents
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, WriteError
+from trajstore.exporting import export_metrics, export_state
 from trajstore.filenames import Pattern
 from trajstore.importing import import_checkpoints
 from trajstore.verifying import verify
@@ -133,8 +134,13 @@ def test_norms_distances_and_sketches_are_measured_from_the_first_step_of_each_s
         assert np.allclose(at.sketch, [w - weights[0] for w in weights])
     rows = stored.store.sql("SELECT seed, step, param_norm IS NULL, batch_loss IS NULL FROM metrics ORDER BY ALL")
     assert rows.fetchall() == [(seed, n, False, True) for seed, those in steps.items() for n in those]
-    with pytest.raises(NotFoundError, match="seed 0: step 0 was not computed; the nearest that was is step 5"):
-        stored.state_dict(order="forward", seed=0, step=0)
+    for seed, step, told in [
+        (0, 0, "step 0 was not imported; the nearest that was is step 5; for others, import everything anew"),
+        (3, 20, "step 20 was not imported; the nearest that was is step 10; for others, import everything anew"),
+        (0, 50, "step 50 was not imported; the nearest that was is step 40; import checkpoints of it"),
+    ]:
+        with pytest.raises(NotFoundError, match=f"seed {seed}: {told}"):
+            stored.state_dict(order="forward", seed=seed, step=step)
 
 
 def test_steps_far_apart_leave_segments_empty(tmp_path, monkeypatch):
@@ -565,6 +571,19 @@ def test_what_a_path_says(pattern, path, told):
 def test_a_path_that_can_be_read_in_two_ways_is_refused():
     with pytest.raises(ConfigurationError, match=r"fits /data/a1b2c3.pt in two ways"):
         Pattern("*{seed}*{step}.pt").match(Path("/data/a1b2c3.pt"))
+
+
+def test_what_is_not_there_is_to_be_imported_and_not_resumed(tmp_path):
+    files = [write(tmp_path, 0, 1), write(tmp_path, 0, 2), write(tmp_path, 1, 1)]
+    stored = import_checkpoints(tmp_path / "s", "mine", files, PATTERN, order="forward", **QUICK)
+    with pytest.raises(NotFoundError, match=r"seed 1: step 2 was not imported; the nearest .* step 1; import checkpoi"):
+        export_state(stored, tmp_path / "x.safetensors", order="forward", seed=1, step=2)
+    import_checkpoints(tmp_path / "s", "mine", [write(tmp_path, 2, 1)], PATTERN, order="other", **QUICK)
+    stored = ts.open(tmp_path / "s")["mine"]
+    with pytest.raises(NotFoundError, match="seed 2: step 1 is not recorded yet; import checkpoints of it"):
+        stored.state_dict(order="forward", seed=2, step=1)
+    with pytest.raises(NotFoundError, match="order 'forward', seed 2: nothing is recorded yet; import checkpoints"):
+        export_metrics(stored, tmp_path / "x.parquet", orders=["forward"], seeds=[2])
 
 
 def test_orders_come_from_the_names_too(tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ def slabs_of(
     if not found:
         wanted = {"order": orders, "seed": seeds}
         of = "".join(f", {what} {', '.join(map(repr, labels))}" for what, labels in wanted.items() if labels)
-        raise NotFoundError(f"experiment {name!r}{of}: nothing is recorded yet; go on with --resume")
+        raise NotFoundError(f"experiment {name!r}{of}: nothing is recorded yet; {experiment.go_on}")
     return found
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -284,22 +284,37 @@ class StoredExperiment:
         i = _position(self.name, "order", order, schema.orders)
         k = _position(self.name, "seed", seed, schema.seeds)
         at = f"experiment {self.name!r}, order {order!r}, seed {seed}"
-        if step not in schema.snapshots:
-            near = min(schema.snapshots, key=lambda s: abs(s - step))
-            raise NotFoundError(f"{at}: no state is stored for step {step}; the nearest is step {near}")
-        s = schema.snapshots.index(step)
         commits = self.commits()
-        if commits.complete[i, k] and not commits.snapshots[i, k, s]:
-            there = np.array(schema.snapshots)[commits.snapshots[i, k]]
-            near = int(min(there, key=lambda other: abs(other - step)))
-            raise NotFoundError(f"{at}: step {step} was not computed; the nearest that was is step {near}")
-        if not commits.snapshots[i, k, s]:
-            raise NotFoundError(f"{at}: step {step} is not recorded yet; go on with --resume")
+        there = np.array(schema.snapshots)[commits.snapshots[i, k]].tolist()
+        if step not in there:
+            raise NotFoundError(f"{at}: {self._why_not(step, there, complete=bool(commits.complete[i, k]))}")
+        s = schema.snapshots.index(step)
         arrays = {spec.name: spec for spec in schema.arrays()}
         params, counters = self.array(arrays["params"]), self.array(arrays["counters"])
         with _damage_told(at):
             states = States.of(self.store.place, params, schema.codec)
             return schema.layout.unflatten(states[i, k, :, s], np.asarray(counters[i, k, :, s]).astype(np.int64))
+
+    def _why_not(self, step: int, there: Sequence[int], complete: bool) -> str:
+        """Say why there is no state of a step in a slab that has some others, and what to do."""
+
+        def nearest(steps: Sequence[int]) -> int:
+            return min(steps, key=lambda other: abs(other - step))
+
+        if self.schema.made_by == "import" and there:
+            how = self.go_on if step > there[-1] else "for others, import everything anew under another name"
+            return f"step {step} was not imported; the nearest that was is step {nearest(there)}; {how}"
+        if self.schema.made_by != "import" and step not in self.schema.snapshots:
+            return f"no state is stored for step {step}; the nearest is step {nearest(self.schema.snapshots)}"
+        if complete:
+            return f"step {step} was not computed; the nearest that was is step {nearest(there)}"
+        return f"step {step} is not recorded yet; {self.go_on}"
+
+    @property
+    def go_on(self) -> str:
+        """What to do about steps that are not there yet, as an error says it."""
+        how = {"problem": "go on with --resume", "loop": "go on with ts.record(..., resume=True)"}
+        return how.get(self.schema.made_by, "import checkpoints of it")
 
     def state_dict(self, *, order: str, seed: int, step: int) -> dict[str, torch.Tensor]:
         """Return one stored state for `module.load_state_dict`, strict."""
