@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,27 +40,38 @@ def verify(
     opened = ts.Store(store)
     findings = list(found_in(opened, exp, repair=repair))
     wrong = [finding for finding in findings if not finding.harmless]
-    replayed = [] if wrong or not replay else list(_replayed(opened, exp))
+    replayed, left_out = ([], []) if wrong or not replay else _replayed(opened, exp)
     different = [slab for _, slab in replayed if slab.differs_from is not None]
     if json:
         told = {"sound": not wrong, "findings": [asdict(finding) for finding in findings]}
-        again = {"replayed": [{"experiment": name, **asdict(slab)} for name, slab in replayed]} if replay else {}
-        print_json({**told, **again})
+        again = {
+            "replayed": [{"experiment": name, **asdict(slab)} for name, slab in replayed],
+            "not_replayed": left_out,
+        }
+        print_json(told | again if replay else told)
     else:
         for finding in findings:
             say(str(finding))
         for name, slab in replayed:
             say(f"experiment {name!r}, {slab}")
+        for reason in left_out:
+            say(reason)
         say(f"{store}: {'sound' if not wrong else f'{len(wrong)} findings'}")
     if wrong or different:
         raise typer.Exit(_FOUND)
 
 
-def _replayed(store: Store, exp: str | None) -> Iterator[tuple[str, Replayed]]:
-    from trajstore.replaying import replay
+def _replayed(store: Store, exp: str | None) -> tuple[list[tuple[str, Replayed]], list[str]]:
+    """Replay an experiment, or all that can be; return what came of it, and of which experiments nothing can come."""
+    from trajstore.replaying import replay, why_not
 
-    for name in [exp] if exp is not None else list(store):
-        yield from ((name, slab) for slab in replay(store[name]))
+    if exp is not None:
+        return [(exp, slab) for slab in replay(store[exp])], []
+    reasons = {name: why_not(store[name]) for name in store}
+    return (
+        [(name, slab) for name, reason in reasons.items() if reason is None for slab in replay(store[name])],
+        [reason for reason in reasons.values() if reason is not None],
+    )
 
 
 def merge(

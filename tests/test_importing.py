@@ -573,6 +573,17 @@ def test_a_path_that_can_be_read_in_two_ways_is_refused():
         Pattern("*{seed}*{step}.pt").match(Path("/data/a1b2c3.pt"))
 
 
+def test_an_import_cannot_be_replayed_and_a_store_can_but_for_it(trajstore, tmp_path):
+    import_checkpoints(tmp_path / "s.zarr", "mine", [write(tmp_path, 0, 1)], PATTERN, **QUICK)
+    why = "experiment 'mine' was imported, and how to compute it is not stored: it cannot be replayed"
+    told = f"trajstore: {why}; `trajstore verify` without --replay checks what is stored\n"
+    assert trajstore("verify", "s.zarr", "mine", "--replay") == (2, "", told)
+    ts.run(ts.Experiment.preset("quadratic", {"steps": 2, "seeds": [0], "orders": ["forward"]}), tmp_path / "s.zarr")
+    code, out, err = trajstore("verify", "s.zarr", "--replay")
+    same = "experiment 'quadratic', order 'forward', seed 0: 3 steps came out the same, bit for bit"
+    assert (code, out.splitlines(), err) == (0, [same, why, "s.zarr: sound"], "")
+
+
 def test_what_is_not_there_is_to_be_imported_and_not_resumed(tmp_path):
     files = [write(tmp_path, 0, 1), write(tmp_path, 0, 2), write(tmp_path, 1, 1)]
     stored = import_checkpoints(tmp_path / "s", "mine", files, PATTERN, order="forward", **QUICK)

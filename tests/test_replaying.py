@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import trajstore as ts
@@ -53,7 +54,14 @@ def test_what_differs_is_told_with_its_step_and_size(tmp_path):
 
 
 def test_what_cannot_be_replayed_says_why(tmp_path):
+    x = torch.linspace(-1, 1, 5)[:, None]
+    problem = ts.ModuleProblem(lambda: nn.Linear(1, 1), nn.functional.mse_loss, train=(x, x), batch_size=2)
+    operator = {"family": "sgd", "lr": 0.1}
+    experiment = ts.Experiment.of({"name": "object", "problem": problem, "operator": operator, "steps": 1})
+    stored = ts.run(experiment, tmp_path / "s.zarr", engine="reference", durability="none")
+    with pytest.raises(ConfigurationError, match="experiment 'object' cannot be replayed: its problem cannot be made"):
+        list(replay(stored))
     with ts.record(tmp_path / "s.zarr", "mine", nn.Linear(2, 1), steps=2, durability="none") as rec:
         rec.step()
-    with pytest.raises(ConfigurationError, match="experiment 'mine' cannot be replayed: its problem cannot be made"):
+    with pytest.raises(ConfigurationError, match=r"'mine' was recorded by a training loop, .* it cannot be replayed; "):
         list(replay(ts.open(tmp_path / "s.zarr")["mine"]))

@@ -24,7 +24,7 @@ from trajstore.planning import run_seeds
 from trajstore.storage.writer import Ledger, StoredRow
 from trajstore.store import StoredExperiment
 
-__all__ = ["Replayed", "replay"]
+__all__ = ["Replayed", "replay", "why_not"]
 
 Tell = Callable[[int, str], None]
 
@@ -49,8 +49,16 @@ class Replayed:
         return f"{slab}, different from step {self.differs_from} on, by at most {self.off:.1e} of the parameters' norm"
 
 
+def why_not(stored: StoredExperiment) -> str | None:
+    """Say why an experiment can never be computed again, if it cannot: it has no recipe."""
+    how = {"loop": "was recorded by a training loop", "import": "was imported"}.get(stored.schema.made_by)
+    return how and f"experiment {stored.name!r} {how}, and how to compute it is not stored: it cannot be replayed"
+
+
 def replay(stored: StoredExperiment) -> Iterator[Replayed]:
     """Compute what is committed of an experiment again, seed by seed, and compare."""
+    if (reason := why_not(stored)) is not None:
+        raise ConfigurationError(f"{reason}; `trajstore verify` without --replay checks what is stored")
     experiment = _experiment(stored)
     live = experiment.problem.build(torch.device("cpu"))
     schema = stored.schema
