@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trajstore.costing import cost
     from trajstore.errors import TrajstoreError
     from trajstore.experiment import Experiment, Record
+    from trajstore.importing import import_checkpoints
     from trajstore.orders import Order
     from trajstore.policies import every, log_then_every, window
     from trajstore.problems._module import ModuleProblem
@@ -39,6 +40,7 @@ __all__ = [
     "TrajstoreError",
     "cost",
     "every",
+    "import_checkpoints",
     "log_then_every",
     "open",
     "record",
@@ -59,6 +61,7 @@ _HOME = {
     "TrajstoreError": "errors",
     "cost": "costing",
     "every": "policies",
+    "import_checkpoints": "importing",
     "log_then_every": "policies",
     "open": "store",
     "record": "recorder",
