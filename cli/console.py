@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["human_bytes", "human_seconds", "print_csv", "print_json", "print_table", "progress_bar", "say"]
+__all__ = ["counted", "human_bytes", "human_seconds", "print_csv", "print_json", "print_table", "progress_bar", "say"]
 
 
 def say(text: str) -> None:
@@ -47,7 +47,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 @contextmanager
-def progress_bar(total: int, what: str) -> Iterator[Callable[[int, str], None] | None]:
+def progress_bar(total: int, what: str, unit: str) -> Iterator[Callable[[int, str], None] | None]:
     """Show a bar on standard error, if that is a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -56,12 +56,17 @@ def progress_bar(total: int, what: str) -> Iterator[Callable[[int, str], None] |
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("operator applications"),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
         TimeRemainingColumn(compact=True),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done, where: progress.update(task, advance=done, description=where)
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: "1 file", "2 files"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def human_bytes(count: float) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from trajstore.cli.console import human_bytes, say
+from trajstore.cli.console import counted, human_bytes, progress_bar, say
 from trajstore.cli.options import ExperimentName, StorePath, parse_seeds
 
 from trajstore.errors import ConfigurationError
@@ -116,21 +116,23 @@ def import_(
     )
     there = sum(map(len, asked.sources.values()))
     new = sum(map(len, asked.missing.values()))
-    stored = None if dry_run else carry_out(asked)
+    if not dry_run:
+        with progress_bar(there, exp, "files") as progress:
+            stored = carry_out(asked, progress=progress)
     if key is None and asked.keys:
         say(f"{exp}: the state dicts are under {', '.join(map(repr, asked.keys))}")
-    if stored is None:
+    if dry_run:
         _dry_run(asked, new, there - new)
-    else:
-        size = human_bytes(stored.bytes_on_disk())
-        say(f"{exp}: {new} files imported, {there - new} stored already, {len(asked.sources)} slabs, {size} in {store}")
+        return
+    slabs, size = counted(len(asked.sources), "slab"), human_bytes(stored.bytes_on_disk())
+    say(f"{exp}: {counted(new, 'file')} imported, {there - new} stored already, {slabs}, {size} in {store}")
 
 
 def _dry_run(asked: Import, new: int, old: int) -> None:
     layout = asked.layout
     for (order, seed), sources in asked.sources.items():
-        steps = f"steps {min(sources)} to {max(sources)}"
-        say(f"order {order!r}, seed {seed}: {len(sources)} files, {steps}, {len(asked.missing[order, seed])} to import")
+        files, steps = counted(len(sources), "file"), f"steps {min(sources)} to {max(sources)}"
+        say(f"order {order!r}, seed {seed}: {files}, {steps}, {len(asked.missing[order, seed])} to import")
     say(f"files          {new} to import, {old} stored already")
-    say(f"parameters     {layout.parameters:,} ({layout.dtype}), {len(layout.entries)} tensors")
+    say(f"parameters     {layout.parameters:,} ({layout.dtype}), {counted(len(layout.entries), 'tensor')}")
     say(f"states         {human_bytes(new * layout.row_bytes)} raw")

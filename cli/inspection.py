@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from trajstore.cli.console import human_bytes, human_seconds, print_csv, print_json, print_table, say
+from trajstore.cli.console import counted, human_bytes, human_seconds, print_csv, print_json, print_table, say
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
 from trajstore.errors import ConfigurationError, FormatError
@@ -144,7 +144,7 @@ def _fill_line(fill: dict[str, Any]) -> str:
 
     where = f"{fill['device']}, {fill['threads']} threads, torch {fill['versions'].get('torch')}"
     spent = ", ".join(f"{what} {human_seconds(s)}" for what, s in (fill.get("seconds") or {}).items())
-    when = f"{fill['began']} to {fill['ended'] or '?'}, {len(fill['slabs'])} slabs"
+    when = f"{fill['began']} to {fill['ended'] or '?'}, {counted(len(fill['slabs']), 'slab')}"
     how = Plan.from_json(fill["plan"]) if "plan" in fill else fill.get("engine")
     return ", ".join(str(part) for part in (when, how, where) if part) + (f" ({spent})" if spent else "")
 

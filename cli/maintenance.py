@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from trajstore.cli.console import print_json, say
+from trajstore.cli.console import counted, print_json, say
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
 from trajstore.errors import ConfigurationError
@@ -56,7 +56,7 @@ def verify(
             say(f"experiment {name!r}, {slab}")
         for reason in left_out:
             say(reason)
-        say(f"{store}: {'sound' if not wrong else f'{len(wrong)} findings'}")
+        say(f"{store}: {'sound' if not wrong else counted(len(wrong), 'finding')}")
     if wrong or different:
         raise typer.Exit(_FOUND)
 
@@ -92,7 +92,7 @@ def merge(
         return
     for name in dict.fromkeys(slab.experiment for slab in done):
         copied = [slab.copied for slab in done if slab.experiment == name]
-        say(f"{name}: {sum(copied)} slabs copied, {len(copied) - sum(copied)} were there already")
+        say(f"{name}: {counted(sum(copied), 'slab')} copied, {len(copied) - sum(copied)} there already")
 
 
 def rm(
@@ -109,8 +109,8 @@ def rm(
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigurationError(f"rm removes experiment {exp!r} for good; give --yes to do it without being asked")
-        slabs = sum(slab.recorded > 0 for slab in experiment.slabs())
-        typer.confirm(f"Remove experiment {exp!r} with {slabs} recorded slabs for good?", abort=True, err=True)
+        slabs = counted(sum(slab.recorded > 0 for slab in experiment.slabs()), "recorded slab")
+        typer.confirm(f"Remove experiment {exp!r} with {slabs} for good?", abort=True, err=True)
     remove(opened, exp)
     say(f"removed {exp} from {store}")
 
@@ -125,4 +125,4 @@ def unlock(store: StorePath) -> None:
     freed = ts.open(store).place.unlock()
     for one in freed:
         say(one)
-    say(f"{store}: {len(freed)} locks freed")
+    say(f"{store}: {counted(len(freed), 'lock')} freed")

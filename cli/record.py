@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from trajstore.cli.console import human_bytes, human_seconds, print_json, print_table, progress_bar, say
+from trajstore.cli.console import counted, human_bytes, human_seconds, print_json, print_table, progress_bar, say
 from trajstore.cli.options import (
     JSON,
     PresetName,
@@ -114,7 +114,7 @@ def record(
     if json:
         print_json({"experiment": stored.name, "slabs": len(slabs), "bytes": stored.bytes_on_disk()})
     else:
-        say(f"{stored.name}: {len(slabs)} slabs complete, {human_bytes(stored.bytes_on_disk())} in {store}")
+        say(f"{stored.name}: {counted(len(slabs), 'slab')} complete, {human_bytes(stored.bytes_on_disk())} in {store}")
 
 
 def record_with_progress(experiment: Experiment, store: str | Path, **how: Any) -> StoredExperiment:  # noqa: ANN401
@@ -123,7 +123,7 @@ def record_with_progress(experiment: Experiment, store: str | Path, **how: Any) 
     from trajstore.recording import run
 
     total = applications(experiment.orders, experiment.steps, experiment.grid) * len(experiment.seeds)
-    with progress_bar(total, experiment.name) as progress:
+    with progress_bar(total, experiment.name, "operator applications") as progress:
         return run(experiment, store, progress=progress, **how)
 
 

@@ -189,7 +189,7 @@ def test_a_session(trajstore, tmp_path):
     )  # fmt: skip
     code, out, _ = trajstore("info", "s.zarr", "mine")
     assert code == 0
-    assert ", 1 slabs, import, " in out
+    assert ", 1 slab, import, " in out
     fills = json.loads(trajstore("info", "s.zarr", "mine", "--json")[1])["fills"]
     named = {name: digest for fill in fills for name, digest in fill["files"].items()}
     assert sorted(named) == files
@@ -226,6 +226,14 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch, round
         assert all(slab.complete for slab in again.slabs())
         assert again.dataset().assign_attrs(whole.dataset().attrs).identical(whole.dataset())
         assert list(verify(again.store)) == []
+
+
+def test_one_file_is_one_file(trajstore, tmp_path):
+    command = ["import", "s.zarr", "mine", str(write(tmp_path, 0, 7)), "--pattern", PATTERN]
+    _, out, _ = trajstore(*command, "--dry-run")
+    assert "order 'forward', seed 0: 1 file, steps 7 to 7, 1 to import\n" in out
+    _, out, _ = trajstore(*command)
+    assert out.startswith("mine: 1 file imported, 0 stored already, 1 slab, ")
 
 
 def test_what_is_told_of_an_import_is_what_it_is(trajstore, tmp_path):
