@@ -313,8 +313,7 @@ class StoredExperiment:
     @property
     def go_on(self) -> str:
         """What to do about steps that are not there yet, as an error says it."""
-        how = {"problem": "go on with --resume", "loop": "go on with ts.record(..., resume=True)"}
-        return how.get(self.schema.made_by, "import checkpoints of it")
+        return "import checkpoints of it" if self.schema.made_by == "import" else f"go on with {self.schema.again}"
 
     def state_dict(self, *, order: str, seed: int, step: int) -> dict[str, torch.Tensor]:
         """Return one stored state for `module.load_state_dict`, strict."""

@@ -34,7 +34,6 @@ from trajstore.store import Store, StoredExperiment, open_root, standing
 __all__ = ["Finding", "verify"]
 
 _DOCUMENT = "zarr.json"
-_GONE = "recording it again with --resume writes it anew"
 _DECODING = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError)
 """What zarr and its codecs raise on bytes that are not what was written."""
 
@@ -147,6 +146,11 @@ class _Verifying:
     def schema(self) -> Schema:
         return Schema.of(self.group)
 
+    @property
+    def _gone(self) -> str:
+        how = self.schema.again
+        return f"{how if self.schema.made_by == 'import' else f'recording it again with {how}'} writes it anew"
+
     @cached_property
     def expected(self) -> dict[str, Any]:
         """Path of a document in the experiment → its contents, as a declaration writes it."""
@@ -214,7 +218,7 @@ class _Verifying:
             for file in unreadable:
                 if self.repair:
                     self.place.delete(file)
-                yield self._found(f"the commit records cannot be read; {_GONE}", file, **slab)
+                yield self._found(f"the commit records cannot be read; {self._gone}", file, **slab)
             if self.repair:
                 Ledger(self.group, self.schema, order, seed).discard(range(self.schema.segments))
             return
@@ -223,7 +227,7 @@ class _Verifying:
         for file in self._bad("committed", (order, seed)) if ended else ():
             if self.repair:
                 ledger.discard(range(self.schema.segments))
-            yield self._found(f"it was recorded, and its commit records are missing; {_GONE}", file, **slab)
+            yield self._found(f"it was recorded, and its commit records are missing; {self._gone}", file, **slab)
         for name in self.schema.late:
             series = LateSeries(self.group, self.schema, (order, seed), name)
             for span in series.damaged():
@@ -248,7 +252,7 @@ class _Verifying:
                 self.place.delete(file)
         for segment, those in files.items():
             begin, end = self.schema.steps_of(segment)
-            what = f"not what was committed; {_GONE}"
+            what = f"not what was committed; {self._gone}"
             yield from (self._found(what, file, **slab, steps=(begin, end - 1)) for file in those or [self.name])
 
     def _bad_of(self, ledger: Ledger, segment: int) -> list[str]:

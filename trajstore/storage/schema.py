@@ -114,6 +114,11 @@ class Schema:
         """Return the segment that a step belongs to."""
         return int(np.searchsorted(self.segment_starts, step, side="right")) - 1
 
+    @property
+    def again(self) -> str:
+        """What writes steps that are missing, as an error says it."""
+        return {"problem": "--resume", "loop": "resume=True", "import": "importing again"}[self.made_by]
+
     def about(self, metric: str) -> str:
         """Say what a metric is."""
         if metric in self.late:

@@ -87,7 +87,7 @@ class Ledger:
         if record[0] <= 0:
             return segment, segment.cut().written()
         if written.record != record or len(segment) != record[0]:
-            raise FormatError(f"{self.steps_named(number)} are not what was committed; {_REPAIR}")
+            raise FormatError(f"{self.steps_named(number)} are not what was committed; {self._repair}")
         return segment, written
 
     def stored(self, step: int) -> StoredRow:
@@ -115,7 +115,7 @@ class Ledger:
                     rows.append((step, int(series["leg"][at]), metrics, series["sketch"][at], state))
                 yield rows
         except (ValueError, RuntimeError, IndexError) as error:  # the last where a document tells of a shorter array
-            raise FormatError(f"{self.steps_named(number)} are damaged ({error}); {_REPAIR}") from None
+            raise FormatError(f"{self.steps_named(number)} are damaged ({error}); {self._repair}") from None
 
     def adopt(self, written: Written, resume: bytes | None = None) -> None:
         """Commit a segment whose states are durable, in any order of segments."""
@@ -179,8 +179,9 @@ class Ledger:
         begin, end = self.schema.steps_of(number)
         return f"{self.name}: steps {begin} to {end - 1}"
 
-
-_REPAIR = "`trajstore verify --repair` takes them out, and --resume writes them again"
+    @property
+    def _repair(self) -> str:
+        return f"`trajstore verify --repair` takes them out, and {self.schema.again} writes them again"
 
 
 def guarded(group: zarr.Group, schema: Schema, corner: Corner) -> int:
@@ -284,7 +285,7 @@ class SlabWriter:
                 steps = f"steps {cut.rows[0].step} to {cut.rows[-1].step}" if cut.rows else "a segment"
                 raise WriteError(
                     f"{self.ledger.name}: {steps} could not be written ({error.strerror or error}); "
-                    "what was committed before stays, and --resume goes on"
+                    f"what was committed before stays, and {self._schema.again} goes on"
                 ) from error
 
         return named
