@@ -62,7 +62,7 @@ from trajstore.storage.local import DurableStore
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.place import Durability
 from trajstore.storage.schema import Schema
-from trajstore.storage.segment import Segment, Spare, _transposed, array_of
+from trajstore.storage.segment import Observation, Segment, Spare, _transposed, array_of
 from trajstore.storage.writer import Ledger, SlabWriter
 from trajstore.store import open_root
 
@@ -144,7 +144,7 @@ def write_trajstore(its: Iterates, folder: Path, codec: Codec, durability: Durab
     pipeline = Pipeline(threads)
     writer = SlabWriter(Ledger(group, schema, 0, 0), pipeline)
     for n, row in enumerate(its.params):
-        writer.append(n, 0, its.metrics[n], its.sketches[n], (row, np.array([n])))
+        writer.append(Observation(n, 0, its.metrics[n], its.sketches[n], (row, np.array([n]))))
     writer.commit()
     pipeline.close()
 
@@ -365,6 +365,8 @@ def turn(method: Method, its: Iterates, scratch: Path, seed: int, compare: bool)
             "seconds": writing,
         }
         os.sync()
+        # Twice: a virtual machine may take milliseconds to get a megabyte that it has given back.
+        method.open(its, folder).everything()
         whole, read = timed(method.open(its, folder).everything)
         told["read all MB/s"] = raw / whole / 1e6
         if compare:
@@ -569,7 +571,7 @@ def stages(its: Iterates, codec: Codec, scratch: Path, repeats: int) -> dict[str
     def appended(spare: Spare) -> Segment:
         segment = Segment(memory, schema, (0, 0), number, spare=spare)
         for n, row in zip(steps, rows, strict=True):
-            segment.append(n, 0, its.metrics[n], its.sketches[n], (row, np.array([n])))
+            segment.append(Observation(n, 0, its.metrics[n], its.sketches[n], (row, np.array([n]))))
         return segment
 
     experiment = Experiment.of(its.config)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,25 @@ def record(tmp_path: Path) -> Record:
         return ts.run(experiment, tmp_path / "runs.zarr", resume=resume)
 
     return recorded
+
+
+@pytest.fixture
+def trajstore(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[Any, str, str]]:
+    """Run the program in a folder of the test's own: (exit code, standard output, standard error)."""
+    from trajstore.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trajstore", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        return ended.value.code, told.out, told.err
+
+    return run
 
 
 def last_of(engine: Engine, leg: Leg, step: int) -> Iterate:

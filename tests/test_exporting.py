@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from trajstore.cli.main import main
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
@@ -90,21 +89,6 @@ def stored(recordings, tmp_path):
 def half(recordings, tmp_path):
     """Seed 0 is complete; of seed 1 there are some steps of `forward`, and of `backward` the start."""
     return ts.open(shutil.copytree(recordings / "half.zarr", tmp_path / "runs.zarr"))["net"]
-
-
-@pytest.fixture
-def trajstore(monkeypatch, capsys, tmp_path):
-    """Run the program in a folder of the test's own: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trajstore", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return ended.value.code, told.out, told.err
-
-    return run
 
 
 def everything(folder: Path) -> dict[str, int | None]:

@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from trajstore.cli.main import main
 
 import trajstore as ts
 from tests.test_resume import contents
@@ -74,21 +72,6 @@ def write(folder: Path, seed: int, step: int, tensors=None, wrap=None, ending="p
     else:
         torch.save(wrap(tensors) if wrap else tensors, file, **how)
     return file
-
-
-@pytest.fixture
-def trajstore(monkeypatch, capsys, tmp_path):
-    """Run the program in a folder of the test's own: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trajstore", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return ended.value.code, told.out, told.err
-
-    return run
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -43,7 +43,7 @@ def test_what_differs_is_told_with_its_step_and_size(tmp_path):
 
     segment = Segment(group, ledger.schema, ledger.corner, 0)
     for row in rows:
-        segment.append(*row)
+        segment.append(row)
     record[0] = segment.cut().written().record
     ledger.take_over(record)
     forward, backward = replay(ts.open(tmp_path / "s.zarr")["net"])

@@ -30,13 +30,13 @@ from trajstore.engine.refining import Refining
 from trajstore.engine.walk import Slab, Stretch, stretches_of
 from trajstore.errors import ConfigurationError, WorkerError
 from trajstore.experiment import Experiment
-from trajstore.observing import Observation, Observer, parameters_of
+from trajstore.observing import Observer, parameters_of
 from trajstore.planning import run_seeds
 from trajstore.spending import Clock, Spent
 from trajstore.storage.place import Durability, keeper_of, place_of, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
-from trajstore.storage.segment import Segment, Written
+from trajstore.storage.segment import Observation, Segment, Written
 from trajstore.storage.writer import Ledger, guarded
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ class Shape:
         before = self.records[(*corner, number)].tolist()
         segment = Segment(self.group, self.schema, corner, number, counted=max(0, before[0]))
         for observation in sorted(observations, key=lambda o: o.step):
-            segment.append(*observation)
+            segment.append(observation)
         cut = segment.cut()
         written = cut.written()
         written.refuse_other(before, f"experiment {self.group.basename!r}, order {slab.order}, segment {number}")

@@ -15,10 +15,11 @@ from trajstore.engine import Engine
 from trajstore.engine.refining import Refining
 from trajstore.engine.walk import Progress, Slab, walk
 from trajstore.experiment import Experiment
-from trajstore.observing import Observation, Observer, parameters_of
+from trajstore.observing import Observer, parameters_of
 from trajstore.resuming import pack, unpack
 from trajstore.spending import Clock, Spent
 from trajstore.storage.pipeline import Pipeline
+from trajstore.storage.segment import Observation
 from trajstore.storage.writer import Ledger, SlabWriter
 from trajstore.store import StoredExperiment
 
@@ -47,7 +48,7 @@ def fill_here(
             slabs, progress, finish = leaving.popleft()
             observed = finish()
             for slab in slabs:
-                writers[slab].append(*observed, resume=lambda: pack(progress))
+                writers[slab].append(observed, resume=lambda: pack(progress))
 
         for visit in walk(slabs, experiment.steps, experiment.grid, refined, asked, progress):
             with clock.storing():

@@ -38,7 +38,7 @@ from trajstore.storage.layout import Entry, Layout, Role
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.place import Durability
 from trajstore.storage.schema import Schema, segment_length
-from trajstore.storage.segment import Snapshot, array_of
+from trajstore.storage.segment import Observation, Snapshot, array_of
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import Ledger, SlabWriter
 from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, standing
@@ -542,4 +542,4 @@ def _append(writer: SlabWriter, sketch: Sketch, read: _Read) -> None:
         metrics["step_distance"] = away_from(read.before).norm().item()
     difference = away_from(read.start)
     metrics["start_distance"] = difference.norm().item()
-    writer.append(read.step, 0, metrics, sketch(difference.numpy()), read.state)
+    writer.append(Observation(read.step, 0, metrics, sketch(difference.numpy()), read.state))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from trajstore.engine import Iterate
@@ -16,19 +13,10 @@ from trajstore.flattening import Flatten
 from trajstore.leaving import Leaving
 from trajstore.state import State
 from trajstore.storage.schema import Schema
+from trajstore.storage.segment import Observation
 from trajstore.storage.sketch import Sketch
 
-__all__ = ["Observation", "Observer", "parameters_of"]
-
-
-class Observation(NamedTuple):
-    """One recorded step, as a slab's writer wants it."""
-
-    step: int
-    leg: int
-    metrics: Mapping[str, float]
-    sketch: NDArray[np.float64]
-    snapshot: tuple[NDArray[Any], NDArray[np.int64]] | None
+__all__ = ["Observer", "parameters_of"]
 
 
 class Observer:

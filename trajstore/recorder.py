@@ -49,6 +49,7 @@ from trajstore.storage.layout import Layout
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.place import Durability, slab_lock
 from trajstore.storage.schema import Schema, check_metric_names, segment_length
+from trajstore.storage.segment import Observation
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import COMMIT_SECONDS, COMMIT_STEPS, Ledger, SlabWriter
 from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign
@@ -386,7 +387,8 @@ class Recorder:
         metrics = {**step.metrics, **dict(zip(names, torch.stack(lengths).tolist(), strict=False))}
         state = None if step.state is None else (step.state[0].numpy(force=True), step.state[1].numpy(force=True))
         resume = step.resume
-        self._writer.append(step.number, 0, metrics, sketch, state, None if resume is None else lambda: resume)
+        observed = Observation(step.number, 0, metrics, sketch, state)
+        self._writer.append(observed, None if resume is None else lambda: resume)
         if resume is not None:
             self._writer.commit()
 

@@ -21,7 +21,8 @@ from trajstore.experiment import Experiment
 from trajstore.flattening import schema_of
 from trajstore.observing import Observer, parameters_of
 from trajstore.planning import run_seeds
-from trajstore.storage.writer import Ledger, StoredRow
+from trajstore.storage.segment import Observation
+from trajstore.storage.writer import Ledger
 from trajstore.store import StoredExperiment
 
 __all__ = ["Replayed", "replay", "why_not"]
@@ -81,29 +82,22 @@ def replay(stored: StoredExperiment) -> Iterator[Replayed]:
             start = here if start is None else start
             observed = observe(visit.iterate, visit.leg_start, here, start, before.get(visit.slabs[0]))
             before |= dict.fromkeys(visit.slabs, here)
-            again: StoredRow = (observed.step, observed.leg, dict(observed.metrics), observed.sketch, observed.snapshot)
             for slab in visit.slabs:
                 if ledgers[slab].committed[observed.step]:
-                    _compare(told[slab], ledgers[slab].stored(observed.step), again)
+                    _compare(told[slab], ledgers[slab].stored(observed.step), observed)
         yield from told.values()
 
 
-def _compare(told: Replayed, stored: StoredRow, again: StoredRow) -> None:
+def _compare(told: Replayed, stored: Observation, again: Observation) -> None:
     told.compared += 1
-    if _bits(stored) == _bits(again):
+    if stored.bits() == again.bits():
         return
-    if told.differs_from is None or again[0] < told.differs_from:
-        told.differs_from = again[0]
-    if stored[4] is not None and again[4] is not None:
-        left, right = (row[4][0].astype(np.float64) for row in (stored, again) if row[4] is not None)
+    if told.differs_from is None or again.step < told.differs_from:
+        told.differs_from = again.step
+    if stored.snapshot is not None and again.snapshot is not None:
+        left, right = (state[0].astype(np.float64) for state in (stored.snapshot, again.snapshot))
         norm = float(np.linalg.norm(left))
         told.off = max(told.off, float(np.linalg.norm(left - right)) / (norm or 1.0))
-
-
-def _bits(row: StoredRow) -> tuple[object, ...]:
-    _, leg, metrics, sketch, state = row
-    values = np.array([metrics[name] for name in sorted(metrics)])
-    return leg, sorted(metrics), values.tobytes(), sketch.tobytes(), [v.tobytes() for v in state or ()]
 
 
 def _experiment(stored: StoredExperiment) -> Experiment:

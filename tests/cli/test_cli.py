@@ -16,28 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from trajstore.cli.main import main
 from trajstore.cli.options import parse_seeds, parse_settings, parse_size
 
 import trajstore as ts
 from trajstore.errors import ConfigurationError
 
 SMALL = ["--seeds", "0-1", "--steps", "6", "--set", "problem.width=4", "--set", "problem.points=11"]
-
-
-@pytest.fixture
-def trajstore(monkeypatch, capsys, tmp_path):
-    """Run the program in an empty folder: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trajstore", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return ended.value.code, told.out, told.err
-
-    return run
 
 
 def test_a_session_from_recording_to_the_figure(trajstore):

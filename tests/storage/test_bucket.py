@@ -28,6 +28,7 @@ from trajstore.storage.layout import Entry, Layout
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.place import DECLARING, Place, place_of, slab_lock
 from trajstore.storage.schema import Schema
+from trajstore.storage.segment import Observation
 from trajstore.storage.writer import Ledger, SlabWriter
 from trajstore.store import Store, open_root
 from trajstore.verifying import verify
@@ -72,7 +73,7 @@ def record(place: Place, who: float) -> list[int]:
         writer, steps = SlabWriter(ledger, pipeline), list(range(ledger.last_step + 1, SCHEMA.steps + 1))
         try:
             for n in steps:
-                writer.append(n, 0, *content(who, n), resume=lambda n=n: bytes([1, n, int(10 * who)]))
+                writer.append(Observation(n, 0, *content(who, n)), resume=lambda n=n: bytes([1, n, int(10 * who)]))
                 if n % 3 == 2:
                     writer.commit()
                     pipeline.drain()

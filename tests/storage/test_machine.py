@@ -20,7 +20,7 @@ from trajstore.storage.layout import Entry, Layout
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
-from trajstore.storage.segment import array_of
+from trajstore.storage.segment import Observation, array_of
 from trajstore.storage.writer import Ledger, SlabWriter
 from trajstore.store import Store, open_root
 from trajstore.verifying import verify
@@ -84,7 +84,7 @@ class Slabs(RuleBasedStateMachine):
     def record(self, gap, count):
         step = self.slab.last + gap
         for n in range(step, min(step + count, self.schema.steps + 1)):
-            self.slab.append(n, 0, *content(n))
+            self.slab.append(Observation(n, 0, *content(n)))
             self.pending.append(n)
         self._what_full_segments_committed()
 
@@ -147,9 +147,9 @@ class Slabs(RuleBasedStateMachine):
         metrics, sketch, state = content(step)
         if other:
             with pytest.raises(ConflictError):
-                self.slab.append(step, 0, {**metrics, "a": 0.5}, sketch, state)
+                self.slab.append(Observation(step, 0, {**metrics, "a": 0.5}, sketch, state))
         else:
-            self.slab.append(step, 0, metrics, sketch, state)
+            self.slab.append(Observation(step, 0, metrics, sketch, state))
         self._commit(list(self.pending))  # comparing reads what is stored, so everything is committed first
 
     @precondition(lambda self: self.writing is None and self.schema.steps < 60)

@@ -20,6 +20,7 @@ from trajstore.storage.local import DurableStore
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
+from trajstore.storage.segment import Observation
 from trajstore.storage.writer import Ledger, SlabWriter
 
 STEPS, EVERY = 23, 2
@@ -54,7 +55,7 @@ class Writing:
 
     def append(self, n: int, **other) -> None:
         metrics, sketch, snapshot = values(n)
-        self.slab.append(n, 0, {**metrics, **other}, sketch, snapshot)
+        self.slab.append(Observation(n, 0, {**metrics, **other}, sketch, snapshot))
 
     def commit(self) -> None:
         self.slab.commit()
@@ -198,7 +199,7 @@ def test_changing_what_was_appended_changes_nothing_that_is_stored(group):
     writing = Writing(group)
     rows = {n: values(n) for n in range(STEPS + 1)}
     for n, (metrics, sketch, snapshot) in rows.items():
-        writing.slab.append(n, 0, metrics, sketch, snapshot)
+        writing.slab.append(Observation(n, 0, metrics, sketch, snapshot))
         sketch += 1
         metrics["a"] = -1.0
         for vector in snapshot or ():

@@ -20,13 +20,30 @@ from trajstore.storage.codecs import write_block
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.schema import Schema
 
-__all__ = ["Corner", "Cut", "Row", "Segment", "Snapshot", "Spare", "Written", "array_of", "row_of"]
+__all__ = ["Corner", "Cut", "Observation", "Row", "Segment", "Snapshot", "Spare", "Written", "array_of"]
 
 Corner = tuple[int, int]
 """Positions of the slab's order and seed."""
 Snapshot = tuple[NDArray[Any], NDArray[np.int64]]
 """A state as the flat vectors `params` and `counters`."""
 _STATES = ("params", "counters")
+
+
+class Observation(NamedTuple):
+    """What is recorded of one step."""
+
+    step: int
+    leg: int
+    metrics: Mapping[str, float]
+    sketch: NDArray[np.float64]
+    snapshot: Snapshot | None
+
+    def bits(self) -> tuple[object, ...]:
+        """Return all that there is of it, so that equal means equal in every bit."""
+        names = sorted(self.metrics)
+        values = np.array([self.metrics[name] for name in names], dtype=np.float64)
+        state = [(vector.dtype, vector.tobytes()) for vector in self.snapshot or ()]
+        return self.step, self.leg, names, values.tobytes(), np.asarray(self.sketch, dtype=np.float64).tobytes(), state
 
 
 class Row(NamedTuple):
@@ -118,22 +135,16 @@ class Segment:
     def __len__(self) -> int:
         return self._cut + len(self._rows)
 
-    def append(
-        self,
-        step: int,
-        leg: int,
-        metrics: Mapping[str, float],
-        sketch: NDArray[np.float64],
-        snapshot: Snapshot | None,
-    ) -> None:
+    def append(self, observed: Observation) -> None:
         """Add one step; everything is copied."""
-        row = row_of(self.schema, step, leg, metrics, sketch, snapshot)
-        if snapshot is not None:
-            for name, vector in zip(_STATES, snapshot, strict=True):
+        row = _row_of(self.schema, observed)
+        if observed.snapshot is not None:
+            place = self._place[observed.step]
+            for name, vector in zip(_STATES, observed.snapshot, strict=True):
                 if name not in self.states:
                     self.states[name] = self._spare.take((len(self._place), len(vector)), vector.dtype)
-                self.states[name][self._place[step]] = vector
-            self.stored.append(self._place[step])
+                self.states[name][place] = vector
+            self.stored.append(place)
         self._rows.append(row)  # last: whatever interrupts this, a row is there with all that belongs to it
 
     def cut(self) -> Cut:
@@ -164,15 +175,9 @@ class Segment:
         return [self._digested, self._digested_states, *self._digest.words().tolist()]
 
 
-def row_of(
-    schema: Schema,
-    step: int,
-    leg: int,
-    metrics: Mapping[str, float],
-    sketch: NDArray[np.float64],
-    snapshot: Snapshot | None,
-) -> Row:
+def _row_of(schema: Schema, observed: Observation) -> Row:
     """Return a step as a row, copied."""
+    step, leg, metrics, sketch, snapshot = observed
     if unknown := set(metrics) - set(schema.metrics):
         raise ConfigurationError(f"step {step}: metric {min(unknown)!r} is not declared")
     names = [name for name in schema.metrics if name in metrics]

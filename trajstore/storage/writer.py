@@ -11,7 +11,7 @@ said of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
@@ -28,14 +28,12 @@ from trajstore.storage.place import keeper_of, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.resume import ResumeSlots
 from trajstore.storage.schema import Schema
-from trajstore.storage.segment import Corner, Cut, Segment, Snapshot, Spare, Written, array_of, row_of
+from trajstore.storage.segment import Corner, Cut, Observation, Segment, Spare, Written, array_of
 
 __all__ = ["Ledger", "SlabWriter", "guarded"]
 
 COMMIT_STEPS = 4_096
 COMMIT_SECONDS = 300.0
-StoredRow = tuple[int, int, dict[str, float], NDArray[np.float64], Snapshot | None]
-"""A recorded step as `append` takes it."""
 ResumeState = Callable[[], bytes]
 """Makes the state from which a recording can go on after the step that it came with."""
 
@@ -51,7 +49,7 @@ class Ledger:
         self.committed = commits.steps[0, 0].copy()
         """Over steps: recorded and committed."""
         self._committed_array = array_of(group, "committed")
-        self._at_hand: tuple[int, dict[int, StoredRow]] = (-1, {})
+        self._at_hand: tuple[int, dict[int, Observation]] = (-1, {})
         """The segment that was read last, and its steps."""
         self.slots = ResumeSlots(group, schema.orders[order], schema.seeds[seed])
         self._fence = guarded(group, schema, self.corner)
@@ -82,7 +80,7 @@ class Ledger:
         record = self.records[number].tolist()
         for rows in self._stored_rows(number) if record[0] > 0 else ():
             for row in rows:
-                segment.append(*row)
+                segment.append(row)
             written = segment.cut().written()
         if record[0] <= 0:
             return segment, segment.cut().written()
@@ -90,14 +88,14 @@ class Ledger:
             raise FormatError(f"{self.steps_named(number)} are not what was committed; {self._repair}")
         return segment, written
 
-    def stored(self, step: int) -> StoredRow:
+    def stored(self, step: int) -> Observation:
         """Return a committed step as it is stored."""
         number = self.schema.segment_of(step)
         if self._at_hand[0] != number:
             self._at_hand = number, {row[0]: row for rows in self._stored_rows(number) for row in rows}
         return self._at_hand[1][step]
 
-    def _stored_rows(self, number: int) -> Iterator[list[StoredRow]]:
+    def _stored_rows(self, number: int) -> Iterator[list[Observation]]:
         """Yield the committed steps of a segment, some thousand at a time."""
         begin, end = self.schema.steps_of(number)
         places = {step: k for k, step in enumerate(self.schema.snapshots_of(number))}
@@ -106,13 +104,13 @@ class Ledger:
             for start in range(begin, end, COMMIT_STEPS):
                 stop = min(start + COMMIT_STEPS, end)
                 series = {name: one.read(start, stop) for name, one in self._series.items()}
-                rows: list[StoredRow] = []
+                rows: list[Observation] = []
                 for at in np.flatnonzero(self.committed[start:stop]).tolist():
                     bits, step = int(series["measured"][at]), start + at
                     measured = [name for bit, name in enumerate(self.schema.metrics) if bits >> bit & 1]
                     metrics = {name: float(series[name][at]) for name in measured}
                     state = (params[:, places[step]], counters[:, places[step]]) if step in places else None
-                    rows.append((step, int(series["leg"][at]), metrics, series["sketch"][at], state))
+                    rows.append(Observation(step, int(series["leg"][at]), metrics, series["sketch"][at], state))
                 yield rows
         except (ValueError, RuntimeError, IndexError) as error:  # the last where a document tells of a shorter array
             raise FormatError(f"{self.steps_named(number)} are damaged ({error}); {self._repair}") from None
@@ -210,19 +208,12 @@ class SlabWriter:
         self._resume: ResumeState | None = None
         self._encoding: list[Future[None]] = []
 
-    def append(
-        self,
-        step: int,
-        leg: int,
-        metrics: Mapping[str, float],
-        sketch: NDArray[np.float64],
-        snapshot: Snapshot | None,
-        resume: ResumeState | None = None,
-    ) -> None:
+    def append(self, observed: Observation, resume: ResumeState | None = None) -> None:
         """Record a step; one that is committed must be what is stored."""
         self._pipeline.check()
+        step = observed.step
         if step <= self.last and (step <= self._passed or self.ledger.committed[step]):
-            self._compare(step, leg, dict(metrics), sketch, snapshot)
+            self._compare(observed)
             return
         number = self._schema.segment_of(step)
         if self._segment is None or number != self._segment.number:
@@ -230,7 +221,7 @@ class SlabWriter:
         assert self._segment is not None
         if step <= self._committed_to:
             raise ConfigurationError(f"{self.ledger.name}: step {step} was passed over; steps must increase")
-        self._segment.append(step, leg, metrics, sketch, snapshot)
+        self._segment.append(observed)
         self.last, self._passed, self._resume = max(step, self.last), step, resume
         if len(self._segment) - self._counted >= COMMIT_STEPS or time.monotonic() - self._since > COMMIT_SECONDS:
             self.commit()
@@ -290,22 +281,15 @@ class SlabWriter:
 
         return named
 
-    def _compare(
-        self,
-        step: int,
-        leg: int,
-        metrics: dict[str, float],
-        sketch: NDArray[np.float64],
-        snapshot: Snapshot | None,
-    ) -> None:
+    def _compare(self, observed: Observation) -> None:
         """Refuse a step that is recorded with other content."""
         self.commit()
         self._pipeline.drain()
-        if not self.ledger.committed[step]:
-            raise ConfigurationError(f"{self.ledger.name}: step {step} was passed over; steps must increase")
-        if _bits(self._schema, self.ledger.stored(step)) != _bits(self._schema, (step, leg, metrics, sketch, snapshot)):
+        if not self.ledger.committed[observed.step]:
+            raise ConfigurationError(f"{self.ledger.name}: step {observed.step} was passed over; steps must increase")
+        if self.ledger.stored(observed.step).bits() != observed.bits():
             raise ConflictError(
-                f"{self.ledger.name}: step {step} is recorded already, with other content; "
+                f"{self.ledger.name}: step {observed.step} is recorded already, with other content; "
                 "what is committed never changes"
             )
 
@@ -349,10 +333,3 @@ class _Series:
 
     def _width(self, chunk: int) -> int:
         return min(self._length, len(self._committed) - chunk * self._length)
-
-
-def _bits(schema: Schema, stored: StoredRow) -> tuple[object, ...]:
-    """Return all that there is of a step, so that equal means equal in every bit."""
-    row = row_of(schema, *stored)
-    state = [(v.dtype, v.tobytes()) for v in stored[-1] or ()]
-    return row.leg, row.measured, np.array(row.metrics).tobytes(), row.sketch.tobytes(), row.stored, state
