@@ -116,6 +116,16 @@ def test_copied_there_and_back(place, local, tmp_path):
     assert [key for key, _ in ts.Store(place).place.files("")] == ["zarr.json"]
 
 
+def begin(function, *args):
+    """In a process of its own, which was forked from one that knows nothing of the server."""
+    return start(told, {k: v for k, v in os.environ.items() if k.startswith("AWS_")}, function, args)
+
+
+def told(settings: dict[str, str], function, args) -> None:
+    os.environ.update(settings)
+    function(*args)
+
+
 def record_and_die(place: str, after: int) -> None:
     done = 0
 
@@ -132,7 +142,7 @@ def record_and_die(place: str, after: int) -> None:
 def test_a_recording_that_was_killed_goes_on(place, tmp_path):
     experiment = ts.Experiment.of({**SMALL_NET, "seeds": [0]})
     for after in (2, 60):
-        process, _ = start(record_and_die, place, after)
+        process, _ = begin(record_and_die, place, after)
         process.join()
         assert process.exitcode == -9
         assert [f for f in verify(ts.Store(place)) if not f.harmless] == []
@@ -175,7 +185,7 @@ def record_seed(place: str, seed: int) -> None:
 
 
 def test_processes_record_seeds_of_one_experiment_at_once(place):
-    processes = [start(record_seed, place, seed) for seed in range(4)]
+    processes = [begin(record_seed, place, seed) for seed in range(4)]
     for process, connection in processes:
         connection.recv()
         fine, told = connection.recv()

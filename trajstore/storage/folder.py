@@ -21,10 +21,10 @@ class Folder:
     """A folder. Beside it lies another with locks and the index; losing that loses nothing."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.address = str(path.absolute())
-        self.beside: Path | None = path.with_name(f"{path.name}.traj")
-        self._beside = self.beside
+        whole = path.absolute()
+        self.path, self.address = path, str(whole)
+        self._beside = whole.parent / f"{whole.name}.traj"
+        self.beside: Path | None = self._beside
         self.only_here = False
 
     def __str__(self) -> str:

@@ -69,7 +69,8 @@ class DurableStore(LocalStore):
         """Take out all keys below a prefix. They are gone at once; deleting many files may take a while."""
         folder = self.root / prefix
         if folder.exists():
-            grave = self.root.with_name(f"{self.root.name}.traj") / "removed" / uuid.uuid4().hex
+            root = self.root.absolute()
+            grave = root.parent / f"{root.name}.traj" / "removed" / uuid.uuid4().hex
             grave.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(grave)
             shutil.rmtree(grave)
