@@ -36,7 +36,7 @@ WHERE f."order" = 'forward' AND b."order" = 'backward' ORDER BY seed
 
 
 def demo(
-    store: Annotated[Path, typer.Option(help="Where to record.")] = Path("demo.zarr"),
+    store: Annotated[str, typer.Option(help="Where to record.")] = "demo.zarr",
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to draw.")] = Path("demo.png"),
 ) -> None:
     """Record forward and backward SGD on a small network, draw both, compare their variance."""

@@ -120,9 +120,9 @@ def unlock(store: StorePath) -> None:
 
     In a folder there is nothing to do: the locks of a process end with it.
     """
-    import trajstore as ts
+    from trajstore.storage.place import place_of
 
-    freed = ts.open(store).place.unlock()
+    freed = place_of(store).unlock()
     for one in freed:
         say(one)
     say(f"{store}: {counted(len(freed), 'lock')} freed")

@@ -187,11 +187,17 @@ class Recorder:
                 kind, error, trace = type(failure), failure, failure.__traceback__
                 raise
         finally:
-            for pipeline in (self._observing, self._writing):
-                with suppress(Exception):
-                    pipeline.close()
+            again: BaseException | None = None
+            try:
+                for pipeline in (self._observing, self._writing):
+                    with suppress(Exception):
+                        pipeline.close()
+            except BaseException as failure:  # interrupted once more: something may still be on its way
+                again, kind, error, trace = failure, type(failure), failure, failure.__traceback__
             with suppress(BaseException) if kind is not None else nullcontext():
                 self._held.__exit__(kind, error, trace)
+            if again is not None:
+                raise again
 
     def close(self) -> None:
         """End the recording; leaving the `with` block does it."""

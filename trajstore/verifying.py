@@ -194,6 +194,8 @@ class _Verifying:
             try:
                 stored = np.asarray(array_of(self.group, "batch_index")[k, : self.schema.steps])
                 sound = batch_digest(stored) == digest
+            except UnreachableError:
+                raise
             except _DECODING:
                 sound = False
             if not sound:  # what it held is gone: only the problem could draw it again
@@ -203,6 +205,8 @@ class _Verifying:
     def _reads_as(self, name: str, values: np.ndarray[Any, Any]) -> bool:
         try:
             return np.array_equal(np.asarray(array_of(self.group, name)[: len(values)]), values)
+        except UnreachableError:
+            raise
         except _DECODING:
             return False
 
@@ -212,14 +216,14 @@ class _Verifying:
         slab: dict[str, Any] = {"order": label, "seed": number}
         try:
             ledger = Ledger(self.group, self.schema, order, seed)
-        except TrajstoreError:
+        except FormatError:
             corner = order, seed
             unreadable = [f for name in ("committed", "leg") for f in self._bad(name, corner) if self.place.exists(f)]
             for file in unreadable:
                 if self.repair:
                     self.place.delete(file)
                 yield self._found(f"the commit records cannot be read; {self._gone}", file, **slab)
-            if self.repair:
+            if self.repair and unreadable:
                 Ledger(self.group, self.schema, order, seed).discard(range(self.schema.segments))
             return
         attributes: Any = self.group.attrs[ATTRIBUTE]

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import obstore
@@ -20,7 +21,7 @@ import zarr
 
 import trajstore.storage.bucket as module
 from tests.torture import Report
-from trajstore.errors import BusyError, ConfigurationError, TrajstoreError
+from trajstore.errors import BusyError, ConfigurationError, TrajstoreError, UnreachableError
 from trajstore.storage.bucket import Bucket
 from trajstore.storage.declaring import declare
 from trajstore.storage.late import LateSeries
@@ -65,8 +66,8 @@ def content(who: float, step: int):
     return {"a": step + who}, np.array([step, who]), (np.float32([step, who, 0]), np.zeros(0, dtype=np.int64))
 
 
-def record(place: Place, who: float) -> list[int]:
-    """Record what is not recorded yet; return these steps."""
+def record(place: Place, who: float, acknowledged: list[int] | None = None) -> list[int]:
+    """Record what is not recorded yet; return these steps, and tell as soon as they are committed."""
     with place.lock(SLAB, "it"):
         group = zarr.open_group(place.keeper(read_only=False), path="e", mode="r+", zarr_format=3)
         ledger, pipeline = Ledger(group, SCHEMA, 0, 0), Pipeline(threads=1)
@@ -77,6 +78,8 @@ def record(place: Place, who: float) -> list[int]:
                 if n % 3 == 2:
                     writer.commit()
                     pipeline.drain()
+                    if acknowledged is not None:
+                        acknowledged[:] = range(n + 1)
                     late = LateSeries(group, SCHEMA, (0, 0), "b")
                     known = late.read()[0]
                     late.put(new := np.array([k for k in (n - 1, n) if not known[k]], dtype=np.int64), new + who)
@@ -115,6 +118,7 @@ def duel(first: int, second: int) -> list[str]:
     counts, told = {"first": 0, "second": 0}, threading.local()
     begun: list[threading.Thread] = []
     outcome: dict[str, object] = {}
+    acknowledged: list[int] = []
 
     def takes_over() -> None:
         told.me = "second"
@@ -143,7 +147,7 @@ def duel(first: int, second: int) -> list[str]:
     bucket._proven = True
     with before_each_put(before):
         try:
-            record(bucket, 0.0)
+            record(bucket, 0.0, acknowledged)
         except BusyError:
             outcome["busy"] = True
         except TrajstoreError as error:
@@ -166,6 +170,11 @@ def duel(first: int, second: int) -> list[str]:
             f"step {n} is not what its second writer committed: {group['a'][0, 0, n]}"
             for n in outcome["steps"]
             if group["a"][0, 0, n] != n + 0.5 or group["params"][0, 0, 1, n] != np.float32(0.5)
+        ]
+        problems += [
+            f"step {n}, which its first writer committed, is another now: {group['a'][0, 0, n]}"
+            for n in acknowledged
+            if group["a"][0, 0, n] != n or n in outcome["steps"]
         ]
         known, values = LateSeries(group, SCHEMA, (0, 0), "b").read()
         problems += [f"late value of step {n}" for n in np.flatnonzero(known) if values[n] - n not in (0.0, 0.5)]
@@ -204,13 +213,13 @@ def test_a_lock_of_a_process_that_died_here_is_taken_over_with_a_fence(bucket):
     with bucket.lock(SLAB, "it"):
         key = f"locks/{SLAB}"
         held = json.loads(bytes(obstore.get(bucket._locks, key).bytes()))
-        assert bucket.fence(SLAB) == 0
+        assert bucket.lease(SLAB).fence == 0
     died = {**held, "holder": {**held["holder"], "process": int(gone.stdout)}}
     obstore.put(bucket._locks, key, json.dumps(died).encode())
     with bucket.lock(SLAB, "it"):
-        assert bucket.fence(SLAB) == held["generation"] + 1
+        assert bucket.lease(SLAB).fence == held["generation"] + 1
     with bucket.lock(SLAB, "it"):  # released as it should be: nobody needs to be kept out any more
-        assert bucket.fence(SLAB) == held["generation"] + 1
+        assert bucket.lease(SLAB).fence == held["generation"] + 1
     record(bucket, 0.0)
     fences = Store(bucket)["e"].group["committed"][0, 0, :, -1]
     assert fences.tolist() == [held["generation"] + 1] * SCHEMA.segments
@@ -228,7 +237,7 @@ def test_a_lock_held_elsewhere_is_freed_by_a_person_only(bucket):
     assert [one.split(" since")[0] for one in bucket.unlock()] == [f"{SLAB}: process 1 on elsewhere"]
     assert bucket.unlock() == []
     with bucket.lock(SLAB, "it"):
-        assert bucket.fence(SLAB) > 0
+        assert bucket.lease(SLAB).fence > 0
 
 
 def test_a_writer_waits_as_long_as_it_was_told(bucket):
@@ -257,7 +266,7 @@ def test_a_server_that_does_not_look_at_conditions_is_refused(bucket, monkeypatc
 def test_nothing_is_replaced_without_a_lock(bucket):
     declared(bucket)
     group = zarr.open_group(bucket.keeper(read_only=False), path="e", mode="r+", zarr_format=3)
-    with pytest.raises(BusyError, match="may be written only under the lock"):
+    with pytest.raises(BusyError, match="may be written only under a lock"):
         group.attrs["other"] = 1
 
 
@@ -269,6 +278,9 @@ def test_nothing_is_replaced_without_a_lock(bucket):
         ("s3://bucket/", "name the store in the bucket"),
         ("memory://", "name the store"),
         ("file://elsewhere/runs.zarr", "write file:///path/on/this/machine"),
+        ("s3://bucket/runs.zarr?versionId=1", r"has no '\?', '#'"),
+        ("s3://bucket/a/../runs.zarr", r"no '\?', '#', '.', '..'"),
+        (Path("s3://bucket/runs.zarr"), "give a URL as text"),
     ],
 )
 def test_urls_that_name_no_store(url, message):
@@ -278,3 +290,104 @@ def test_urls_that_name_no_store(url, message):
 
 def test_a_file_url_is_a_folder(tmp_path):
     assert str(place_of(f"file://{tmp_path}/a%20b.zarr")) == f"{tmp_path}/a b.zarr"
+
+
+def test_a_lock_taken_away_stays_lost_in_a_process_that_took_it_again(bucket):
+    """A notebook whose first recording hangs around, and writes when it is forgotten."""
+    declared(bucket)
+    first = bucket.lock(SLAB, "it")
+    first.__enter__()
+    group = zarr.open_group(bucket.keeper(read_only=False), path="e", mode="r+", zarr_format=3)
+    ledger, pipeline = Ledger(group, SCHEMA, 0, 0), Pipeline(threads=1)
+    writer = SlabWriter(ledger, pipeline)
+    writer.append(Observation(0, 0, *content(0.0, 0)))
+    bucket.unlock()
+    assert record(bucket, 0.5) == list(range(12))
+    writer.commit()
+    with pytest.raises(BusyError, match=r"the lock 'e/forward\.0\.lock' was taken"):
+        pipeline.drain()
+    with pytest.raises(BusyError):
+        pipeline.close()
+    first.__exit__(None, None, None)
+    assert list(verify(Store(bucket))) == []
+    assert Store(bucket)["e"].group["a"][0, 0, 0] == 0.5
+
+
+def test_who_did_not_end_well_is_fenced_out(bucket):
+    with pytest.raises(KeyboardInterrupt), bucket.lock(SLAB, "it"):
+        raise KeyboardInterrupt
+    with bucket.lock(SLAB, "it"):
+        assert bucket.lease(SLAB).fence > 0
+
+
+def test_a_lock_that_was_put_though_the_answer_says_otherwise_is_held(bucket, monkeypatch):
+    create = module._create
+    monkeypatch.setattr(module, "_create", lambda *args: create(*args) and None)
+    with bucket.lock(SLAB, "it"):
+        assert bucket.lease(SLAB) is not None
+    assert bucket.unlock() == []
+
+
+def test_a_lock_that_could_not_be_freed_is_taken_over_by_its_own_process(bucket, monkeypatch):
+    def unreachable(*args: object) -> None:
+        raise UnreachableError("the network is away")
+
+    with monkeypatch.context() as away, pytest.raises(UnreachableError), bucket.lock(SLAB, "it"):
+        away.setattr(module, "_replace", unreachable)
+    with bucket.lock(SLAB, "it"):
+        assert bucket.lease(SLAB).fence > 0
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_a_damaged_one(bucket, monkeypatch):
+    declared(bucket)
+    record(bucket, 0.0)
+    get = module._get
+
+    def sometimes(objects, key):
+        if "/leg/c/" in key:
+            raise UnreachableError("the network is away")
+        return get(objects, key)
+
+    monkeypatch.setattr(module, "_get", sometimes)
+    read = module.ObjectStore.get
+
+    async def seldom(self, key, *args):
+        if "/leg/c/" in key:
+            raise UnreachableError("the network is away")
+        return await read(self, key, *args)
+
+    monkeypatch.setattr(module.ObjectStore, "get", seldom)
+    for repair in (False, True):
+        with pytest.raises(UnreachableError):
+            list(verify(Store(bucket), repair=repair))
+    monkeypatch.undo()
+    assert list(verify(Store(bucket))) == []
+    assert Store(bucket)["e"].commits().complete.all()
+
+
+def test_whoever_lost_the_lock_of_declarations_deletes_nothing(bucket):
+    with bucket.lock(DECLARING, "it"):
+        root = open_root(bucket)
+        bucket.unlock()
+        other = another(bucket)
+        declared(other)
+        record(other, 0.5)
+        with pytest.raises(BusyError, match="was taken"):
+            declare(root, "e", SCHEMA, {"name": "e", "problem": {}}, [])
+        with pytest.raises(BusyError, match="was taken"):
+            bucket.remove("e")
+    assert list(verify(Store(bucket))) == []
+    assert Store(bucket)["e"].commits().complete.all()
+
+
+def test_a_damaged_late_metric_is_repaired_where_a_fence_is_due(bucket):
+    declared(bucket)
+    record(bucket, 0.0)
+    broken = bytearray(bucket.read("e/b/c/0/0/0"))
+    broken[-1] ^= 1
+    obstore.put(bucket.objects, "e/b/c/0/0/0", bytes(broken))
+    with pytest.raises(KeyboardInterrupt), bucket.lock(SLAB, "it"):
+        raise KeyboardInterrupt
+    assert all(finding.repaired for finding in verify(Store(bucket), repair=True))
+    assert list(verify(Store(bucket))) == []
+    assert Store(bucket)["e"].group["committed"][0, 0, 0, -1] > 0

@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
 from trajstore.errors import BusyError, ConfigurationError, UnreachableError
-from trajstore.storage.leases import Lease, died, free, holder_of, taken
-from trajstore.storage.place import DECLARING, Durability
+from trajstore.storage.leases import Lease, died, free, holder_of, is_own, taken
+from trajstore.storage.place import DECLARING, Durability, ReplacedError
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
@@ -36,6 +36,8 @@ _LOCKS = "locks"
 _TRIES = 10
 """Conditional puts of one object before giving up: each fails only if somebody else's came between."""
 _DOCUMENT = "zarr.json"
+_living: set[str] = set()
+"""Tokens of the leases that this process holds."""
 
 
 class Bucket:
@@ -47,36 +49,50 @@ class Bucket:
         self.address, self.only_here = url, url.startswith("memory://")
         self.objects, self._locks = _open(url), _open(f"{url}.traj")
         self._leases: dict[str, Lease] = {}
-        self._proven = False
+        self._proven, self._process = False, os.getpid()
 
     def __str__(self) -> str:
         return self.address
 
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Say in one line what an object store does not do."""
+        if os.getpid() != self._process and not self.only_here:
+            raise UnreachableError(
+                f"{self.address} was opened before this process was forked, and its connections do not survive that; "
+                "start processes with 'spawn'"
+            )
+        try:
+            yield
+        except (BaseError, FileNotFoundError, PermissionError) as error:
+            raise UnreachableError(f"{self.address}: {_first_line(error)}") from None
+
     def read(self, key: str) -> bytes | None:
         """Return what is there, None where there is nothing."""
-        with told(self.address):
+        with self.told():
             found = _get(self.objects, key)
         return None if found is None else found[0]
 
     def exists(self, key: str) -> bool:
         """Tell whether there is something."""
-        with told(self.address):
+        with self.told():
             return _version(self.objects, key) is not None
 
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""
-        with told(self.address):
+        with self.told():
             found = [meta for page in obstore.list(self.objects, prefix or None) for meta in page]
         return sorted((meta["path"], meta["size"]) for meta in found)
 
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""
-        with told(self.address):
+        with self.told():
             return sorted(obstore.list_with_delimiter(self.objects)["common_prefixes"])
 
     def delete(self, key: str) -> None:
-        """Take out what is there, if anything is."""
-        with told(self.address):
+        """Take out what is there, if anything is. Deleting knows no conditions: the lock is looked at just before."""
+        self.check_held(self._leases.get(DECLARING), key)
+        with self.told():
             _delete(self.objects, key)
 
     def remove(self, prefix: str) -> None:
@@ -89,50 +105,55 @@ class Bucket:
         """Hold a lock, waiting up to `patience` seconds; a BusyError names the holder."""
         self._prove()
         lease = self._take(f"{_LOCKS}/{name}", what, patience)
+        _living.add(lease.token)
         self._leases[name] = lease
         try:
             yield
-        finally:
-            del self._leases[name]
-            if lease.process == os.getpid():
-                self._release(lease)
+        except BaseException:
+            # Something of what was begun may still be under way.
+            with suppress(UnreachableError):
+                self._release(name, lease, clean=False)
+            raise
+        self._release(name, lease, clean=True)
 
     def held(self, names: Sequence[str]) -> list[object]:
         """Return what another process needs to write under locks that this one holds."""
-        return [self._leases[name] for name in (*names, DECLARING) if name in self._leases]
+        return [(name, self._leases[name]) for name in (*names, DECLARING) if name in self._leases]
 
     def lend(self, held: Sequence[object]) -> None:
         """Write under locks that another process holds."""
-        self._leases |= {lease.name.removeprefix(f"{_LOCKS}/"): lease for lease in held if isinstance(lease, Lease)}
+        lent: Any = held
+        self._leases |= dict(lent)
 
     def unlock(self) -> list[str]:
         """Take all locks away from their holders, which can write no more; return who held them."""
-        freed = []
-        with told(self.address):
-            keys = [meta["path"] for page in obstore.list(self._locks, _LOCKS) for meta in page]
-            for key in sorted(keys):
-                found = _get(self._locks, key)
-                holder = None if found is None else holder_of(found[0])
-                if found is not None and holder is not None:
-                    _replace(self._locks, key, free(found[0], clean=False), found[1])
-                    freed.append(f"{key.removeprefix(f'{_LOCKS}/')}: {_named(holder)}")
-        return freed
+        with self.told():
+            keys = sorted(meta["path"] for page in obstore.list(self._locks, _LOCKS) for meta in page)
+            freed = [(key, self._free(key)) for key in keys]
+        return [f"{key.removeprefix(f'{_LOCKS}/')}: {_named(holder)}" for key, holder in freed if holder is not None]
 
-    def fence(self, name: str) -> int:
-        """Return the fence of a lock, 0 where this process does not hold it."""
-        lease = self._leases.get(name)
-        return 0 if lease is None else lease.fence
+    def _free(self, key: str) -> dict[str, Any] | None:
+        """Take a lock away from its holder, if it has one."""
+        while True:
+            found = _get(self._locks, key)
+            holder = None if found is None else holder_of(found[0])
+            if found is None or holder is None or _replace(self._locks, key, free(found[0], clean=False), found[1]):
+                return holder
 
-    def check_held(self, name: str, key: str) -> None:
+    def lease(self, name: str) -> Lease | None:
+        """Return a lock as this process holds it."""
+        return self._leases.get(name)
+
+    def check_held(self, lease: Lease | None, key: str) -> None:
         """Refuse to write without a lock, or under one that was taken away."""
-        lease = self._leases.get(name)
         if lease is None:
-            raise BusyError(f"{self.address}: {key} may be written only under the lock {name!r}, which is not held")
-        with told(self.address):
-            found = _get(self._locks, lease.name)
+            raise BusyError(f"{self.address}: {key} may be written only under a lock, and none is held")
+        with self.told():
+            found = _get(self._locks, lease.key)
         holder = None if found is None else holder_of(found[0])
         if holder is None or holder["token"] != lease.token:
             now = "was taken away" if holder is None else f"was taken over by {_named(holder)}"
+            name = lease.key.removeprefix(f"{_LOCKS}/")
             raise BusyError(f"{self.address}: the lock {name!r} {now}; nothing more is written, and --resume goes on")
 
     def keeper(self, *, read_only: bool, durability: Durability = "segment") -> ObjectStore[Any]:
@@ -148,7 +169,7 @@ class Bucket:
 
     def is_empty(self) -> bool:
         """Tell whether nothing is there."""
-        with told(self.address):
+        with self.told():
             return not any(page for page in obstore.list(self.objects, chunk_size=1))
 
     def _prove(self) -> None:
@@ -156,7 +177,7 @@ class Bucket:
         if self._proven:
             return
         key = f"probe/{uuid.uuid4().hex}"
-        with told(self.address):
+        with self.told():
             first = obstore.put(self._locks, key, b"1", mode="create")
             try:
                 created_twice = _create(self._locks, key, b"2")
@@ -172,12 +193,15 @@ class Bucket:
         self._proven = True
 
     def _take(self, key: str, what: str, patience: float) -> Lease:
-        deadline = time.monotonic() + patience
+        deadline, lease = time.monotonic() + patience, None
         while True:
-            with told(self.address):
+            with self.told():
                 found = _get(self._locks, key)
                 holder = None if found is None else holder_of(found[0])
-                if holder is None or died(holder):
+                if lease is not None and holder is not None and holder["token"] == lease.token:
+                    return lease  # it was put after all: what came back was the answer to a second try
+                forgotten = holder is not None and is_own(holder) and holder["token"] not in _living
+                if holder is None or forgotten or died(holder):
                     lease, document = taken(key, None if found is None else found[0])
                     if found is None:
                         done = _create(self._locks, key, document)
@@ -193,12 +217,17 @@ class Bucket:
                 )
             time.sleep(0.2)
 
-    def _release(self, lease: Lease) -> None:
-        with told(self.address):
-            found = _get(self._locks, lease.name)
+    def _release(self, name: str, lease: Lease, *, clean: bool) -> None:
+        _living.discard(lease.token)
+        if self._leases.get(name) is lease:
+            del self._leases[name]
+        if lease.process != os.getpid():
+            return
+        with self.told():
+            found = _get(self._locks, lease.key)
             holder = None if found is None else holder_of(found[0])
             if found is not None and holder is not None and holder["token"] == lease.token:
-                _replace(self._locks, lease.name, free(found[0], clean=True), found[1])
+                _replace(self._locks, lease.key, free(found[0], clean=clean), found[1])
 
 
 class _Guarded(ObjectStore[Any]):
@@ -207,10 +236,12 @@ class _Guarded(ObjectStore[Any]):
     def __init__(self, bucket: Bucket, *, read_only: bool) -> None:
         super().__init__(bucket.objects, read_only=read_only)
         self._bucket = bucket
-        self._seen: dict[str, UpdateVersion] = {}
-        """Key → the version that this process put there."""
-        self._guards: dict[str, str] = {}
+        self._seen: dict[str, UpdateVersion | None] = {}
+        """Key → the version that this process put there, or, of records, read there; None: that there was none."""
+        self._guards: dict[str, Lease | None] = {}
         """Prefix → the lock under which to write below it."""
+        self._records: set[str] = set()
+        """Prefixes of records, which are replaced only as they were seen."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Guarded) and (self._bucket, self.read_only) == (other._bucket, other.read_only)
@@ -222,19 +253,59 @@ class _Guarded(ObjectStore[Any]):
     def flush(self) -> None:
         """Do nothing: what was put is durable."""
 
-    def guard(self, lock: str, prefixes: list[str]) -> int:
+    def guard(self, lock: str, prefixes: Sequence[str], records: Sequence[str]) -> int:
         """Let writes below these keys through only while a lock is held; return its fence."""
-        self._guards |= dict.fromkeys(prefixes, lock)
-        return self._bucket.fence(lock)
+        lease = self._bucket.lease(lock)
+        self._guards |= dict.fromkeys((*prefixes, *records), lease)
+        self._records.update(records)
+        return 0 if lease is None else lease.fence
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return what is there; say so where the object store does not answer."""
-        with told(self._bucket.address):
+        """Return what is there."""
+        if byte_range is None and _below(key, self._records) is not None:
+            found = await asyncio.to_thread(self._get_record, key)
+            return None if found is None else prototype.buffer.from_bytes(found)
+        with self._bucket.told():
             return await super().get(key, prototype, byte_range)
+
+    def _get_record(self, key: str) -> bytes | None:
+        """Read a record, and remember which it was; only then look at the lock, since who takes it over replaces it."""
+        with self._bucket.told():
+            found = _get(self._bucket.objects, key)
+        if (lease := self._lease(key)) is not None:
+            self._bucket.check_held(lease, key)
+        self._seen[key] = None if found is None else found[1]
+        return None if found is None else found[0]
+
+    async def exists(self, key: str) -> bool:
+        """Tell whether there is something."""
+        with self._bucket.told():
+            return await super().exists(key)
+
+    async def delete(self, key: str) -> None:
+        """Take out what is there, if the lock is still held."""
+        self._check_writable()
+        await asyncio.to_thread(self._delete, key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        """Take out what is below a prefix, as long as the lock is held."""
+        self._check_writable()
+        for key, _ in await asyncio.to_thread(self._bucket.files, prefix.rstrip("/")):
+            await asyncio.to_thread(self._delete, key)
+
+    def _delete(self, key: str) -> None:
+        self._bucket.check_held(self._lease(key), key)
+        with self._bucket.told():
+            _delete(self._bucket.objects, key)
+        self._seen.pop(key, None)
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix, the document at its top last."""
         self._bucket.remove(prefix)
+
+    def _lease(self, key: str) -> Lease | None:
+        guarded = _below(key, self._guards)
+        return self._bucket.lease(DECLARING) if guarded is None else self._guards[guarded]
 
     async def set(self, key: str, value: Buffer) -> None:
         """Put an object, unless somebody else has replaced it."""
@@ -244,9 +315,11 @@ class _Guarded(ObjectStore[Any]):
         """Put an object, unless somebody else has replaced it."""
         self._check_writable()
         content: Any = value.as_buffer_like()
-        lock = next((self._guards[str(p)] for p in PurePosixPath(key).parents if str(p) in self._guards), DECLARING)
-        objects, version = self._bucket.objects, self._seen.get(key)
-        with told(self._bucket.address):
+        lease, objects, version = self._lease(key), self._bucket.objects, self._seen.get(key)
+        records = _below(key, self._records) is not None
+        if records and version is None:
+            self._bucket.check_held(lease, key)  # what is not there yet bears no fence
+        with self._bucket.told():
             for _ in range(_TRIES):
                 put = _create(objects, key, content) if version is None else _replace(objects, key, content, version)
                 if put:
@@ -254,9 +327,18 @@ class _Guarded(ObjectStore[Any]):
                     return
                 # First what is there, then whose it is to replace: whoever takes the lock over in between replaces
                 # what is there, and the condition fails.
+                if records:
+                    if self._get_record(key) == bytes(content):
+                        return  # it was put after all: what came back was the answer to a second try
+                    raise ReplacedError(f"{self._bucket.address}: somebody else has replaced {key}; --resume goes on")
                 version = _version(objects, key)
-                self._bucket.check_held(lock, key)
+                self._bucket.check_held(lease, key)
         raise UnreachableError(f"{self._bucket.address}: {key} is replaced by somebody else again and again")
+
+
+def _below(key: str, prefixes: Container[str]) -> str | None:
+    """Return which of some prefixes a key lies below."""
+    return next((str(parent) for parent in PurePosixPath(key).parents if str(parent) in prefixes), None)
 
 
 def _open(url: str) -> Any:  # noqa: ANN401
@@ -314,12 +396,3 @@ def _named(holder: dict[str, Any]) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].strip() if str(error).strip() else type(error).__name__
-
-
-@contextmanager
-def told(address: str) -> Iterator[None]:
-    """Say in one line what an object store does not do."""
-    try:
-        yield
-    except (BaseError, FileNotFoundError, PermissionError) as error:
-        raise UnreachableError(f"{address}: {_first_line(error)}") from None

@@ -139,5 +139,4 @@ def _create(group: zarr.Group, spec: ArraySpec, schema: Schema, lengths: Mapping
         compressors=compressors,
         attributes={"description": spec.about, **spec.attributes},
         config={"write_empty_chunks": True},
-        overwrite=True,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from trajstore.errors import ConfigurationError
@@ -50,8 +51,13 @@ class Folder:
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""
         top = self.path / prefix
-        there = [top] if top.is_file() else sorted(f for f in top.rglob("*") if f.is_file())
-        return [(file.relative_to(self.path).as_posix(), file.stat().st_size) for file in there]
+        found = []
+        for file in [top] if top.is_file() else sorted(top.rglob("*")):
+            with suppress(FileNotFoundError):  # renamed since it was listed
+                status = file.stat()
+                if stat.S_ISREG(status.st_mode):
+                    found.append((file.relative_to(self.path).as_posix(), status.st_size))
+        return found
 
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""

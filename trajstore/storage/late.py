@@ -77,10 +77,14 @@ class LateSeries:
         self._write_record(span, np.zeros(LATE_WORDS, dtype=np.int64))
 
     def raise_fence(self, fence: int) -> None:
-        """Write a fence into all records."""
+        """Write a fence into all records that are whole."""
+        records = array_of(self._group, late_records(self._name))
         for span in range(self._schema.spans):
-            _, known, (*digest, _) = self._span(span)
-            self._write_record(span, np.array([*_words(known), *digest, fence]))
+            try:
+                *words, _ = np.asarray(records[(*self._corner, span)]).tolist()
+            except _DECODING:
+                continue  # nobody who saw it whole can replace it any more
+            self._write_record(span, np.array([*words, fence]))
 
     def _write_record(self, span: int, record: NDArray[np.int64]) -> None:
         records = array_of(self._group, late_records(self._name))

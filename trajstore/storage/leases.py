@@ -17,31 +17,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Lease", "died", "free", "holder_of", "taken"]
+__all__ = ["Lease", "died", "free", "holder_of", "is_own", "taken"]
 
 
 @dataclass(frozen=True)
 class Lease:
     """A lock that is held."""
 
-    name: str
+    key: str
     token: str
     """Tells this holder from all others."""
     fence: int
     process: int
 
 
-def taken(name: str, document: bytes | None) -> tuple[Lease, bytes]:
+def taken(key: str, document: bytes | None) -> tuple[Lease, bytes]:
     """Return the lease that follows on a lock's document, and the document that says so."""
     before = {"generation": 0, "fence": 0, "clean": True} if document is None else json.loads(document)
     generation, token = before["generation"] + 1, uuid.uuid4().hex
     fence = before["fence"] if before["clean"] else generation
     holder = {
-        "process": os.getpid(), "host": platform.node(), "boot": _boot(), "born": _born(os.getpid()), "token": token,
+        "process": os.getpid(), **_here(), "born": _born(os.getpid()), "token": token,
         "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
     }  # fmt: skip
     own = {"generation": generation, "fence": fence, "clean": False, "holder": holder}
-    return Lease(name, token, fence, os.getpid()), json.dumps(own).encode()
+    return Lease(key, token, fence, os.getpid()), json.dumps(own).encode()
 
 
 def free(document: bytes, *, clean: bool) -> bytes:
@@ -55,23 +55,46 @@ def holder_of(document: bytes) -> dict[str, Any] | None:
     return holder
 
 
+def is_own(holder: dict[str, Any]) -> bool:
+    """Tell whether a holder is this process."""
+    return all(holder[k] == v for k, v in _here().items()) and holder["process"] == os.getpid()
+
+
 def died(holder: dict[str, Any]) -> bool:
-    """Tell whether a holder was a process of this machine that is no more."""
-    if holder["host"] != platform.node() or holder["boot"] is None:
-        return False
-    return bool(holder["boot"] != _boot() or holder["born"] != _born(holder["process"]))
+    """Tell whether a holder was a process that could be seen from here, and is no more."""
+    if holder["boot"] is None or any(holder[k] != v for k, v in _here().items()):
+        return False  # another machine, or another container: nobody can know
+    try:
+        os.kill(holder["process"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    born = _born(holder["process"])
+    return born is not None and born != holder["born"]
+
+
+def _here() -> dict[str, str | None]:
+    """Return what tells this run of this machine, and what is seen of its processes, from others."""
+    return {"host": platform.node(), "boot": _boot(), "processes": _namespace()}
 
 
 def _boot() -> str | None:
-    """Return what tells this run of the machine from others, where the system says so."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
 
 
+def _namespace() -> str | None:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None
+
+
 def _born(process: int) -> str | None:
-    """Return when a process began, in the system's own terms; a number may be given to another process later."""
+    """Return when a process began, in the system's own terms; its number may be given to another one later."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from zarr.core.buffer import Buffer
@@ -61,7 +62,7 @@ class DurableStore(LocalStore):
                 above = self.root.absolute().parent
                 self._touched.update(f for f in path.parent.absolute().parents if f.is_relative_to(above))
 
-    def guard(self, lock: str, prefixes: list[str]) -> int:
+    def guard(self, lock: str, prefixes: Sequence[str], records: Sequence[str]) -> int:
         """Do nothing: no writer outlives the kernel's lock on a file."""
         return 0
 

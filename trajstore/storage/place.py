@@ -7,20 +7,25 @@ from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import zarr
 from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer
 
-from trajstore.errors import ConfigurationError, choices
+from trajstore.errors import BusyError, ConfigurationError, choices
 
-__all__ = ["DECLARING", "Durability", "Keeper", "Place", "keeper_of", "place_of", "slab_lock"]
+__all__ = ["DECLARING", "Durability", "Keeper", "Place", "ReplacedError", "keeper_of", "place_of", "slab_lock"]
 
 Durability = Literal["segment", "none"]
 """Whether what is committed is made to survive a power cut first."""
+_BUCKETS = ("s3", "gs", "memory")
 DECLARING = "declare.lock"
 """The lock of whoever changes shapes or attributes."""
+
+
+class ReplacedError(BusyError):
+    """Records are not any more what was read of them."""
 
 
 @runtime_checkable
@@ -30,11 +35,12 @@ class Keeper(Protocol):
     def flush(self) -> None:
         """Make durable whatever was set before."""
 
-    def guard(self, lock: str, prefixes: list[str]) -> int:
+    def guard(self, lock: str, prefixes: Sequence[str], records: Sequence[str]) -> int:
         """Let writes below these keys through only while a lock is held.
 
         Returns its fence: a number that is larger for every holder that took the lock over from one that may still
-        run. What is written last, to make the rest count, has to carry it.
+        run. The `records`, which are written last and make the rest count, have to carry it; they are replaced only
+        as they were read or written here before, and else it is a ReplacedError.
         """
 
     def set_sync(self, key: str, value: Buffer) -> None:
@@ -101,19 +107,25 @@ def place_of(address: str | Path | Place) -> Place:
     """Return the place at a path or URL."""
     if not isinstance(address, str | Path):
         return address
-    scheme, colon, rest = str(address).partition("://")
-    if isinstance(address, Path) or not colon:
+    if isinstance(address, Path):
+        if f"{address.parts[0] if address.parts else ''}/" in (f"{scheme}:/" for scheme in (*_BUCKETS, "file")):
+            raise ConfigurationError(f"{address}: give a URL as text, not as a Path, which makes one slash of two")
+        return _folder(address)
+    scheme, colon, rest = address.partition("://")
+    if not colon:
         return _folder(Path(address))
     if scheme == "file":
-        path = urlsplit(address)
-        if path.netloc not in ("", "localhost"):
+        host, _, path = rest.partition("/")
+        if host not in ("", "localhost"):
             raise ConfigurationError(f"{address}: write file:///path/on/this/machine")
-        return _folder(Path(unquote(path.path)))
-    if scheme not in ("s3", "gs", "memory"):
-        known = choices(scheme, ("s3", "gs", "memory", "file"))
+        return _folder(Path(unquote(f"/{path}")))
+    if scheme not in _BUCKETS:
+        known = choices(scheme, (*_BUCKETS, "file"))
         raise ConfigurationError(f"{address}: stores lie in folders or at s3://, gs://, memory:// or file://; {known}")
     if not rest.strip("/") or (scheme != "memory" and "/" not in rest.strip("/")):
         raise ConfigurationError(f"{address}: name the store in the bucket, as in {scheme}://bucket/runs.zarr")
+    if any(part in ("", ".", "..") for part in rest.rstrip("/").split("/")) or {*"?#"} & {*rest}:
+        raise ConfigurationError(f"{address}: a store's URL has no '?', '#', '.', '..' and no empty parts")
     return _bucket(address.rstrip("/"))
 
 

@@ -28,7 +28,7 @@ class Commits:
     records: NDArray[np.int64]
     """(order, seed, segment, field), without the fences."""
     fence: int
-    """The highest of the fences under which they were written; see `place.Keeper.guard`."""
+    """The lowest of the fences under which they were written; see `place.Keeper.guard`."""
     leg: NDArray[np.int64]
     """(order, seed, step): ≥ 0 where an iterate was recorded."""
 
@@ -43,7 +43,7 @@ class Commits:
             orders, seeds = (slice(k, k + 1) for k in slab)
         records = _values(group, "committed", (orders, seeds, slice(0, schema.segments)))
         leg = _values(group, "leg", (orders, seeds, slice(0, schema.steps + 1)))
-        return cls(schema, records[..., :-1], max(0, int(records[..., -1].max())), leg)
+        return cls(schema, records[..., :-1], max(0, int(records[..., -1].min(initial=2**62))), leg)
 
     @cached_property
     def steps(self) -> NDArray[np.bool_]:

@@ -20,6 +20,7 @@ from numcodecs import Zstd  # type: ignore[import-untyped]
 from numcodecs.pcodec import PCodec  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from trajstore.errors import ConfigurationError
 from trajstore.storage.codecs import Codec
 from trajstore.storage.place import Place, place_of
 
@@ -28,6 +29,14 @@ __all__ = ["States"]
 _CHECK = 4
 """Bytes of the checksum at the end of a chunk, little-endian."""
 _own = threading.local()
+
+
+def _span(part: slice | int, length: int) -> range:
+    whole = range(length)
+    if isinstance(part, slice):
+        return whole[part]
+    at = whole[part]
+    return range(at, at + 1)
 
 
 @cache
@@ -58,12 +67,15 @@ class States:
         return len(self.shape)
 
     def __getitem__(self, where: tuple[slice | int, ...]) -> NDArray[Any]:
-        spans = [
-            range(*part.indices(n)) if isinstance(part, slice) else range(part, part + 1)
-            for part, n in zip(where, self.shape, strict=True)
-        ]
-        shown = self._read(spans)
-        return shown[tuple(slice(None) if isinstance(part, slice) else 0 for part in where)]
+        spans = [_span(part, n) for part, n in zip(where, self.shape, strict=True)]
+        shown = self._read([span if span.step > 0 else span[::-1] for span in spans])
+        turned = [slice(None, None, 1 if span.step > 0 else -1) for span in spans]
+        return shown[tuple(turn if isinstance(part, slice) else 0 for part, turn in zip(where, turned, strict=True))]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if place_of(self.address).only_here:
+            raise ConfigurationError(f"{self.address} is in the memory of this process; others cannot read it")
+        return States, (self.address, self.path, self.shape, self.chunks, self.dtype, self.codec)
 
     def _read(self, spans: list[range]) -> NDArray[Any]:
         out = np.empty(tuple(map(len, spans)), self.dtype)

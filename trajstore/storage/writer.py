@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -24,10 +25,10 @@ from trajstore.errors import ConfigurationError, ConflictError, FormatError, Wri
 from trajstore.storage.codecs import write_block
 from trajstore.storage.late import LateSeries
 from trajstore.storage.pipeline import Pipeline
-from trajstore.storage.place import keeper_of, slab_lock
+from trajstore.storage.place import ReplacedError, keeper_of, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.resume import ResumeSlots
-from trajstore.storage.schema import Schema
+from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import Corner, Cut, Observation, Segment, Spare, Written, array_of
 
 __all__ = ["Ledger", "SlabWriter", "guarded"]
@@ -43,23 +44,21 @@ class Ledger:
 
     def __init__(self, group: zarr.Group, schema: Schema, order: int, seed: int) -> None:
         self._store, self.group, self.schema, self.corner = keeper_of(group), group, schema, (order, seed)
+        self._committed_array = array_of(group, "committed")
         self.name = f"experiment {group.basename!r}, order {schema.orders[order]!r}, seed {schema.seeds[seed]}"
-        commits = Commits.of(group, schema, self.corner)
+        self._fence = guarded(group, schema, self.corner)
+        commits = self._fenced()
         self.records = commits.records[0, 0].copy()
         self.committed = commits.steps[0, 0].copy()
         """Over steps: recorded and committed."""
-        self._committed_array = array_of(group, "committed")
         self._at_hand: tuple[int, dict[int, Observation]] = (-1, {})
         """The segment that was read last, and its steps."""
         self.slots = ResumeSlots(group, schema.orders[order], schema.seeds[seed])
-        self._fence = guarded(group, schema, self.corner)
         self._series = {
             spec.name: _Series(array_of(group, spec.name), self.corner, self.committed)
             for spec in schema.arrays()
             if "step" in spec.dims and spec.name not in schema.late
         }
-        if self._fence > commits.fence:
-            self._raise_fence()
 
     @property
     def last_step(self) -> int:
@@ -165,12 +164,18 @@ class Ledger:
         write_block(self._committed_array, (*self.corner, start, 0), fenced[None, None])
         self._store.flush()
 
-    def _raise_fence(self) -> None:
-        """Write the fence into all records, so that who held the lock before can commit nothing any more."""
-        for name in self.schema.late:
-            LateSeries(self.group, self.schema, self.corner, name).raise_fence(self._fence)
-        for segment in range(0, self.schema.segments, self._committed_array.chunks[2]):
-            self._write_record(segment)
+    def _fenced(self) -> Commits:
+        """Return the commit records, once whoever held the lock before can add nothing to them any more."""
+        while True:
+            commits = Commits.of(self.group, self.schema, self.corner)
+            if commits.fence >= self._fence:
+                return commits
+            self.records = commits.records[0, 0]
+            with suppress(ReplacedError):  # it did add something, just now
+                for name in self.schema.late:
+                    LateSeries(self.group, self.schema, self.corner, name).raise_fence(self._fence)
+                for segment in range(0, self.schema.segments, self._committed_array.chunks[2]):
+                    self._write_record(segment)
 
     def steps_named(self, number: int) -> str:
         """Name a segment for a message."""
@@ -186,9 +191,12 @@ def guarded(group: zarr.Group, schema: Schema, corner: Corner) -> int:
     """Have a slab's chunks written only under its lock; return the fence of that."""
     order, seed = schema.orders[corner[0]], schema.seeds[corner[1]]
     arrays = [spec.name for spec in schema.arrays() if {"order", "seed"} <= set(spec.dims)]
-    prefixes = [f"{group.path}/{name}/c/{corner[0]}/{corner[1]}" for name in arrays]
-    prefixes += [f"{group.path}/{path}" for path in ResumeSlots(group, order, seed).paths]
-    return keeper_of(group).guard(slab_lock(group.basename, order, seed), prefixes)
+    records = ["committed", *map(late_records, schema.late)]
+    chunks = {name: f"{group.path}/{name}/c/{corner[0]}/{corner[1]}" for name in arrays}
+    slots = [f"{group.path}/{path}" for path in ResumeSlots(group, order, seed).paths]
+    return keeper_of(group).guard(
+        slab_lock(group.basename, order, seed), [*chunks.values(), *slots], [chunks[name] for name in records]
+    )
 
 
 class SlabWriter:
