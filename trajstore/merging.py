@@ -20,7 +20,7 @@ from trajstore.configuration import differences
 from trajstore.errors import ConflictError
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes
 from trajstore.storage.late import LateSeries
-from trajstore.storage.place import keeper_of
+from trajstore.storage.place import PARTIAL, keeper_of
 from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
@@ -198,7 +198,7 @@ def _copy(source: StoredExperiment, target: StoredExperiment, here: str, there: 
     keeper, place = keeper_of(target.group), source.store.place
     prefix = f"{source.name}/{here}"
     for key, _ in place.files(prefix):
-        content = None if key.endswith(".partial") else place.read(key)
+        content = None if key.endswith(PARTIAL) else place.read(key)
         if content is not None:
             keeper.set_sync(f"{target.name}/{there}{key.removeprefix(prefix)}", Buffer.from_bytes(content))
 

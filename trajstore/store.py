@@ -22,7 +22,7 @@ from zarr.errors import GroupNotFoundError
 
 from trajstore.errors import ConflictError, FormatError, NotFoundError, TrajstoreError, choices
 from trajstore.storage.late import LateSeries
-from trajstore.storage.place import DECLARING, Durability, Place, place_of, slab_lock
+from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema, check_format
 from trajstore.storage.segment import array_of
@@ -44,8 +44,6 @@ __all__ = [
     "standing",
 ]
 
-_DOCUMENT = "zarr.json"
-
 
 def open(path: str | Path) -> Store:
     """Open a store for reading: a folder, or the URL of one in an object store."""
@@ -59,7 +57,7 @@ def check_place(store: Store) -> None:
     place = store.place
     place.check()
     if not store.is_missing():
-        if not place.exists(_DOCUMENT):
+        if not place.exists(DOCUMENT):
             raise FormatError(f"{place} is a folder with other things in it and no trajstore; choose another path")
         _ = store.root
 
@@ -68,7 +66,7 @@ def open_root(path: str | Path | Place, durability: Durability = "segment") -> z
     """Open the root group for writing, creating the store where there is nothing yet."""
     place = place_of(path)
     keeper: Any = place.keeper(read_only=False, durability=durability)
-    if not place.exists(_DOCUMENT):
+    if not place.exists(DOCUMENT):
         # In one write: whoever looks meanwhile sees no store yet, or a whole one.
         zarr.create_group(keeper, zarr_format=3, attributes={"trajstore": {"format": FORMAT}})
         keeper.flush()
@@ -110,7 +108,7 @@ class Store:
 
     def is_missing(self) -> bool:
         """Tell whether no store is there, and nothing else either."""
-        return not self.place.exists(_DOCUMENT) and self.place.is_empty()
+        return not self.place.exists(DOCUMENT) and self.place.is_empty()
 
     @cached_property
     def root(self) -> zarr.Group:
@@ -357,9 +355,9 @@ def _damage_told(where: str) -> Iterator[None]:
 
 def standing(place: Place, name: str) -> Standing:
     """Tell what is at an experiment's place."""
-    document = place.read(f"{name}/{_DOCUMENT}")
+    document = place.read(f"{name}/{DOCUMENT}")
     if document is None:
-        there = [key for key, _ in place.files(name) if not key.endswith(".partial")]
+        there = [key for key, _ in place.files(name) if not key.endswith(PARTIAL)]
         return "foreign" if there else "nothing"
     try:
         mark = json.loads(document).get("attributes", {}).get("trajstore")

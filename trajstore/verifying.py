@@ -24,7 +24,7 @@ from zarr.storage import MemoryStore
 from trajstore.errors import FormatError, NotFoundError, TrajstoreError, UnreachableError, choices
 from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
 from trajstore.storage.late import LateSeries
-from trajstore.storage.place import Place, keeper_of
+from trajstore.storage.place import DOCUMENT, PARTIAL, Place, keeper_of
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
 from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema, late_records
 from trajstore.storage.segment import array_of
@@ -33,7 +33,6 @@ from trajstore.store import Store, StoredExperiment, open_root, standing
 
 __all__ = ["Finding", "verify"]
 
-_DOCUMENT = "zarr.json"
 _DECODING = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError)
 """What zarr and its codecs raise on bytes that are not what was written."""
 
@@ -81,12 +80,12 @@ def verify(store: Store, name: str | None = None, *, repair: bool = False) -> It
 
 def _root(store: Store, repair: bool) -> Iterator[Finding]:
     expected = {"attributes": {ATTRIBUTE: {"format": FORMAT}}, "zarr_format": 3, "node_type": "group"}
-    if _read_document(store.place, _DOCUMENT) != expected:
+    if _read_document(store.place, DOCUMENT) != expected:
         if repair:
             with store.declaring():
-                store.place.delete(_DOCUMENT)
+                store.place.delete(DOCUMENT)
                 open_root(store.place)
-        yield Finding(None, "the root document is damaged", _DOCUMENT, repaired=repair)
+        yield Finding(None, "the root document is damaged", DOCUMENT, repaired=repair)
 
 
 class _Verifying:
@@ -102,10 +101,10 @@ class _Verifying:
         except TrajstoreError:
             raise
         except _DECODING as error:
-            yield Finding(self.name, f"it cannot be read: {' '.join(str(error).split())}", f"{self.name}/{_DOCUMENT}")
+            yield Finding(self.name, f"it cannot be read: {' '.join(str(error).split())}", f"{self.name}/{DOCUMENT}")
 
     def _everything(self) -> Iterator[Finding]:
-        document = _read_document(self.place, f"{self.name}/{_DOCUMENT}")
+        document = _read_document(self.place, f"{self.name}/{DOCUMENT}")
         try:
             attributes = document["attributes"][ATTRIBUTE]
             sound = sound_attributes(attributes) and document == {
@@ -117,7 +116,7 @@ class _Verifying:
             sound = False
         if not sound:
             # The configuration is gone with it: nothing could be said of the rest.
-            yield Finding(self.name, "its document is damaged; restore it from a copy", f"{self.name}/{_DOCUMENT}")
+            yield Finding(self.name, "its document is damaged; restore it from a copy", f"{self.name}/{DOCUMENT}")
             return
         with ExitStack() as locks:
             if self.repair:
@@ -161,8 +160,8 @@ class _Verifying:
         found = {}
         for key, content in memory._store_dict.items():
             parent, _, last = key.partition("/")[2].rpartition("/")
-            if last == _DOCUMENT and key.startswith(f"{self.name}/") and parent:
-                found[f"{parent}/{_DOCUMENT}"] = json.loads(content.to_bytes())
+            if last == DOCUMENT and key.startswith(f"{self.name}/") and parent:
+                found[f"{parent}/{DOCUMENT}"] = json.loads(content.to_bytes())
         return found
 
     def _documents(self) -> Iterator[Finding]:
@@ -311,7 +310,7 @@ class _Verifying:
             there = {file for file, _ in self.place.files(folder)}
             if not there:
                 continue
-            begun = not {f"{folder}/{_DOCUMENT}", f"{folder}/c/0"} <= there
+            begun = not {f"{folder}/{DOCUMENT}", f"{folder}/c/0"} <= there
             if begun or not (slots.whole(path) and self._is_slot(path)):
                 if self.repair:
                     self.place.remove(folder)
@@ -321,21 +320,21 @@ class _Verifying:
 
     def _is_slot(self, path: str) -> bool:
         """Tell whether the document of a slot is as it would be written."""
-        found = _read_document(self.place, f"{self.name}/{path}/{_DOCUMENT}")
+        found = _read_document(self.place, f"{self.name}/{path}/{DOCUMENT}")
         memory = MemoryStore()
         create_slot(zarr.open_group(memory, mode="w", zarr_format=3), path, found["shape"][0])
-        return bool(found == json.loads(memory._store_dict[f"{path}/{_DOCUMENT}"].to_bytes()))
+        return bool(found == json.loads(memory._store_dict[f"{path}/{DOCUMENT}"].to_bytes()))
 
     def _files(self) -> Iterator[Finding]:
         """Name the files that belong to nothing."""
-        known = {f"{self.name}/{path}" for path in (*self.expected, _DOCUMENT)}
+        known = {f"{self.name}/{path}" for path in (*self.expected, DOCUMENT)}
         for file in (f for f, _ in self.place.files(self.name) if f not in known):
             parts = file.split("/")[1:]
-            if file.endswith(".partial"):
+            if file.endswith(PARTIAL):
                 if self.repair:
                     self.place.delete(file)
                 yield self._found("left by a writer that was killed", file, harmless=True)
-            elif parts[0] != GROUP and (f"{parts[0]}/{_DOCUMENT}" not in self.expected or parts[1:2] != ["c"]):
+            elif parts[0] != GROUP and (f"{parts[0]}/{DOCUMENT}" not in self.expected or parts[1:2] != ["c"]):
                 yield self._found("this file is not the store's", file, harmless=True, repaired=False)
 
     def _decodes(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> bool:

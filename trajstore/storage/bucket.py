@@ -25,7 +25,7 @@ from zarr.storage import ObjectStore
 
 from trajstore.errors import BusyError, ConfigurationError, UnreachableError
 from trajstore.storage.leases import Lease, died, free, holder_of, is_own, taken
-from trajstore.storage.place import DECLARING, Durability, ReplacedError
+from trajstore.storage.place import DECLARING, DOCUMENT, Durability, ReplacedError
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["Bucket"]
 
 _LOCKS = "locks"
+_AT_ONCE = 1_000
+"""Objects that are deleted by one request, where the server knows how."""
 _TRIES = 10
 """Conditional puts of one object before giving up: each fails only if somebody else's came between."""
-_DOCUMENT = "zarr.json"
 _living: set[str] = set()
 """Tokens of the leases that this process holds."""
 
@@ -90,15 +91,27 @@ class Bucket:
             return sorted(obstore.list_with_delimiter(self.objects)["common_prefixes"])
 
     def delete(self, key: str) -> None:
-        """Take out what is there, if anything is. Deleting knows no conditions: the lock is looked at just before."""
-        self.check_held(self._leases.get(DECLARING), key)
-        with self.told():
-            _delete(self.objects, key)
+        """Take out what is there, if anything is."""
+        with suppress(FileNotFoundError):
+            self._delete([key])
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix, the document at its top last."""
-        for key, _ in sorted(self.files(prefix), key=lambda file: file[0] == f"{prefix}/{_DOCUMENT}"):
-            self.delete(key)
+        top = f"{prefix}/{DOCUMENT}"
+        keys = [key for key, _ in self.files(prefix)]
+        below = [key for key in keys if key != top]
+        for begin in range(0, len(below), _AT_ONCE):
+            self._delete(below[begin : begin + _AT_ONCE])
+        if top in keys:
+            self._delete([top])
+
+    def _delete(self, keys: list[str]) -> None:
+        """Take out keys. Deleting knows no conditions: the lock is looked at just before."""
+        self.check_held(self._leases.get(DECLARING), keys[0])
+        try:
+            obstore.delete(self.objects, keys)
+        except BaseError as error:
+            raise UnreachableError(f"{self}: {_first_line(error)}") from None
 
     @contextmanager
     def lock(self, name: str, what: str, patience: float = 0.0) -> Iterator[None]:

@@ -11,11 +11,9 @@ from pathlib import Path
 from trajstore.errors import ConfigurationError
 from trajstore.storage.local import DurableStore
 from trajstore.storage.locks import lock
-from trajstore.storage.place import Durability
+from trajstore.storage.place import PARTIAL, Durability
 
 __all__ = ["Folder"]
-
-_PARTIAL = ".partial"
 
 
 class Folder:
@@ -24,8 +22,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         whole = path.absolute()
         self.path, self.address = path, str(whole)
-        self._beside = whole.parent / f"{whole.name}.traj"
-        self.beside: Path | None = self._beside
+        self.beside = whole.parent / f"{whole.name}.traj"
         self.only_here = False
 
     def __str__(self) -> str:
@@ -73,7 +70,7 @@ class Folder:
 
     def lock(self, name: str, what: str, patience: float = 0.0) -> AbstractContextManager[None]:
         """Hold a lock, which ends with the process, however it ends."""
-        return lock(self._beside / "locks" / name, what, patience)
+        return lock(self.beside / "locks" / name, what, patience)
 
     def held(self, names: Sequence[str]) -> list[object]:
         """Return nothing: the kernel knows who holds what."""
@@ -110,4 +107,4 @@ class Folder:
         """Tell whether nothing is there, or nothing but what a process that died had begun to write."""
         if not self.path.is_dir():
             return not self.path.exists()
-        return all(f.name.endswith(_PARTIAL) for f in self.path.iterdir())
+        return all(f.name.endswith(PARTIAL) for f in self.path.iterdir())

@@ -15,10 +15,25 @@ from zarr.core.buffer import Buffer
 
 from trajstore.errors import BusyError, ConfigurationError, choices
 
-__all__ = ["DECLARING", "Durability", "Keeper", "Place", "ReplacedError", "keeper_of", "place_of", "slab_lock"]
+__all__ = [
+    "DECLARING",
+    "DOCUMENT",
+    "PARTIAL",
+    "Durability",
+    "Keeper",
+    "Place",
+    "ReplacedError",
+    "keeper_of",
+    "place_of",
+    "slab_lock",
+]
 
 Durability = Literal["segment", "none"]
 """Whether what is committed is made to survive a power cut first."""
+DOCUMENT = "zarr.json"
+"""What Zarr calls the document of a group or an array."""
+PARTIAL = ".partial"
+"""How the names of files end that are being written."""
 _BUCKETS = ("s3", "gs", "memory")
 DECLARING = "declare.lock"
 """The lock of whoever changes shapes or attributes."""
@@ -53,12 +68,17 @@ class Keeper(Protocol):
 class Place(Protocol):
     """Where a store lies. Keys are paths below it, with slashes."""
 
-    address: str
-    """How another process finds it."""
-    beside: Path | None
-    """The folder for what may be lost, if it lies in a file system."""
-    only_here: bool
-    """No other process sees it."""
+    @property
+    def address(self) -> str:
+        """How another process finds it."""
+
+    @property
+    def beside(self) -> Path | None:
+        """The folder for what may be lost, if it lies in a file system."""
+
+    @property
+    def only_here(self) -> bool:
+        """Whether no other process sees it."""
 
     def read(self, key: str) -> bytes | None:
         """Return what is there, None where there is nothing."""
