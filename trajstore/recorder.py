@@ -291,6 +291,11 @@ class Recorder:
             )
         self._writing, self._observing = Pipeline(), Pipeline(threads=1, depth=_AHEAD)
         _at_exit(weakref.ref(self))
+        # What is measured is small: more threads would wait for each other, and take turns with those of the loop.
+        threads = torch.get_num_threads()
+        self._observing.submit([], partial(torch.set_num_threads, 1))
+        self._observing.drain()
+        torch.set_num_threads(threads)  # else threads that start later would inherit the 1
         self._writer = SlabWriter(self._ledger, self._writing)
         self._sketch = Sketch(schema.parameters, self._table["record"]["sketch"], schema.sketch_seed)
         self._before: Tensor | None = None
@@ -336,9 +341,9 @@ class Recorder:
         schema = self._ledger.schema
         if number > schema.steps:
             schema = self._grow(max(number, schema.steps + max(_GROWTH, schema.steps // 4)), ())
-        weights = self._watched.weights()
         stored = number == 0 or number in self._policy
         state = self._watched.vectors(schema.layout) if stored else None
+        weights = self._watched.weights(None if state is None else state[0])
         randomness = random_state()
         resume = None
         if number == 0 or self._is_due(schema, number):

@@ -69,16 +69,20 @@ class Watched:
         there, device = {(role, name): t for role, name, t in self._tensors()}, self.parameters[0].device
         parts: dict[str, list[Tensor]] = {"params": [], "counters": []}
         for e in layout.entries:
+            tensor = there.get((e.role, e.name))
             # Before its first step, an optimizer's memory is as good as zero.
-            flat = there.get((e.role, e.name), torch.zeros(e.shape)).detach().reshape(-1).to(device)
+            flat = (torch.zeros(e.shape) if tensor is None else tensor.detach()).reshape(-1).to(device)
             if e.array == "params":
                 flat = (flat if self._precision is None else flat.to(self._precision)).to(floats)
             parts[e.array].append(flat if e.array == "params" else flat.to(torch.int64))
         counters = torch.cat(parts["counters"]) if parts["counters"] else torch.zeros(0, dtype=torch.int64)
         return torch.cat(parts["params"]), counters
 
-    def weights(self) -> Tensor:
-        """Copy all parameters into one vector, on their device."""
+    def weights(self, params: Tensor | None = None) -> Tensor:
+        """Copy all parameters into one vector, on their device, unless `params` of `vectors` begins with them."""
+        whole = params is not None and self._layers is None and self._precision is None
+        if params is not None and whole and all(p.dtype == params.dtype for p in self.parameters):
+            return params[: self.size]
         return torch.cat([p.detach().reshape(-1) for p in self.parameters])
 
     def marks(self) -> tuple[int, ...]:
