@@ -291,9 +291,8 @@ class Recorder:
             )
         self._writing, self._observing = Pipeline(), Pipeline(threads=1, depth=_AHEAD)
         _at_exit(weakref.ref(self))
-        # What is measured is small: more threads would wait for each other, and take turns with those of the loop.
         threads = torch.get_num_threads()
-        self._observing.submit([], partial(torch.set_num_threads, 1))
+        self._observing.submit([], _measure_alone)
         self._observing.drain()
         torch.set_num_threads(threads)  # else threads that start later would inherit the 1
         self._writer = SlabWriter(self._ledger, self._writing)
@@ -469,6 +468,16 @@ class Recorder:
             metrics={**stored.metrics, **{name: None for name in metrics if name not in stored.metrics}},
             late=tuple(dict.fromkeys((*stored.late, *late))),
         )  # fmt: skip
+
+
+def _measure_alone() -> None:
+    """Have torch use no other threads for this one.
+
+    Once OpenMP has more threads than there are cores, it puts those of the loop to sleep after each operation, and a
+    training step takes twice as long, whether anything is measured or not.
+    """
+    torch.get_num_threads()  # a thread takes the number over at its first use
+    torch.set_num_threads(1)
 
 
 def _at_exit(made: weakref.ref[Recorder]) -> None:
