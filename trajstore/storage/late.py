@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import ConflictError, FormatError
+from trajstore.errors import ConflictError, FormatError, TrajstoreError
 from trajstore.storage.codecs import write_block
 from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import LATE_SPAN, LATE_WORDS, Schema, late_records
@@ -82,6 +82,8 @@ class LateSeries:
         for span in range(self._schema.spans):
             try:
                 *words, _ = np.asarray(records[(*self._corner, span)]).tolist()
+            except TrajstoreError:
+                raise
             except _DECODING:
                 continue  # nobody who saw it whole can replace it any more
             self._write_record(span, np.array([*words, fence]))
@@ -96,6 +98,8 @@ class LateSeries:
         try:
             record = np.asarray(array_of(self._group, late_records(self._name))[(*self._corner, span)])
             found = np.asarray(array_of(self._group, self._name)[(*self._corner, slice(begin, begin + LATE_SPAN))])
+        except TrajstoreError:
+            raise  # a lock that was lost is no damage
         except _DECODING as error:
             told = f"{self.what}: {self._name!r} of steps {begin} to {begin + LATE_SPAN - 1} is damaged ({error})"
             raise FormatError(f"{told}; `trajstore verify --repair` takes it out") from None

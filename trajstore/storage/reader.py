@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import FormatError
+from trajstore.errors import FormatError, TrajstoreError
 from trajstore.storage.schema import Schema
 
 __all__ = ["Commits"]
@@ -94,5 +94,7 @@ def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[A
         if found.shape[: len(where)] != tuple(part.stop - part.start for part in where):
             raise ValueError("its document tells of a shorter array")
         return found
+    except TrajstoreError:
+        raise  # a lock that was lost is no damage
     except (ValueError, RuntimeError) as error:
         raise FormatError(f"experiment {group.basename!r}: a chunk of {name!r} is damaged ({error})") from None
