@@ -120,9 +120,11 @@ def unlock(store: StorePath) -> None:
 
     In a folder there is nothing to do: the locks of a process end with it.
     """
-    from trajstore.storage.place import place_of
+    import trajstore as ts
 
-    freed = place_of(store).unlock()
+    freed = ts.Store(store).place.unlock()
+    if not freed:
+        ts.open(store)  # says so where no store is; one that died before its first write left locks alone
     for one in freed:
         say(one)
     say(f"{store}: {counted(len(freed), 'lock')} freed")

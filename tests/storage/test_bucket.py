@@ -241,18 +241,21 @@ def test_a_lock_held_elsewhere_is_freed_by_a_person_only(bucket):
 
 
 def test_a_writer_waits_as_long_as_it_was_told(bucket):
-    other = another(bucket)
+    other, held, events = another(bucket), threading.Event(), []
 
     def hold() -> None:
         with other.lock(DECLARING, "it"):
+            held.set()
             time.sleep(0.5)
+            events.append("freed")
 
     holding = threading.Thread(target=hold)
     holding.start()
-    time.sleep(0.1)
+    held.wait()
     with bucket.lock(DECLARING, "it", patience=30):
-        pass
+        events.append("taken")
     holding.join()
+    assert events == ["freed", "taken"]
 
 
 def test_a_server_that_does_not_look_at_conditions_is_refused(bucket, monkeypatch):
