@@ -6,6 +6,24 @@
 
 from __future__ import annotations
 
-from trajstore.analysis.variance import forward_over_backward, level_variance, step_variance, tail_variance
+from trajstore.analysis.convergence import convergence
+from trajstore.analysis.variance import (
+    forward_over_backward,
+    level_variance,
+    rolling_variance,
+    step_variance,
+    tail_variance,
+    variance,
+    variance_ratio,
+)
 
-__all__ = ["forward_over_backward", "level_variance", "step_variance", "tail_variance"]
+__all__ = [
+    "convergence",
+    "forward_over_backward",
+    "level_variance",
+    "rolling_variance",
+    "step_variance",
+    "tail_variance",
+    "variance",
+    "variance_ratio",
+]

@@ -1,34 +1,69 @@
-"""Variance of a metric over the last recorded steps, each slab by itself.
+"""Variance of a metric over recorded steps, each slab by itself.
 
 Three meanings, which differ by orders of magnitude on the same curve, so each has its name:
 
-``level_variance``  raw: descent and noise together
-``tail_variance``   about a line fitted by least squares: what is left once the trend is taken out
-``step_variance``   half the mean square of successive differences, less their mean: the part from step to step
+``level``  raw: descent and noise together
+``tail``   about a line fitted by least squares: what is left once the trend is taken out
+``step``   half the variance of successive differences: the part from step to step
 
-The values are as wide as the dataset's other dimensions, (order, seed); nothing is averaged over seeds.
+Nothing is averaged over seeds. `variance_ratio` says how much less one order varies than another, and how sure that is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import xarray as xr
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
+from trajstore.analysis.windows import SLABS, Window, window_of, with_slabs
 
-from trajstore.errors import NotFoundError, StatisticError, choices
+from trajstore.errors import ConfigurationError, StatisticError, choices
 
-__all__ = ["forward_over_backward", "level_variance", "step_variance", "tail_variance", "window_of"]
+__all__ = [
+    "Kind",
+    "forward_over_backward",
+    "level_variance",
+    "rolling_variance",
+    "step_variance",
+    "tail_variance",
+    "variance",
+    "variance_ratio",
+]
 
-Estimator = Callable[[NDArray[np.float64], NDArray[np.float64]], float]
-"""(steps, values) → variance."""
+Floats = NDArray[np.float64]
+Kind = Literal["level", "tail", "step"]
+_ROLLING_BYTES = 64 * 2**20
+SETTLING = 10
+"""A window worth fewer independent values shows a smooth curve, not a piece of a stationary process."""
+
+
+def _level(values: Floats) -> tuple[Floats, int]:
+    return (values - values.mean(-1, keepdims=True)) ** 2, 1
+
+
+def _tail(values: Floats) -> tuple[Floats, int]:
+    x = np.arange(values.shape[-1]) - (values.shape[-1] - 1) / 2
+    y = values - values.mean(-1, keepdims=True)
+    return (y - (y @ x / (x @ x))[..., None] * x) ** 2, 2
+
+
+def _step(values: Floats) -> tuple[Floats, int]:
+    difference = np.diff(values)
+    return (difference - difference.mean(-1, keepdims=True)) ** 2 / 2, 1
+
+
+CONTRIBUTIONS: Mapping[Kind, Callable[[Floats], tuple[Floats, int]]] = {"level": _level, "tail": _tail, "step": _step}
+"""Evenly spaced values along the last axis → what each adds to the sum, and the degrees of freedom that are lost."""
 
 
 def level_variance(ds: xr.Dataset, metric: str, window: int = 100) -> xr.DataArray:
     """Return the sample variance over the last `window` recorded steps."""
-    return _over_slabs(ds, metric, window, "level_variance", _level)
+    return _of_window(window_of(ds, metric, window), "level")
 
 
 def tail_variance(ds: xr.Dataset, metric: str, window: int = 100) -> xr.DataArray:
@@ -36,12 +71,31 @@ def tail_variance(ds: xr.Dataset, metric: str, window: int = 100) -> xr.DataArra
 
     The sum of squares is divided by the number of steps less two, for the line's two coefficients.
     """
-    return _over_slabs(ds, metric, window, "tail_variance", _detrended)
+    return _of_window(window_of(ds, metric, window), "tail")
 
 
 def step_variance(ds: xr.Dataset, metric: str, window: int = 100) -> xr.DataArray:
     """Return half the sample variance of successive differences over the last `window` recorded steps."""
-    return _over_slabs(ds, metric, window, "step_variance", _differences)
+    return _of_window(window_of(ds, metric, window), "step")
+
+
+def rolling_variance(ds: xr.Dataset, metric: str, window: int = 100, kind: Kind = "tail") -> xr.DataArray:
+    """Return the variance over the `window` recorded steps that end at each step, (order, seed, step)."""
+    _check(kind)
+    whole = window_of(ds, metric, _measured(ds, metric), least=window)
+    rows = whole.values.reshape(-1, len(whole))
+    out = np.full(rows.shape, np.nan)
+    at_once = max(1, _ROLLING_BYTES // (8 * window))
+    for begin in range(0, len(whole) - window + 1, at_once):
+        seen = sliding_window_view(rows, window, axis=-1)[:, begin : begin + at_once]
+        out[:, begin + window - 1 : begin + window - 1 + seen.shape[1]] = _variance(seen, kind)
+    return xr.DataArray(
+        out.reshape(whole.values.shape),
+        dims=(*SLABS, "step"),
+        coords={**whole.coords, "step": whole.steps},
+        name=f"rolling_{kind}_variance",
+        attrs={**whole.attrs, "window": window},
+    )
 
 
 def forward_over_backward(variances: xr.DataArray) -> xr.DataArray:
@@ -53,55 +107,137 @@ def forward_over_backward(variances: xr.DataArray) -> xr.DataArray:
     return ratio.rename(f"{variances.name}_ratio")
 
 
-def window_of(ds: xr.Dataset, metric: str, window: int) -> tuple[NDArray[np.float64], xr.DataArray]:
-    """Return the last `window` recorded steps and the metric there, (order, seed, step)."""
-    if metric not in ds or "step" not in ds[metric].dims or ds[metric].ndim != 3:
-        known = str(ds["measured"].attrs.get("flag_meanings", "")).split()
-        raise NotFoundError(f"no metric {metric!r}; {choices(metric, known)}")
-    recorded = ds["recorded"]
-    steps = np.flatnonzero(recorded.any(("order", "seed")))
-    if window < 3:
-        raise StatisticError(f"window is {window}; a variance about a trend needs at least 3 steps")
-    if len(steps) < window:
-        raise StatisticError(f"{metric}: {len(steps)} steps are recorded, fewer than the window of {window}")
-    tail = steps[-window:]
-    if ds.attrs.get("adaptive") and len(set(np.diff(tail).tolist())) > 1:
-        raise StatisticError(
-            f"{metric}: the grid is adaptive, so steps {tail[0]} to {tail[-1]} are recorded where "
-            f"{ds.attrs['adaptive']} changes most, and a variance over them would be wrong; record them evenly"
-        )
-    there = recorded.isel(step=tail)
-    if not bool(there.all()):
-        order, seed, step = next(zip(*np.nonzero(~there.values), strict=True))
-        raise StatisticError(
-            f"{metric}: order {str(ds['order'].values[order])!r}, seed {ds['seed'].values[seed]} "
-            f"has no step {tail[step]}; finish the recording, or select the slabs that are complete"
-        )
-    return ds["step"].values[tail].astype(np.float64), ds[metric].isel(step=tail)
+@dataclass(frozen=True)
+class _Estimate:
+    """A number with its interval; NaN where there is none, and why."""
+
+    value: float
+    low: float
+    high: float
+    effective: float
+    why: str
 
 
-def _over_slabs(ds: xr.Dataset, metric: str, window: int, name: str, estimator: Estimator) -> xr.DataArray:
-    steps, values = window_of(ds, metric, window)
-    series: NDArray[Any] = values.transpose("order", "seed", "step").values
-    result = np.array([[estimator(steps, slab) for slab in slabs] for slabs in series])
-    return xr.DataArray(
-        result,
-        dims=("order", "seed"),
-        coords={dim: ds[dim] for dim in ("order", "seed")},
-        name=name,
-        attrs={"metric": metric, "from_step": int(steps[0]), "to_step": int(steps[-1]), "window": window},
-    )
+def variance(
+    ds: xr.Dataset, metric: str, window: int | None = None, kind: Kind = "tail", level: float = 0.95
+) -> xr.Dataset:
+    """Return the variance in a window with an interval for that of the stationary process it is a piece of.
+
+    Without a `window` it is the last half of what is recorded. ``effective`` is how many independent values the
+    window is worth; below 50 there is no interval, and ``why`` says how long the window would have to be.
+    """
+    seen = window_of(ds, metric, window, least=8)
+    _check(kind)
+    slabs = [[_estimate(slab, kind, level) for slab in slabs] for slabs in seen.values]
+    return _table(seen, SLABS, seen.coords, slabs, kind, level)
 
 
-def _level(steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-    return float(np.var(values, ddof=1))
+def variance_ratio(
+    ds: xr.Dataset,
+    metric: str,
+    window: int | None = None,
+    kind: Kind = "tail",
+    level: float = 0.95,
+    orders: tuple[str, str] = ("forward", "backward"),
+) -> xr.Dataset:
+    """Return how many times the first order varies more than the second, for each seed, with an interval.
+
+    The two share their batches, so the interval is made from the series of both together. Where the second has no
+    stationary variance to speak of, since it is still settling, its variance in this window is taken as the number
+    that it is; ``basis`` then says so, and the interval covers the uncertainty of the first order only.
+    """
+    seen = window_of(ds, metric, window, least=8)
+    _check(kind)
+    places = []
+    for order in orders:
+        names = [str(name) for name in seen.coords["order"]]
+        if order not in names:
+            raise StatisticError(f"a ratio needs the orders {orders[0]!r} and {orders[1]!r}; {choices(order, names)}")
+        places.append(names.index(order))
+    pairs = zip(*(seen.values[place] for place in places), strict=True)
+    made = [_ratio(above, below, kind, level, orders) for above, below in pairs]
+    table = _table(seen, ("seed",), {"seed": seen.coords["seed"]}, [estimate for estimate, _ in made], kind, level)
+    table["basis"] = ("seed", np.array([basis for _, basis in made]))
+    return table.assign_attrs(orders=list(orders)).rename(variance="ratio")
 
 
-def _detrended(steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-    x, y = steps - steps.mean(), values - values.mean()
-    residual = y - (x @ y / (x @ x)) * x
-    return float(residual @ residual / (len(x) - 2))
+def _of_window(seen: Window, kind: Kind) -> xr.DataArray:
+    return seen.over_slabs(_variance(seen.values, kind), f"{kind}_variance")
 
 
-def _differences(steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-    return float(np.var(np.diff(values), ddof=1) / 2)
+def _variance(values: Floats, kind: Kind) -> Floats:
+    with np.errstate(invalid="ignore"):  # what diverged has no variance
+        parts, lost = CONTRIBUTIONS[kind](values)
+        return np.asarray(parts.sum(-1) / (parts.shape[-1] - lost))
+
+
+def _estimate(values: Floats, kind: Kind, level: float) -> _Estimate:
+    if not np.isfinite(values).all():
+        return _Estimate(np.nan, np.nan, np.nan, np.nan, "diverged")
+    parts, _ = CONTRIBUTIONS[kind](values)
+    found, size = float(_variance(values, kind)), effective_size(parts)
+    if found == 0:
+        return _Estimate(0.0, np.nan, np.nan, size, "does not vary")
+    if size < ENOUGH:
+        return _Estimate(found, np.nan, np.nan, size, _too_short(size, len(values)))
+    return _interval(found, parts / parts.mean(), size, level)
+
+
+def _ratio(above: Floats, below: Floats, kind: Kind, level: float, names: tuple[str, str]) -> tuple[_Estimate, str]:
+    """Return the ratio of two variances, and what its interval rests on."""
+    one, other = _estimate(above, kind, level), _estimate(below, kind, level)
+    if one.why == "diverged" or other.why == "diverged":
+        return _Estimate(np.nan, np.nan, np.nan, np.nan, "diverged"), "none"
+    if other.value == 0:
+        return _Estimate(np.inf if one.value else np.nan, np.nan, np.nan, one.effective, f"{names[1]} does not vary"), "none"
+    ratio, parts = one.value / other.value, CONTRIBUTIONS[kind](above)[0]
+    for estimate, order in ((one, names[0]), (other, names[1])):
+        if estimate.why and (order == names[0] or estimate.effective >= SETTLING):
+            return _Estimate(ratio, np.nan, np.nan, estimate.effective, f"{order} is {estimate.why}"), "none"
+    if other.why:
+        return _interval(ratio, parts / parts.mean(), one.effective, level), f"{names[1]} as it is in this window"
+    others = CONTRIBUTIONS[kind](below)[0]
+    joint = parts / parts.mean() - others / others.mean()
+    return _interval(ratio, joint, min(one.effective, other.effective), level), "both"
+
+
+def _interval(value: float, relative: Floats, size: float, level: float) -> _Estimate:
+    """Return an interval on the logarithm's scale, from the series whose mean the logarithm follows."""
+    reach = np.exp(quantile(level) * float(standard_error(relative - relative.mean())))
+    return _Estimate(value, value / reach, value * reach, size, "")
+
+
+def _too_short(size: float, steps: int) -> str:
+    needed = f"about {_rounded_up(steps * ENOUGH / size):,} steps" if size >= 1 else "a much longer window"
+    return f"too short: worth {size:.0f} independent values, and {ENOUGH} are needed; that takes {needed}"
+
+
+def _rounded_up(steps: float) -> int:
+    """Round up to two digits: it is an estimate."""
+    scale = 10 ** max(0, int(np.log10(steps)) - 1)
+    return int(np.ceil(steps / scale) * scale)
+
+
+def _table(
+    seen: Window, dims: tuple[str, ...], coords: dict[str, object], estimates: object, kind: Kind, level: float
+) -> xr.Dataset:
+    array = np.array(estimates, dtype=object)
+    fields = {"variance": "value", "low": "low", "high": "high", "effective": "effective"}
+    numbers = {
+        name: (dims, np.vectorize(lambda e, field=field: getattr(e, field), otypes=[float])(array))
+        for name, field in fields.items()
+    }
+    why = {"why": (dims, np.vectorize(lambda e: e.why, otypes=[object])(array).astype(str))}
+    return xr.Dataset(numbers | why, coords, {**seen.attrs, "kind": kind, "level": level})
+
+
+def _check(kind: str) -> None:
+    if kind not in get_args(Kind):
+        raise ConfigurationError(f"no variance {kind!r}; {choices(kind, get_args(Kind))}")
+
+
+def _measured(ds: xr.Dataset, metric: str) -> int | None:
+    """Return at how many steps a metric is known in all slabs."""
+    if metric not in ds or "step" not in ds[metric].dims:
+        return None  # `window_of` says what there is
+    return int(with_slabs(ds[metric]).notnull().any(SLABS).sum())

@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
-from trajstore.analysis import forward_over_backward, level_variance, step_variance, tail_variance
+from trajstore.analysis import (
+    forward_over_backward,
+    level_variance,
+    rolling_variance,
+    step_variance,
+    tail_variance,
+    variance,
+    variance_ratio,
+)
 
+from tests.analysis.processes import ar1
 from trajstore.errors import NotFoundError, StatisticError
 
 
@@ -96,7 +105,7 @@ def test_what_cannot_be_had_is_refused():
     ds = dataset(np.ones(20), np.ones(20))
     with pytest.raises(NotFoundError, match="no metric 'los'; did you mean 'loss'"):
         level_variance(ds, "los")
-    with pytest.raises(StatisticError, match="20 steps are recorded, fewer than the window of 21"):
+    with pytest.raises(StatisticError, match="it was measured at 20 steps, fewer than the window of 21"):
         level_variance(ds, "loss", 21)
     with pytest.raises(StatisticError, match="at least 3"):
         tail_variance(ds, "loss", 2)
@@ -109,5 +118,104 @@ def test_what_cannot_be_had_is_refused():
 def test_steps_that_were_chosen_by_a_metric_give_no_variance(record):
     grid = {"adaptive": "test_loss", "tolerance": 1e-3}
     ds = record(steps=80, orders=["backward"], seeds=[0], record=grid).dataset()
-    with pytest.raises(StatisticError, match=r"the grid is adaptive, so steps .* would be wrong; record them evenly"):
+    with pytest.raises(StatisticError, match=r"uneven distances where test_loss changes most, .* would be wrong; record them evenly"):
         tail_variance(ds, "test_loss", window=20)
+
+
+def runs_of(forward, backward):
+    """A dataset with a seed a row."""
+    values = np.stack([forward, backward])
+    here = np.ones(values.shape, dtype=bool)
+    dims = ("order", "seed", "step")
+    return xr.Dataset(
+        {"loss": (dims, values), "measured": (dims, here.astype(int), {"flag_meanings": "loss"})},
+        {"order": ["forward", "backward"], "seed": np.arange(values.shape[1]), "step": np.arange(values.shape[2]),
+         "recorded": (dims, here)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("phi", "steps", "kind"),
+    [(0.0, 1_000, "level"), (0.9, 1_000, "level"), (0.9, 1_000, "tail"), (0.99, 20_000, "tail")],
+)
+def test_intervals_of_a_ratio_hold_the_true_one_as_often_as_they_say(phi, steps, kind):
+    ds = runs_of(3 * ar1(phi, steps, 500, 1), ar1(phi, steps, 500, 2))
+    found = variance_ratio(ds, "loss", steps, kind=kind)
+    given = found["why"] == ""
+    assert float(given.mean()) > 0.95
+    assert set(found["basis"].values[given]) == {"both"}
+    covered = (found["low"] <= 9) & (found["high"] >= 9)
+    assert 0.92 <= float(covered[given].mean()) <= 0.98
+
+
+def test_what_the_two_orders_share_is_part_of_the_interval():
+    common = ar1(0.5, 1_000, 500, 3)
+    ds = runs_of(2 * (common + 0.3 * ar1(0.0, 1_000, 500, 4)), common + 0.3 * ar1(0.0, 1_000, 500, 5))
+    found = variance_ratio(ds, "loss", 1_000, kind="level")
+    assert 0.92 <= float(((found["low"] <= 4) & (found["high"] >= 4)).mean()) <= 0.98
+    apart = runs_of(2 * ar1(0.5, 1_000, 500, 6), ar1(0.5, 1_000, 500, 7))
+    width = np.log(found["high"] / found["low"]).mean()
+    assert float(width) < 0.5 * float(
+        np.log((alone := variance_ratio(apart, "loss", 1_000, kind="level"))["high"] / alone["low"]).mean()
+    )
+
+
+def test_a_window_that_is_too_short_has_no_interval_and_says_what_it_takes():
+    found = variance_ratio(runs_of(ar1(0.99, 1_000, 500, 1), ar1(0.99, 1_000, 500, 2)), "loss", 1_000, kind="level")
+    refused = found["low"].isnull()
+    assert float(refused.mean()) > 0.98
+    assert "is too short: worth " in str(found["why"].values[0])
+    assert "50 are needed; that takes about" in str(found["why"].values[0])
+
+
+def test_a_settling_order_counts_as_it_is_and_the_table_says_so():
+    settling = np.broadcast_to(0.5 * 0.99 ** np.arange(1_000), (20, 1_000))
+    found = variance_ratio(runs_of(ar1(0.5, 1_000, 20, 1), settling), "loss", 1_000)
+    assert set(found["basis"].values) == {"backward as it is in this window"}
+    assert bool((found["low"] < found["ratio"]).all())
+    assert bool((found["ratio"] < found["high"]).all())
+
+
+def test_nothing_is_said_of_what_does_not_vary_or_diverged():
+    noise = ar1(0.0, 200, 1, 1)
+    still = variance_ratio(runs_of(noise, np.ones((1, 200))), "loss", 200)
+    assert still["ratio"].values.tolist() == [np.inf]
+    assert still["why"].values.tolist() == ["backward does not vary"]
+    assert np.isnan(still["low"].values).all()
+    broken = noise.copy()
+    broken[0, 150] = np.inf
+    gone = variance_ratio(runs_of(broken, noise), "loss", 200)
+    assert np.isnan(gone["ratio"].values).all()
+    assert gone["why"].values.tolist() == ["diverged"]
+    assert variance(runs_of(broken, noise), "loss", 200)["why"].values.tolist() == [["diverged"], [""]]
+
+
+def test_a_rolling_variance_is_that_of_each_window():
+    values = np.cumsum(ar1(0.5, 60, 1, 1), axis=1)
+    ds = runs_of(values, values + 1e6)
+    for kind, of_window in (("level", level_variance), ("tail", tail_variance), ("step", step_variance)):
+        rolled = rolling_variance(ds, "loss", 12, kind)
+        assert rolled.isnull().sum("step").values.tolist() == [[11], [11]]
+        for end in (11, 30, 59):
+            expected = of_window(ds.isel(step=slice(0, end + 1)), "loss", 12).values
+            assert rolled.sel(step=end).values == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_slab_can_be_selected_and_an_interval_be_asked_of_it():
+    ds = runs_of(ar1(0.0, 400, 3, 1), ar1(0.0, 400, 3, 2))
+    whole = variance(ds, "loss")
+    assert whole.attrs["window"] == 200
+    one = variance(ds.sel(order="forward", seed=2), "loss")
+    assert float(one["variance"].item()) == float(whole["variance"].sel(order="forward", seed=2))
+    assert bool((whole["low"] < whole["variance"]).all())
+
+
+def test_what_was_never_measured_is_told_apart_from_what_diverged():
+    ds = runs_of(ar1(0.0, 100, 1, 1), ar1(0.0, 100, 1, 2))
+    never = ds.assign(loss=ds["loss"] * np.nan, measured=(ds["measured"] * 0).assign_attrs(ds["measured"].attrs))
+    with pytest.raises(StatisticError, match="loss: it was not measured at any recorded step"):
+        variance(never, "loss")
+    gap = ds.assign(measured=ds["measured"].where(ds["step"] != 90, 0).assign_attrs(ds["measured"].attrs))
+    gap["measured"][1, 0, 90] = 1
+    with pytest.raises(StatisticError, match="order 'forward', seed 0 was not measured at step 90"):
+        variance(gap, "loss")

@@ -1,0 +1,54 @@
+"""How uncertain a mean of autocorrelated values is.
+
+The long-run variance is estimated from the first few cosine coefficients of the series (equal-weighted cosines:
+Müller 2007, Lazarus, Lewis, Stock and Watson 2018). With K of them, (mean − expectation) / standard error has nearly
+Student's t distribution with K degrees of freedom, so that the error of the error is part of the interval. Few
+coefficients mean long waves only: what is correlated over less than a sixteenth of the series does not matter.
+
+Where the series is so correlated that it is worth fewer than `ENOUGH` independent values, no interval holds, and none is
+given. `docs/analysis.md` has the calibration.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+__all__ = ["ENOUGH", "TERMS", "effective_size", "quantile", "standard_error"]
+
+TERMS = 8
+"""Cosine coefficients, and degrees of freedom."""
+ENOUGH = 50
+"""A series worth fewer independent values has no interval."""
+
+Floats = NDArray[np.float64]
+
+
+def standard_error(values: Floats) -> Floats:
+    """Return the standard error of the mean along the last axis."""
+    waves = _cosines(values.shape[-1])
+    return np.asarray(np.sqrt(((values @ waves.T) ** 2).mean(axis=-1) / values.shape[-1]))
+
+
+def quantile(level: float) -> float:
+    """Return how many standard errors a two-sided interval reaches to either side."""
+    return float(student.ppf((1 + level) / 2, TERMS))
+
+
+def effective_size(values: Floats) -> float:
+    """Return how many independent values a series is worth; 0 where it does not vary."""
+    if not np.isfinite(values).all() or np.ptp(values) == 0:
+        return 0.0
+    from arviz_stats.base import array_stats  # brings pandas and scipy along: half a second
+
+    return float(array_stats.ess(values, chain_axis=None, draw_axis=-1, method="mean"))
+
+
+@cache
+def _cosines(n: int) -> Floats:
+    """Return the first cosines over n values, orthonormal and orthogonal to constants."""
+    places = (np.arange(n) + 0.5) / n
+    return np.asarray(np.sqrt(2 / n) * np.cos(np.pi * np.outer(np.arange(1, TERMS + 1), places)))

@@ -1,0 +1,142 @@
+"""How fast moves shrink: a geometric rate, with an interval.
+
+The logarithms of the moves are averaged over some eighty blocks, and a line is fitted to them. What remains about the line
+is white noise (backward SGD on a quadratic), a random walk (products of random matrices, whose logarithms add up), or some
+of both; which, the data decide: every mixture in a row of them is fitted by generalized least squares and weighted by its
+restricted likelihood, so that the interval is as wide as it must be. Least squares alone would be far too sure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import stdtr
+
+__all__ = ["BLOCKS", "Rate", "fit_rate"]
+
+BLOCKS = 80
+LEAST = 12
+"""Blocks that a fit needs."""
+_MIXTURES = (0.0, *np.geomspace(0.05, 50, 7).tolist())
+"""Variance of the random walk's steps from block to block over that of the white noise."""
+_PLAIN = 0.5
+"""How likely it is beforehand that there is no walk. Less makes intervals too wide on white noise, more too short where
+a walk hides in it; `docs/analysis.md` has how often they hold."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A fit of moves ≈ C·factorⁿ, n counted in steps."""
+
+    factor: float
+    low: float
+    high: float
+    fall: float
+    """What the fitted line changes by over the window, as a natural logarithm."""
+    fall_low: float
+    fall_high: float
+    r2: float
+    bend: float
+    """The slope of the second half less that of the first, over its standard error: beyond ±3 no line fits."""
+    walks: bool
+    """Whether what remains is more of a random walk than of white noise."""
+
+
+def fit_rate(moves: Floats, per_step: int = 1, level: float = 0.95) -> Rate | None:
+    """Fit a rate to successive distances, or return None where there are too few that are not zero.
+
+    `per_step` is how many steps lie between two recorded ones.
+    """
+    length = max(1, len(moves) // BLOCKS)
+    while len(moves) // length >= LEAST and not _blocks(moves, length).any(axis=1).all():
+        length += max(1, length // 4)
+    blocks = _blocks(moves, length)
+    count = len(blocks)
+    if count < LEAST:
+        return None
+    # A metric of few values stands still most of the time: it is how often it moves that shrinks.
+    y = np.log(blocks).mean(1) if blocks.all() else 0.5 * np.log((blocks**2).mean(1))
+    slope, low, high, walks = _slope(y, level)
+    steps, reach = length * per_step, len(moves) / length
+    line = y.mean() + slope * (np.arange(count) - (count - 1) / 2)
+    unexplained, spread = float(((y - line) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
+    return Rate(
+        *(float(np.exp(b / steps)) for b in (slope, low, high)),
+        *(b * reach for b in (slope, low, high)),
+        r2=1 - unexplained / spread if spread > 0 else 1.0,
+        bend=_bend(y),
+        walks=walks,
+    )
+
+
+def _blocks(moves: Floats, length: int) -> Floats:
+    """Return the last moves in blocks, a row each; what does not fill one is left out at the beginning."""
+    count = len(moves) // length
+    return moves[len(moves) - count * length :].reshape(count, length)
+
+
+def _slope(y: Floats, level: float) -> tuple[float, float, float, bool]:
+    """Return the slope a block, its interval, and whether the residuals walk."""
+    q = len(y)
+    slopes, errors, evidence = [], [], []
+    for whiten, design, outer, constant in _mixtures(q):
+        z = whiten @ y
+        coefficients = outer @ (design.T @ z)
+        squares = max(float(((z - design @ coefficients) ** 2).sum()), np.finfo(float).tiny)
+        slopes.append(float(coefficients[1]))
+        errors.append(float(np.sqrt(squares / (q - 2) * outer[1, 1])))
+        evidence.append(constant - 0.5 * (q - 2) * np.log(squares))
+    weights = np.exp(np.array(evidence) - max(evidence))
+    weights[0] *= _PLAIN / (1 - _PLAIN) * (len(weights) - 1)
+    weights /= weights.sum()
+    at, scale = np.array(slopes), np.array(errors)
+    middle = float(weights @ at)
+
+    walking = float(weights[np.array(_MIXTURES) > 0].sum()) > 0.5
+    if not scale.min() > 0:
+        return middle, middle, middle, walking
+
+    def quantile(p: float) -> float:
+        widest = 1e3 * (np.abs(at - middle).max() + scale.max())
+        above = lambda x: float(weights @ stdtr(q - 2, (x - at) / scale)) - p  # noqa: E731
+        return float(brentq(above, middle - widest, middle + widest))
+
+    return middle, quantile((1 - level) / 2), quantile((1 + level) / 2), walking
+
+
+def _bend(y: Floats) -> float:
+    half = len(y) // 2
+    first, second = (_line(part) for part in (y[:half], y[-half:]))
+    error = float(np.hypot(first[1], second[1]))
+    return (second[0] - first[0]) / error if error > 0 else 0.0
+
+
+def _line(y: Floats) -> tuple[float, float]:
+    """Return a slope and its standard error, the residuals taken for a mixture as likely as any."""
+    slope, low, high, _ = _slope(y, 0.68)
+    return slope, (high - low) / 2
+
+
+@cache
+def _mixtures(q: int) -> list[tuple[Floats, Floats, Floats, float]]:
+    """Return for each mixture: what makes it white, the design made white, its inverse Gram matrix, a constant."""
+    places = np.arange(q, dtype=np.float64)
+    design = np.column_stack([np.ones(q), places - places.mean()])
+    # Averages of a random walk over blocks of length one: its steps within a block count in part.
+    walk = np.minimum.outer(places, places) + 0.5 - np.eye(q) / 6
+    found = []
+    for share in _MIXTURES:
+        covariance = np.eye(q) + share * walk
+        root = np.linalg.cholesky(covariance)
+        whiten = np.linalg.inv(root)
+        white = whiten @ design
+        gram = white.T @ white
+        constant = -np.log(np.diag(root)).sum() - 0.5 * np.linalg.slogdet(gram)[1]
+        found.append((whiten, white, np.linalg.inv(gram), float(constant)))
+    return found

@@ -1,0 +1,114 @@
+"""Which recorded steps a statistic looks at, and what a metric is there.
+
+A window is the last so many steps at which a metric was measured. Every slab must have all of them, evenly spaced:
+anything else would be a number about something else, so it is an error that says what is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from trajstore.errors import NotFoundError, StatisticError, choices
+
+__all__ = ["SLABS", "Window", "metrics_of", "window_of", "with_slabs"]
+
+SLABS = ("order", "seed")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A metric over consecutive recorded steps, slab by slab."""
+
+    metric: str
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+    """(order, seed, step); not finite where the slab diverged."""
+    coords: dict[str, Any]
+    """The coordinates order and seed."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """What a result says of the window that it is about."""
+        return {
+            "metric": self.metric, "window": len(self), "from_step": int(self.steps[0]), "to_step": int(self.steps[-1])
+        }  # fmt: skip
+
+    def over_slabs(self, values: NDArray[Any], name: str) -> xr.DataArray:
+        """Return one value a slab, labelled."""
+        return xr.DataArray(values, dims=SLABS, coords=self.coords, name=name, attrs=self.attrs)
+
+
+def metrics_of(ds: xr.Dataset) -> list[str]:
+    """Return the names of the metrics of a dataset."""
+    late = [str(name) for name, variable in ds.data_vars.items() if "late" in variable.attrs]
+    return [*str(ds["measured"].attrs.get("flag_meanings", "")).split(), *late]
+
+
+def with_slabs(variable: xr.DataArray) -> xr.DataArray:
+    """Return a variable with the dimensions order and seed, also where one of each was selected."""
+    return variable.expand_dims([dim for dim in SLABS if dim not in variable.dims]).transpose(*SLABS, ...)
+
+
+def window_of(ds: xr.Dataset, metric: str, window: int | None = None, least: int = 3) -> Window:
+    """Return the last `window` steps at which a metric was measured, or the last half of all of them.
+
+    `least` is how many steps a statistic takes at the least.
+    """
+    if metric not in ds or "step" not in ds[metric].dims:
+        raise NotFoundError(f"no metric {metric!r}; {choices(metric, metrics_of(ds))}")
+    if window is not None and window < least:
+        raise StatisticError(f"window is {window}; this statistic needs at least {least} steps")
+    recorded, known = with_slabs(ds["recorded"]).values, with_slabs(_known(ds, metric)).values
+    if not recorded.any():
+        raise StatisticError(f"{metric}: nothing is recorded yet")
+    steps = np.flatnonzero((recorded & known).any((0, 1)))
+    steps = steps[: len(steps) - _ends_early(ds["step"].values[steps])]
+    if not len(steps):
+        raise StatisticError(f"{metric}: it was not measured at any recorded step")
+    asked = max(least, len(steps) // 2) if window is None else window
+    if len(steps) < asked:
+        raise StatisticError(f"{metric}: it was measured at {len(steps)} steps, fewer than the window of {asked}")
+    tail = steps[-asked:]
+    labels = ds["step"].values[tail]
+    _refuse_uneven(ds, metric, labels)
+    coords = {dim: np.atleast_1d(ds[dim].values) for dim in SLABS}
+    for there, lack in ((recorded, "has no step"), (known, "was not measured at step")):
+        missing = ~there[:, :, tail]
+        if missing.any():
+            order, seed, step = next(zip(*np.nonzero(missing), strict=True))
+            raise StatisticError(
+                f"{metric}: order {str(coords['order'][order])!r}, seed {coords['seed'][seed]} {lack} {labels[step]}; "
+                "finish the recording, or select the slabs that are complete"
+            )
+    values = with_slabs(ds[metric].isel(step=tail)).values.astype(np.float64)
+    return Window(metric, labels.astype(np.int64), values, coords)
+
+
+def _known(ds: xr.Dataset, metric: str) -> xr.DataArray:
+    """Return where a metric has a value, be it NaN because training diverged."""
+    names = str(ds["measured"].attrs.get("flag_meanings", "")).split()
+    return ds["measured"] >> names.index(metric) & 1 > 0 if metric in names else ds[metric].notnull()
+
+
+def _ends_early(steps: NDArray[Any]) -> bool:
+    """Tell whether the last step comes before its time, since it is recorded on any grid."""
+    gaps = np.diff(steps[-3:])
+    return len(gaps) == 2 and bool(gaps[1] < gaps[0])
+
+
+def _refuse_uneven(ds: xr.Dataset, metric: str, steps: NDArray[Any]) -> None:
+    if len(set(np.diff(steps).tolist())) <= 1:
+        return
+    why = f" where {ds.attrs['adaptive']} changes most" if ds.attrs.get("adaptive") else ""
+    raise StatisticError(
+        f"{metric}: steps {steps[0]} to {steps[-1]} are recorded at uneven distances{why}, and a statistic over time "
+        "would be wrong; record them evenly, or choose a window that is even"
+    )

@@ -1,0 +1,74 @@
+"""Trajectories whose behaviour is known, simulated in float64 straight from their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.signal import lfilter
+from trajstore.analysis.spaces import Path
+
+
+def path(points):
+    """The path through points of a Euclidean space, as an analysis sees it."""
+    points = np.asarray(points, dtype=float).reshape(len(points), -1)
+    moves = np.sqrt((np.diff(points, axis=0) ** 2).sum(1))
+    return Path(np.arange(len(points)), points, moves, 4 * np.finfo(float).eps * float(np.abs(points).max()))
+
+
+def last_half(points):
+    """What is looked at when no window is asked for."""
+    return path(points[-(len(points) // 2) :])
+
+
+def ar1(phi, steps, runs, seed):
+    """Stationary autoregressions of variance 1 / (1 − φ²), one a row."""
+    noise = np.random.default_rng(seed).standard_normal((runs, steps))
+    noise[:, 0] /= np.sqrt(1 - phi**2)
+    return lfilter([1], [1, -phi], noise)
+
+
+def quadratic(rng, h, steps, order):
+    """Section 3.1: T_i(θ) = (1 − h)θ + hε_i."""
+    noise, start = rng.standard_normal(steps), rng.standard_normal()
+    powers = (1 - h) ** np.arange(steps + 1)
+    if order == "forward":
+        return np.append(start, lfilter([1], [1, h - 1], h * noise, zi=[(1 - h) * start])[0])
+    return powers * start + np.append(0, np.cumsum(h * powers[:-1] * noise))
+
+
+def two_constants(rng, steps, order):
+    """Example 2.4: T_i is one of two values for ever."""
+    drawn, start = rng.choice([-1.0, 1.0], steps), rng.standard_normal()
+    return np.append(start, drawn if order == "forward" else np.full(steps, drawn[0]))
+
+
+class LeastSquares:
+    """T_i(θ) = A_iθ + b_i of single rows of a finite sum."""
+
+    def __init__(self, h, noise=0.5, ridge=0.0, rows=50, d=5, seed=0):
+        rng = np.random.default_rng(seed)
+        self.X = rng.standard_normal((rows, d))
+        self.y = self.X @ rng.standard_normal(d) + noise * rng.standard_normal(rows)
+        outer = self.X[:, :, None] * self.X[:, None, :]
+        self.A = (1 - h * ridge) * np.eye(d) - h * outer
+        self.b = h * self.X * self.y[:, None]
+
+    def iterates(self, rng, steps, order):
+        """θ₀ … θ_n, backward ones by folding the composition into one matrix and one vector."""
+        drawn, theta = rng.integers(0, len(self.X), steps), rng.standard_normal(self.A.shape[1])
+        out, matrix, vector = [theta], np.eye(len(theta)), np.zeros(len(theta))
+        for i in drawn:
+            if order == "forward":
+                out.append(self.A[i] @ out[-1] + self.b[i])
+            else:
+                vector, matrix = vector + matrix @ self.b[i], matrix @ self.A[i]
+                out.append(matrix @ theta + vector)
+        return np.array(out)
+
+    def lyapunov(self, rng, steps=200_000):
+        """The exponent of the products A_1 A_2 ⋯, from the growth of one vector."""
+        vector, total = rng.standard_normal(self.A.shape[1]), 0.0
+        for i in rng.integers(0, len(self.X), steps):
+            vector = self.A[i] @ vector
+            length = float(np.linalg.norm(vector))
+            total, vector = total + np.log(length), vector / length
+        return total / steps

@@ -1,0 +1,144 @@
+"""Verdicts on processes whose behaviour is known: right in nine of ten, wrong in at most one of twenty."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import xarray as xr
+from trajstore.analysis import convergence, variance
+from trajstore.analysis.convergence import judge
+
+from tests.analysis.processes import LeastSquares, last_half, quadratic, two_constants
+from trajstore.errors import NotFoundError, StatisticError
+
+
+def ridge(rng):
+    return LeastSquares(h=0.05, ridge=0.5).iterates(rng, 1_000, "backward")
+
+
+KNOWN = {
+    "quadratic, forward": ("distribution", lambda rng: quadratic(rng, 0.1, 4_000, "forward")),
+    "quadratic, forward, h = 0.05": ("distribution", lambda rng: quadratic(rng, 0.05, 8_000, "forward")),
+    "quadratic, backward": ("point", lambda rng: quadratic(rng, 0.05, 800, "backward")),
+    "quadratic, backward, h = 0.01": ("point", lambda rng: quadratic(rng, 0.01, 1_000, "backward")),
+    "quadratic, backward, at rest": ("point", lambda rng: quadratic(rng, 0.1, 4_000, "backward")),
+    "two constants, forward": ("distribution", lambda rng: two_constants(rng, 2_000, "forward")),
+    "two constants, backward": ("point", lambda rng: two_constants(rng, 200, "backward")),
+    "least squares, forward": ("distribution", lambda rng: LeastSquares(0.1).iterates(rng, 8_000, "forward")),
+    "least squares, backward": ("point", lambda rng: LeastSquares(0.05).iterates(rng, 1_000, "backward")),
+    "ridge, backward": ("point", ridge),
+    "interpolating, forward": ("point", lambda rng: LeastSquares(0.05, noise=0).iterates(rng, 1_000, "forward")),
+    "a drift": ("drifting", lambda rng: 0.05 * np.arange(2_001) + quadratic(rng, 0.1, 2_000, "forward")),
+    "a drift ever faster": (
+        "drifting", lambda rng: 1e-4 * np.arange(2_001) ** 2 + quadratic(rng, 0.1, 2_000, "forward")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_verdict_is_right(name):
+    right, process = KNOWN[name]
+    rng = np.random.default_rng(0)
+    verdicts = Counter(judge(last_half(process(rng))).verdict for _ in range(200))
+    wrong = 200 - verdicts[right] - verdicts["undecided"]
+    assert verdicts[right] >= 180, verdicts
+    assert wrong <= 10, verdicts
+
+
+def test_what_is_too_short_to_tell_is_undecided_and_says_why():
+    rng = np.random.default_rng(1)
+    judged = [judge(last_half(quadratic(rng, 0.01, 200, "backward"))) for _ in range(200)]
+    assert Counter(e.verdict for e in judged)["undecided"] >= 190
+    assert "a longer window may decide it" in judged[0].why
+    assert "moves shrink" in judged[0].why
+
+
+def test_a_random_walk_is_no_distribution():
+    rng = np.random.default_rng(1)
+    verdicts = Counter(judge(last_half(np.cumsum(rng.standard_normal(1_001)))).verdict for _ in range(200))
+    assert verdicts["distribution"] + verdicts["point"] <= 10
+
+
+def test_a_slow_descent_is_no_point_before_it_has_shrunk():
+    descent = judge(last_half(5 * 0.999 ** np.arange(1_001)))
+    assert descent.verdict != "point"
+    assert descent.rate == pytest.approx(0.999, rel=1e-9)
+    assert judge(last_half(5 * 0.99 ** np.arange(1_001))).verdict == "point"
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    import trajstore as ts
+
+    store = tmp_path_factory.mktemp("verdicts") / "runs.zarr"
+
+    def record(preset, **changes):
+        experiment = ts.Experiment.preset(preset, {"name": "-".join(changes["orders"]), "seeds": [0, 1], **changes})
+        return ts.run(experiment, store).dataset()
+
+    return {
+        "jumps": record("two-constants", steps=2_000, orders=["forward"]),
+        "stays": record("two-constants", steps=200, orders=["backward"]),
+        "quadratic": record("quadratic", steps=400, orders=["forward", "backward"]),
+    }
+
+
+def test_a_recorded_experiment_is_judged_in_parameters_and_in_losses(recorded):
+    jumps, stays = convergence(recorded["jumps"]), convergence(recorded["stays"])
+    assert jumps["verdict"].values.tolist() == [["distribution"] * 2]
+    assert stays["verdict"].values.tolist() == [["point"] * 2]
+    assert jumps.attrs["metric"] == "parameters"
+    assert jumps["diameter"].values.tolist() == [[2, 2]]
+    assert stays["diameter"].values.tolist() == [[0, 0]]
+    backward = convergence(recorded["quadratic"], "train_loss").sel(order="backward")
+    assert backward["verdict"].values.tolist() == ["point", "point"]
+    assert bool(((backward["rate_low"] < 0.91) & (backward["rate_high"] > 0.89)).all())
+
+
+def test_in_the_sum_of_losses_only_a_loss_of_zero_is_a_point(recorded):
+    """Appendix G: the loss of the quadratic's backward limit is not 0, so d(x, y) = L(x) + L(y) does not shrink."""
+    found = convergence(recorded["quadratic"], "sum:train_loss").sel(order="backward")
+    assert not (found["verdict"] == "point").any()
+    loss = 0.5 * 0.9 ** np.arange(401)
+    values = np.stack([loss, loss])[:, None]
+    dims, here = ("order", "seed", "step"), np.ones(values.shape, dtype=bool)
+    ds = xr.Dataset(
+        {"loss": (dims, values), "measured": (dims, here.astype(int), {"flag_meanings": "loss"})},
+        {"order": ["a", "b"], "seed": [0], "step": np.arange(401), "recorded": (dims, here)},
+    )
+    assert convergence(ds, "sum:loss")["verdict"].values.tolist() == [["point"], ["point"]]
+
+
+def test_a_window_that_is_even_but_not_every_step_has_a_rate_a_step(recorded):
+    every = recorded["quadratic"].isel(step=slice(0, None, 2))
+    found = convergence(every, "train_loss").sel(order="backward")
+    assert bool(((found["rate_low"] < 0.91) & (found["rate_high"] > 0.89)).all())
+
+
+def test_the_stationary_variance_is_in_its_interval():
+    """Section 3.1: hσ² / (2 − h), from windows of 200/h steps and more."""
+    h, rng = 0.1, np.random.default_rng(3)
+    runs = np.stack([quadratic(rng, h, 4_200, "forward") for _ in range(200)])
+    dims, here = ("order", "seed", "step"), np.ones((1, *runs.shape), dtype=bool)
+    ds = xr.Dataset(
+        {"theta": (dims, runs[None]), "measured": (dims, here.astype(int), {"flag_meanings": "theta"})},
+        {"order": ["forward"], "seed": np.arange(200), "step": np.arange(4_201), "recorded": (dims, here)},
+    )
+    found = variance(ds, "theta", window=4_000, kind="level")
+    held = (found["low"] <= h / (2 - h)) & (found["high"] >= h / (2 - h))
+    assert 0.90 <= float(held.mean()) <= 0.99
+    assert float(variance(ds, "theta", window=100, kind="level")["variance"].mean()) < 0.9 * h / (2 - h)
+
+
+def test_what_cannot_be_judged_is_refused(recorded):
+    ds = recorded["quadratic"]
+    with pytest.raises(NotFoundError, match="no metric 'train_los'; did you mean 'train_loss'"):
+        convergence(ds, "train_los")
+    with pytest.raises(StatisticError, match="window is 10; this statistic needs at least 40 steps"):
+        convergence(ds, window=10)
+    with pytest.raises(StatisticError, match="it was measured at 31 steps, fewer than the window of 40"):
+        convergence(ds.isel(step=slice(0, 31)), "train_loss")
+    broken = ds.assign(train_loss=ds["train_loss"].where(ds["step"] != 390, np.inf).assign_attrs(ds["train_loss"].attrs))
+    assert set(convergence(broken, "train_loss")["why"].values.ravel()) == {"diverged within the window"}
