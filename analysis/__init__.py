@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 from trajstore.analysis.convergence import convergence
+from trajstore.analysis.law import law
+from trajstore.analysis.resets import resets
 from trajstore.analysis.variance import (
     forward_over_backward,
     level_variance,
@@ -20,7 +22,9 @@ from trajstore.analysis.variance import (
 __all__ = [
     "convergence",
     "forward_over_backward",
+    "law",
     "level_variance",
+    "resets",
     "rolling_variance",
     "step_variance",
     "tail_variance",

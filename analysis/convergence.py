@@ -3,8 +3,8 @@
 The rule is written in `docs/analysis.md` and in `Rule`, whose values are the thresholds:
 
 ``point``         the moves shrink geometrically, by a factor of `settled` or more over the window, or have stopped
-``distribution``  the moves neither shrink nor grow by a factor of `steady`, the window is worth `effective` independent
-                  iterates, and from its begin to its end it does not wander off by `drift` standard deviations
+``distribution``  the moves neither shrink nor grow by a factor of `steady`, the window is worth `effective`
+                  independent iterates, and over it nothing wanders off by `drift` standard deviations
 ``drifting``      the moves do not shrink, and it does wander off by more than `drift` standard deviations
 ``undecided``     none of these is sure
 
@@ -130,7 +130,10 @@ def _verdict(found: dict[str, float], rate: Rate | None, rule: Rule) -> tuple[Ve
     if steady and found["drift_high"] <= rule.drift and found["effective"] >= rule.effective:
         return "distribution", "moves stay as large as they are, and it does not wander off"
     if high <= rule.steady and found["drift_low"] > rule.drift:
-        return "drifting", f"it goes on by {found['drift_low']:.1f} standard deviations or more, and moves do not shrink"
+        return (
+            "drifting",
+            f"it goes on by {found['drift_low']:.1f} standard deviations or more, and moves do not shrink",
+        )
     return "undecided", "; ".join(_doubts(found, rule))
 
 

@@ -3,7 +3,7 @@
 The long-run variance is estimated from the first few cosine coefficients of the series (equal-weighted cosines:
 Müller 2007, Lazarus, Lewis, Stock and Watson 2018). With K of them, (mean − expectation) / standard error has nearly
 Student's t distribution with K degrees of freedom, so that the error of the error is part of the interval. Few
-coefficients mean long waves only: what is correlated over less than a sixteenth of the series does not matter.
+coefficients mean long waves only: correlations much shorter than the series do not matter.
 
 Where the series is so correlated that it is worth fewer than `ENOUGH` independent values, no interval holds, and none is
 given. `docs/analysis.md` has the calibration.

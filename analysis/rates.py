@@ -1,9 +1,10 @@
 """How fast moves shrink: a geometric rate, with an interval.
 
-The logarithms of the moves are averaged over some eighty blocks, and a line is fitted to them. What remains about the line
-is white noise (backward SGD on a quadratic), a random walk (products of random matrices, whose logarithms add up), or some
-of both; which, the data decide: every mixture in a row of them is fitted by generalized least squares and weighted by its
-restricted likelihood, so that the interval is as wide as it must be. Least squares alone would be far too sure.
+The logarithms of the moves are averaged over some eighty blocks, and a line is fitted to them. What remains about the
+line is white noise (backward SGD on a quadratic), a random walk (products of random matrices, whose logarithms add up),
+or some of both; which, the data decide: every mixture in a row of them is fitted by generalized least squares and
+weighted by its restricted likelihood, so that the interval is as wide as it must be. Least squares alone would be far
+too sure.
 """
 
 from __future__ import annotations

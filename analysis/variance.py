@@ -189,7 +189,9 @@ def _ratio(above: Floats, below: Floats, kind: Kind, level: float, names: tuple[
     if one.why == "diverged" or other.why == "diverged":
         return _Estimate(np.nan, np.nan, np.nan, np.nan, "diverged"), "none"
     if other.value == 0:
-        return _Estimate(np.inf if one.value else np.nan, np.nan, np.nan, one.effective, f"{names[1]} does not vary"), "none"
+        return _Estimate(
+            np.inf if one.value else np.nan, np.nan, np.nan, one.effective, f"{names[1]} does not vary"
+        ), "none"
     ratio, parts = one.value / other.value, CONTRIBUTIONS[kind](above)[0]
     for estimate, order in ((one, names[0]), (other, names[1])):
         if estimate.why and (order == names[0] or estimate.effective >= SETTLING):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 
-__all__ = ["SLABS", "Window", "metrics_of", "window_of", "with_slabs"]
+__all__ = ["SLABS", "Window", "measured_steps", "metrics_of", "window_of", "with_slabs"]
 
 SLABS = ("order", "seed")
 
@@ -62,17 +62,11 @@ def window_of(ds: xr.Dataset, metric: str, window: int | None = None, least: int
 
     `least` is how many steps a statistic takes at the least.
     """
-    if metric not in ds or "step" not in ds[metric].dims:
-        raise NotFoundError(f"no metric {metric!r}; {choices(metric, metrics_of(ds))}")
     if window is not None and window < least:
         raise StatisticError(f"window is {window}; this statistic needs at least {least} steps")
-    recorded, known = with_slabs(ds["recorded"]).values, with_slabs(_known(ds, metric)).values
-    if not recorded.any():
-        raise StatisticError(f"{metric}: nothing is recorded yet")
-    steps = np.flatnonzero((recorded & known).any((0, 1)))
+    recorded, known = _masks(ds, metric)
+    steps = _measured(ds, metric, recorded & known)
     steps = steps[: len(steps) - _ends_early(ds["step"].values[steps])]
-    if not len(steps):
-        raise StatisticError(f"{metric}: it was not measured at any recorded step")
     asked = max(least, len(steps) // 2) if window is None else window
     if len(steps) < asked:
         raise StatisticError(f"{metric}: it was measured at {len(steps)} steps, fewer than the window of {asked}")
@@ -90,6 +84,31 @@ def window_of(ds: xr.Dataset, metric: str, window: int | None = None, least: int
             )
     values = with_slabs(ds[metric].isel(step=tail)).values.astype(np.float64)
     return Window(metric, labels.astype(np.int64), values, coords)
+
+
+def measured_steps(ds: xr.Dataset, metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the places along `step` where a metric was measured in some slab, and its values (order, seed, step)."""
+    recorded, known = _masks(ds, metric)
+    there = recorded & known
+    places = _measured(ds, metric, there)
+    values = with_slabs(ds[metric].isel(step=places)).values.astype(np.float64)
+    return places, np.where(there[..., places], values, np.nan)
+
+
+def _masks(ds: xr.Dataset, metric: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which steps were recorded, and where the metric was measured, both (order, seed, step)."""
+    if metric not in ds or "step" not in ds[metric].dims:
+        raise NotFoundError(f"no metric {metric!r}; {choices(metric, metrics_of(ds))}")
+    return with_slabs(ds["recorded"]).values, with_slabs(_known(ds, metric)).values
+
+
+def _measured(ds: xr.Dataset, metric: str, there: NDArray[np.bool_]) -> NDArray[np.int64]:
+    if not bool(ds["recorded"].any()):
+        raise StatisticError(f"{metric}: nothing is recorded yet")
+    places = np.flatnonzero(there.any((0, 1)))
+    if not len(places):
+        raise StatisticError(f"{metric}: it was not measured at any recorded step")
+    return places
 
 
 def _known(ds: xr.Dataset, metric: str) -> xr.DataArray:

@@ -140,5 +140,7 @@ def test_what_cannot_be_judged_is_refused(recorded):
         convergence(ds, window=10)
     with pytest.raises(StatisticError, match="it was measured at 31 steps, fewer than the window of 40"):
         convergence(ds.isel(step=slice(0, 31)), "train_loss")
-    broken = ds.assign(train_loss=ds["train_loss"].where(ds["step"] != 390, np.inf).assign_attrs(ds["train_loss"].attrs))
+    broken = ds.assign(
+        train_loss=ds["train_loss"].where(ds["step"] != 390, np.inf).assign_attrs(ds["train_loss"].attrs)
+    )
     assert set(convergence(broken, "train_loss")["why"].values.ravel()) == {"diverged within the window"}

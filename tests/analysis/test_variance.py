@@ -118,7 +118,9 @@ def test_what_cannot_be_had_is_refused():
 def test_steps_that_were_chosen_by_a_metric_give_no_variance(record):
     grid = {"adaptive": "test_loss", "tolerance": 1e-3}
     ds = record(steps=80, orders=["backward"], seeds=[0], record=grid).dataset()
-    with pytest.raises(StatisticError, match=r"uneven distances where test_loss changes most, .* would be wrong; record them evenly"):
+    with pytest.raises(
+        StatisticError, match=r"uneven distances where test_loss changes most, .* would be wrong; record them evenly"
+    ):
         tail_variance(ds, "test_loss", window=20)
 
 

@@ -1,0 +1,149 @@
+"""What a reset does: at every step where an order begins a new leg, the level of a metric before and after.
+
+A level is the mean over the last half of a leg, with an interval that allows for autocorrelation. `forward` of the
+same seed is looked at over the steps of the new leg: how much of it lies between the two levels, and how often it
+crosses them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from trajstore.analysis.longrun import quantile, standard_error
+from trajstore.analysis.windows import SLABS, measured_steps, with_slabs
+
+from trajstore.errors import StatisticError
+
+__all__ = ["Reset", "resets"]
+
+Floats = NDArray[np.float64]
+_LEAST = 16
+"""Recorded steps of a leg that a level needs."""
+_BAND, _EXCURSION = 3.0, 0.05
+"""Settled is what stays within so many standard deviations of the level, or within this share of the way to it."""
+
+
+@dataclass(frozen=True)
+class Reset:
+    """One change of legs."""
+
+    order: str
+    seed: int
+    step: int
+    """Where the new leg starts: the last iterate of the old one."""
+    before: float
+    before_low: float
+    before_high: float
+    after: float
+    after_low: float
+    after_high: float
+    difference: float
+    """The level after less the level before."""
+    difference_low: float
+    difference_high: float
+    settles: str
+    """``elsewhere``, where the interval of the difference does not hold 0; ``not told apart``; ``too short``."""
+    settled_after: float
+    """Steps from the reset until it stays at the new level; NaN if it does not within the first three quarters."""
+    forward_between: float
+    """Share of the forward iterates during the new leg that lie between the levels; NaN where there is no forward."""
+    forward_crosses_before: float
+    """How often forward crosses the level before, in 100 recorded steps."""
+    forward_crosses_after: float
+
+
+def resets(ds: xr.Dataset, metric: str, level: float = 0.95) -> xr.Dataset:
+    """Return what each reset does to a metric, along the dimension ``reset``."""
+    steps, values = measured_steps(ds, metric)
+    legs = with_slabs(ds["leg"].isel(step=steps)).values
+    labels = ds["step"].values[steps]
+    orders, seeds = (np.atleast_1d(ds[dim].values) for dim in SLABS)
+    found = []
+    for i, order in enumerate(map(str, orders)):
+        for k, seed in enumerate(seeds.tolist()):
+            there = (legs[i, k] >= 0) & np.isfinite(values[i, k])
+            forward = values[list(orders).index("forward"), k] if "forward" in orders and order != "forward" else None
+            for first, begin, end in _changes(np.where(there, legs[i, k], -1)):
+                start = int(legs[i, k, begin])
+                found.append(_reset(order, seed, labels, values[i, k], (first, begin, end), start, forward, level))
+    if found and all(reset.settles == "too short" for reset in found):
+        raise StatisticError(
+            f"{metric}: a level needs a leg of {2 * _LEAST} recorded steps, and none before or after a "
+            "reset is so long; record more steps of each leg"
+        )
+    if not found:
+        raise StatisticError(
+            f"{metric}: no order of {', '.join(map(str, orders))} begins a new leg at a recorded step; "
+            "record one that does, as in 'backward+backward@1000' or 'backward/100'"
+        )
+    columns = {f.name: ("reset", np.array([getattr(r, f.name) for r in found])) for f in fields(Reset)}
+    return xr.Dataset(columns, attrs={"metric": metric, "level": level})
+
+
+def _changes(legs: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    """Return (first place of a leg, first place of the next one, first place after that) for each change of legs."""
+    there = np.flatnonzero(legs >= 0)
+    if not len(there):
+        return []
+    starts = [int(there[0]), *(there[1:][np.diff(legs[there]) > 0].tolist()), int(there[-1]) + 1]
+    return list(zip(starts, starts[1:], starts[2:], strict=False))
+
+
+def _reset(
+    order: str,
+    seed: int,
+    labels: NDArray[np.int64],
+    values: Floats,
+    places: tuple[int, int, int],
+    start: int,
+    forward: Floats | None,
+    level: float,
+) -> Reset:
+    first, begin, end = places
+    before, after = _level(values[first:begin]), _level(values[begin:end])
+    difference = after[0] - before[0], float(np.hypot(before[1], after[1]))
+    low, high = sorted((before[0], after[0]))
+    between = crosses_before = crosses_after = np.nan
+    during = np.array([]) if forward is None else forward[begin:end][np.isfinite(forward[begin:end])]
+    if len(during) > 1 and np.isfinite(difference[0]):
+        between = float(((during >= low) & (during <= high)).mean())
+        crosses_before, crosses_after = (_crossings(during, at) for at in (before[0], after[0]))
+    apart = abs(difference[0]) > quantile(level) * difference[1]
+    return Reset(
+        order, seed, start,
+        *_interval(before, level), *_interval(after, level), *_interval(difference, level),
+        settles="elsewhere" if apart else "not told apart" if np.isfinite(difference[0]) else "too short",
+        settled_after=_settled(labels[begin:end] - start, values[begin:end], after[0]),
+        forward_between=between, forward_crosses_before=crosses_before, forward_crosses_after=crosses_after,
+    )  # fmt: skip
+
+
+def _level(leg: Floats) -> tuple[float, float]:
+    """Return the mean of a leg's last half, and its standard error."""
+    half = leg[len(leg) // 2 :]
+    if len(half) < _LEAST:
+        return np.nan, np.nan
+    return float(half.mean()), float(standard_error(half - half.mean()))
+
+
+def _interval(at: tuple[float, float], level: float) -> tuple[float, float, float]:
+    mean, error = at
+    return mean, mean - quantile(level) * error, mean + quantile(level) * error
+
+
+def _settled(since: NDArray[np.int64], leg: Floats, level: float) -> float:
+    if not np.isfinite(level):
+        return np.nan
+    away = np.abs(leg - level)
+    band = max(_BAND * float(leg[len(leg) // 2 :].std()), _EXCURSION * float(away.max()))
+    outside = np.flatnonzero(away > band)
+    settled = int(outside[-1]) + 1 if len(outside) else 0
+    return float(since[settled]) if settled <= 3 * len(leg) // 4 else np.nan
+
+
+def _crossings(values: Floats, level: float) -> float:
+    above = values > level
+    return 100 * float((above[1:] != above[:-1]).sum()) / (len(values) - 1)

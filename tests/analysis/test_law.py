@@ -1,0 +1,108 @@
+"""The law tests: exact under the null, on the dependent pairs that training really gives, and able to see a shift."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from trajstore.analysis import law
+from trajstore.analysis.law import adjusted, disjoint_test, swap_test
+
+from trajstore.errors import NotFoundError, StatisticError
+
+H = 0.05
+
+
+def pairs(rng, n, seeds):
+    """Forward and backward iterates of the quadratic from θ₀ = 1, of the same noise."""
+    noise = rng.standard_normal((seeds, n))
+    weights = H * (1 - H) ** np.arange(n)
+    start = (1 - H) ** n
+    return (start + noise @ weights[::-1])[:, None], (start + noise @ weights)[:, None]
+
+
+@pytest.mark.parametrize("n", [5, 20, 60])
+def test_equal_laws_are_rejected_as_often_as_the_level_says(n):
+    rng = np.random.default_rng(n)
+    swapped, apart = [], []
+    for _ in range(2_000):
+        forward, backward = pairs(rng, n, 40)
+        swapped.append(swap_test(forward, backward, 199, rng) <= 0.05)
+        apart.append(disjoint_test(forward, backward, 199, rng) <= 0.05)
+    assert 0.03 <= np.mean(swapped) <= 0.07
+    assert 0.03 <= np.mean(apart) <= 0.07
+
+
+@pytest.mark.parametrize("n", [5, 20, 60])
+def test_a_shift_of_half_a_deviation_is_seen(n):
+    rng, seen = np.random.default_rng(n), []
+    for _ in range(100):
+        forward, backward = pairs(rng, n, 100)
+        seen.append(swap_test(forward, backward + 0.5 * forward.std(), 199, rng) <= 0.05)
+    assert np.mean(seen) >= 0.85
+
+
+def test_a_smaller_spread_is_seen():
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(50):
+        forward, backward = pairs(rng, 60, 200)
+        seen.append(swap_test(forward, backward.mean() + 0.6 * (backward - backward.mean()), 199, rng) <= 0.05)
+    assert np.mean(seen) >= 0.85
+
+
+def test_unpaired_tests_would_have_no_size():
+    """Why swaps: at n = 5 the pairs are so alike that a two-sample test never rejects, whatever the level."""
+    from scipy.stats import ks_2samp
+
+    rng = np.random.default_rng(0)
+    p = [ks_2samp(*(side[:, 0] for side in pairs(rng, 5, 100))).pvalue for _ in range(200)]
+    assert np.mean(np.array(p) <= 0.05) < 0.005
+
+
+def test_p_values_are_corrected_for_their_number():
+    assert adjusted(np.array([[0.01, 0.04], [0.03, 0.5]])) == pytest.approx(np.array([[0.04, 0.09], [0.09, 0.5]]))
+
+
+@pytest.fixture
+def ds(record):
+    return record("quadratic", steps=30, seeds=list(range(40)), init_seed=0).dataset()
+
+
+def test_a_recorded_experiment_is_asked(ds):
+    found = law(ds, ["train_loss", "parameters"], steps=[1, 5, 30], permutations=499)
+    assert found["p_swap"].dims == ("metric", "step")
+    assert found["p_swap"].sel(step=1).values.tolist() == [1.0, 1.0]  # at n = 1 they are the same iterate
+    assert not found["rejected"].any()
+    again = law(ds, ["train_loss", "parameters"], steps=[1, 5, 30], permutations=499)
+    assert found.identical(again)
+    moved = ds.assign(
+        train_loss=ds["train_loss"]
+        .where(ds["order"] != "backward", ds["train_loss"] + 1)
+        .assign_attrs(ds["train_loss"].attrs)
+    )
+    assert bool(law(moved, ["train_loss"], steps=[30])["rejected"].all())
+
+
+def test_it_is_refused_where_the_theorem_does_not_hold(ds, record):
+    for change, why in (
+        ({"sampling": "shuffle"}, "batches are drawn by 'shuffle' and depend on each other"),
+        ({"family": "loop"}, "how these iterates were made is not known"),
+    ):
+        stored = ds.attrs["trajstore"]
+        problem = {**stored["config"]["problem"], **change}
+        other = ds.assign_attrs(trajstore={**stored, "config": {**stored["config"], "problem": problem}})
+        with pytest.raises(StatisticError, match=why):
+            law(other)
+    operator = {"family": "sgd", "lr": 0.1, "schedule": {"family": "cosine"}, "by": "index"}
+    stored = ds.attrs["trajstore"]
+    with pytest.raises(StatisticError, match="change with the batch index"):
+        law(ds.assign_attrs(trajstore={**stored, "config": {**stored["config"], "operator": operator}}))
+    with pytest.raises(StatisticError, match="start from several"):
+        law(record("quadratic", name="several", steps=5, seeds=list(range(12))).dataset())
+    with pytest.raises(StatisticError, match="5 seeds are too few"):
+        law(ds.isel(seed=slice(5)))
+    with pytest.raises(StatisticError, match="there is no 'backward'"):
+        law(ds.sel(order=["forward"]))
+    with pytest.raises(NotFoundError, match="no step 31; the last one is 30"):
+        law(ds, steps=[31])
+    with pytest.raises(NotFoundError, match="no metric 'train_los'; did you mean"):
+        law(ds, ["train_los"])

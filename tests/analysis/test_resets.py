@@ -1,0 +1,88 @@
+"""Resets of the quadratic, whose levels before and after are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from trajstore.analysis import resets
+
+from trajstore.errors import NotFoundError, StatisticError
+
+H = 0.1
+
+
+@pytest.fixture
+def ds(record):
+    """Backward with a reset at step 200, and forward beside it."""
+    orders = ["forward", "backward+backward@200"]
+    return record("quadratic", steps=500, seeds=[0, 1, 2], orders=orders).dataset()
+
+
+def limits(ds, seed):
+    """Where backward goes to: Σ h(1 − h)^(i−1) ε_i over all batches, and over those after the reset."""
+    from trajstore.batches import generator
+
+    noise = np.array([generator(seed, "noise", i).standard_normal(1)[0] for i in range(1, 501)])
+    weights = H * (1 - H) ** np.arange(500)
+    return weights @ noise, weights[:300] @ noise[200:]
+
+
+def test_a_reset_is_found_and_its_levels_are_those_of_the_closed_form(ds):
+    found = resets(ds, "train_loss")
+    assert found["order"].values.tolist() == ["backward+backward@200"] * 3
+    assert found["seed"].values.tolist() == [0, 1, 2]
+    assert found["step"].values.tolist() == [200] * 3
+    for k, seed in enumerate((0, 1, 2)):
+        before, after = (0.5 * theta**2 for theta in limits(ds, seed))
+        reset = found.isel(reset=k)
+        for side, level in (("before", before), ("after", after)):
+            assert float(reset[f"{side}_low"]) - 1e-5 <= level <= float(reset[f"{side}_high"]) + 1e-5
+            assert float(reset[side]) == pytest.approx(level, abs=1e-3)
+        assert str(reset["settles"].values) == "elsewhere"
+        assert float(reset["difference"]) == pytest.approx(after - before, abs=1e-3)
+        assert 10 <= float(reset["settled_after"]) <= 80
+
+
+def test_forward_is_compared_with_the_levels_over_the_steps_of_the_new_leg(ds):
+    found = resets(ds, "train_loss").isel(reset=1)
+    during = ds["train_loss"].sel(order="forward", seed=1).values[201:]
+    low, high = sorted((float(found["before"]), float(found["after"])))
+    assert float(found["forward_between"]) == pytest.approx(((during >= low) & (during <= high)).mean())
+    above = during > float(found["before"])
+    assert float(found["forward_crosses_before"]) == pytest.approx(100 * (above[1:] != above[:-1]).sum() / 299)
+    alone = resets(ds.sel(order=["backward+backward@200"]), "train_loss")
+    assert np.isnan(alone["forward_between"].values).all()
+
+
+def test_every_leg_of_a_window_is_a_reset(record):
+    ds = record("quadratic", steps=250, seeds=[0], orders=["backward/100"]).dataset()
+    found = resets(ds, "train_loss")
+    assert found["step"].values.tolist() == [100, 200]
+    short = record("quadratic", name="short", steps=210, seeds=[0], orders=["backward/100"]).dataset()
+    assert resets(short, "train_loss")["settles"].values.tolist()[1] == "too short"
+    assert np.isnan(resets(short, "train_loss")["after"].values[1])
+
+
+def test_the_same_level_is_not_told_apart():
+    import xarray as xr
+
+    rng = np.random.default_rng(0)
+    values, dims = rng.standard_normal((1, 200, 400)), ("order", "seed", "step")
+    here = np.ones(values.shape, dtype=int)
+    legs = np.where(np.arange(400) > 200, 200, 0) * here
+    ds = xr.Dataset(
+        {"loss": (dims, values), "measured": (dims, here, {"flag_meanings": "loss"}), "leg": (dims, legs)},
+        {"order": ["noise"], "seed": np.arange(200), "step": np.arange(400), "recorded": (dims, here > 0)},
+    )
+    told_apart = (resets(ds, "loss")["settles"] == "elsewhere").mean()
+    assert 0.01 <= float(told_apart) <= 0.10
+
+
+def test_without_a_reset_there_is_nothing_to_say(ds, record):
+    with pytest.raises(StatisticError, match="no order of forward begins a new leg"):
+        resets(ds.sel(order=["forward"]), "train_loss")
+    with pytest.raises(NotFoundError, match="did you mean 'train_loss'"):
+        resets(ds, "train_los")
+    tiny = record("quadratic", name="tiny", steps=20, seeds=[0], orders=["backward/10"]).dataset()
+    with pytest.raises(StatisticError, match="a level needs a leg of 32 recorded steps"):
+        resets(tiny, "train_loss")
