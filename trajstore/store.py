@@ -202,17 +202,24 @@ class StoredExperiment:
 
     def complete(self, commits: Commits) -> NDArray[np.bool_]:
         """Return (order, seed): everything that was to be recorded is; for a training loop, that it came to its end."""
-        if self.schema.made_by == "problem":
+        ended = self.ended()
+        if ended is None:
             return commits.complete
-        latest = {(order, seed): fill["ended"] for fill in self.attributes["fills"] for order, seed in fill["slabs"]}
         schema, last = self.schema, commits.last_step
         finished = np.zeros_like(last, dtype=bool)
         for i, k in np.ndindex(*finished.shape):
             step = int(last[i, k])
-            ended = latest.get((schema.orders[i], schema.seeds[k])) is not None and step >= 0
+            came = (schema.orders[i], schema.seeds[k]) in ended and step >= 0
             # A repair may have taken something out since.
-            finished[i, k] = ended and bool((commits.records[i, k][: schema.segment_of(step), 0] >= 0).all())
+            finished[i, k] = came and bool((commits.records[i, k][: schema.segment_of(step), 0] >= 0).all())
         return finished
+
+    def ended(self) -> set[tuple[str, int]] | None:
+        """Return the slabs whose loop or import came to its end; None where a number of steps decides instead."""
+        if self.schema.made_by == "problem":
+            return None
+        latest = {(order, seed): fill["ended"] for fill in self.attributes["fills"] for order, seed in fill["slabs"]}
+        return {slab for slab, ended in latest.items() if ended is not None}
 
     def slabs(self) -> list[SlabStatus]:
         """Return the status of every (order, seed)."""

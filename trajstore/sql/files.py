@@ -1,0 +1,58 @@
+"""Files of the index: each appears whole or not at all, and stays for a while after it is not wanted any more."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Container
+from contextlib import suppress
+from pathlib import Path
+
+import duckdb
+
+from trajstore.sql.text import literal
+
+__all__ = ["copy", "new_file", "tidy", "write_text"]
+
+_KEEP_SECONDS = 24 * 3600.0
+
+
+def new_file(folder: Path) -> Path:
+    """Return the path of a Parquet file that nobody else will write."""
+    return folder / f"{uuid.uuid4().hex}.parquet"
+
+
+def copy(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> None:
+    """Write a query's rows as Parquet."""
+    partial = _partial(file)
+    connection.execute(f"COPY ({query}) TO {literal(str(partial))} (FORMAT parquet)")
+    partial.replace(file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text, if it is not there already."""
+    with suppress(OSError, UnicodeDecodeError):
+        if file.read_text(encoding="utf-8") == text:
+            return
+    partial = _partial(file)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def tidy(folder: Path, wanted: Container[Path], before: Container[Path]) -> None:
+    """Take out what has not been wanted for a day: until then, queries that began earlier may read it."""
+    now = time.time()
+    for file in (*folder.rglob("*.parquet"), *folder.rglob("*.partial")):
+        with suppress(FileNotFoundError):  # another process tidies up as well
+            if file in wanted:
+                continue
+            if file in before:
+                os.utime(file)  # from here on it is not wanted
+            elif now - file.stat().st_mtime > _KEEP_SECONDS:
+                file.unlink()
+
+
+def _partial(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file.with_name(f".{uuid.uuid4().hex}.partial")
