@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -110,17 +111,44 @@ def info(
 
 def sql(
     store: StorePath,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="One SELECT on experiments, runs and metrics.")],
+    query: Annotated[
+        str | None, typer.Argument(metavar="QUERY", help="One SELECT on experiments, runs, metrics and segments.")
+    ] = None,
     json: JSON = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    parquet: Annotated[
+        Path | None, typer.Option("--parquet", metavar="FILE", help="Write the answer as Parquet, with its types.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at FILE.")] = False,
+    init: Annotated[
+        bool, typer.Option("--init", help='Print the file to begin with: duckdb -init "$(trajstore sql STORE --init)".')
+    ] = False,
 ) -> None:
-    """Ask a store in SQL: tables `experiments`, `runs`, `metrics`; `"order"` needs its quotes."""
-    import trajstore as ts
-    from trajstore.sql import rows_of
+    """Ask a store in SQL: tables `experiments`, `runs`, `metrics`, `segments`; `"order"` needs its quotes.
 
-    if json and csv:
-        raise ConfigurationError("choose one of --json and --csv")
-    relation = ts.open(store).sql(query)
+    Table macros: tail_variance, level_variance, step_variance, rolling_variance, convergence, each of
+    ('EXPERIMENT', 'METRIC', steps := 100).
+    """
+    import trajstore as ts
+    from trajstore.sql import definitions_file, rows_of, write_answer
+
+    if init:
+        if query is not None or json or csv or parquet:
+            raise ConfigurationError("--init prints the path of a file for DuckDB; give it no query and no format")
+        say(str(definitions_file(ts.open(store))))
+        return
+    if query is None:
+        raise ConfigurationError("give a query, as in 'SELECT * FROM runs', or --init for a DuckDB shell")
+    if json + csv + (parquet is not None) > 1:
+        raise ConfigurationError("choose one of --json, --csv and --parquet")
+    if force and parquet is None:
+        raise ConfigurationError("--force replaces a file; name it with --parquet FILE")
+    opened = ts.open(store)
+    if parquet is not None:
+        write_answer(opened, query, parquet, force=force)
+        say(str(parquet))
+        return
+    relation = opened.sql(query)
     columns, rows = list(relation.columns), rows_of(relation)
     if json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])

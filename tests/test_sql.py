@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
+import scipy.stats
+import torch
 from trajstore.analysis import tail_variance
 from trajstore.cli.demo import VERDICT
 
 import trajstore as ts
+from trajstore import analysis
 from trajstore.errors import ConflictError, QueryError
-from trajstore.sql import rows_of, write_answer
+from trajstore.sql import definitions_file, rows_of, write_answer
 
 
 def test_metrics_are_those_of_the_dataset(record):
@@ -217,3 +221,182 @@ def test_an_answer_is_written_as_parquet_with_its_types(record, tmp_path):
     assert file.read_bytes() == before
     assert write_answer(store, "SELECT 1 AS one", file, force=True) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answer.parquet", "runs.zarr", "runs.zarr.traj"]
+
+
+# What the macros say of a slab, against NumPy and the analysis on the same numbers.
+
+
+def loops(tmp_path, *curves, first=0):
+    """A store with the experiment `loop`: a seed a curve, whose values are those of the metric `m` from step 1 on."""
+    for seed, curve in enumerate(curves, start=first):
+        with ts.record(tmp_path / "s.zarr", "loop", torch.nn.Linear(1, 1), seed=seed, durability="none") as rec:
+            for step, value in curve.items():
+                rec.step(step, **({} if value is None else {"m": float(value)}))
+    return ts.open(tmp_path / "s.zarr")
+
+
+def noisy(level, steps=60, seed=0):
+    noise = np.random.default_rng(seed).normal(size=steps)
+    return dict(enumerate(level + 3 * np.arange(steps) + noise, start=1))
+
+
+@pytest.mark.parametrize("level", [0.0, -1e8])
+def test_macros_agree_with_the_analysis(tmp_path, level):
+    store = loops(tmp_path, noisy(level), noisy(level, seed=1))
+    ds = store["loop"].dataset()
+    for estimator in (analysis.level_variance, analysis.tail_variance, analysis.step_variance):
+        expected = estimator(ds, "m", 20).sel(order="forward")
+        query = f"SELECT seed, from_step, to_step, variance, why FROM {estimator.__name__}('loop', 'm', steps := 20)"
+        rows = store.sql(f"{query} ORDER BY seed").fetchall()
+        assert [row[:3] + row[4:] for row in rows] == [(0, 41, 60, None), (1, 41, 60, None)]
+        assert [row[3] for row in rows] == pytest.approx(expected.values, rel=1e-11)
+
+
+@pytest.mark.parametrize("level", [0.0, -1e8])
+def test_rolling_variance_is_that_of_every_window(tmp_path, level):
+    curve = noisy(level)
+    store = loops(tmp_path, curve)
+    rows = store.sql("SELECT step, variance, why FROM rolling_variance('loop', 'm', steps := 20) ORDER BY step")
+    steps, variances, whys = zip(*rows.fetchall(), strict=True)
+    assert steps == tuple(range(61))
+    assert variances[:20] == (None,) * 20
+    assert whys[18:21] == ("19 steps are recorded up to here, fewer than 20", "not measured at 1 of the steps", None)
+    windows = np.lib.stride_tricks.sliding_window_view(np.array(list(curve.values())), 20)
+    assert variances[20:] == pytest.approx(windows.var(axis=1, ddof=1), rel=1e-7 if level else 1e-12)
+
+
+def test_convergence_in_sql_is_what_least_squares_say(tmp_path):
+    curve = noisy(1e3)
+    columns = "last, diameter, moved_before, moved, slope, slope_t, why"
+    row = loops(tmp_path, curve).sql(f"SELECT {columns} FROM convergence('loop', 'm', steps := 20)").fetchall()[0]
+    values = np.array(list(curve.values()))
+    before, tail = values[-40:-20], values[-20:]
+    line = scipy.stats.linregress(np.arange(20), tail)
+    moved = [np.abs(np.diff(part)).mean() for part in (before, tail)]
+    assert row[:-1] == pytest.approx((tail[-1], np.ptp(tail), *moved, line.slope, line.slope / line.stderr), rel=1e-10)
+    assert row[-1] is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({55: None}, "not measured at step 55"),
+        (dict.fromkeys(range(41, 61)), "not measured from step 41 to 60"),
+        ({57: np.nan}, "not finite, or too large to square, at step 57"),
+        ({57: np.inf, 58: np.nan}, "not finite, or too large to square, at step 57"),
+        ({57: 1e200}, "not finite, or too large to square, at step 57"),
+    ],
+)
+def test_a_slab_without_a_number_says_why_and_others_have_theirs(tmp_path, changed, why):
+    store = loops(tmp_path, noisy(0), noisy(0) | changed)
+    for macro in ("level_variance", "tail_variance", "step_variance"):
+        rows = store.sql(f"SELECT variance IS NULL, why FROM {macro}('loop', 'm', 20) ORDER BY seed").fetchall()
+        assert rows == [(False, None), (True, why)]
+    rows = store.sql("SELECT COLUMNS(* EXCLUDE ('order', seed)) FROM convergence('loop', 'm', 20) ORDER BY seed")
+    sound, other = rows.fetchall()
+    assert None not in sound[:-1]
+    assert other == (41, 60, None, None, None, None, None, None, why)
+    rolled = store.sql("SELECT variance FROM rolling_variance('loop', 'm', 20) WHERE seed = 1 AND step = 60").fetchall()
+    assert rolled == [(None,)]
+
+
+def test_a_slab_that_lags_behind_and_a_window_that_is_too_long_have_no_number(tmp_path):
+    lagging = {step: value for step, value in noisy(0).items() if step <= 50}
+    store = loops(tmp_path, noisy(0), lagging)
+    rows = store.sql("SELECT why FROM tail_variance('loop', 'm', 20) ORDER BY seed").fetchall()
+    assert rows == [(None,), ("only 10 of the 20 steps from 41 to 60 are recorded; finish the recording",)]
+    rows = store.sql("SELECT DISTINCT variance, why FROM tail_variance('loop', 'm')").fetchall()
+    assert rows == [(None, "61 steps are recorded, fewer than 100")]
+    ((slope, moved_before, why),) = store.sql(
+        "SELECT slope IS NULL, moved_before, why FROM convergence('loop', 'm', 40) WHERE seed = 0"
+    ).fetchall()
+    assert (slope, moved_before) == (False, None)
+    assert why == "moved_before: not all of the 40 steps before step 21 have a finite value"
+
+
+def test_an_adaptive_grid_has_no_variance_in_sql_either(record):
+    grid = {"adaptive": "test_loss", "tolerance": 0.03}
+    store = record(steps=60, record=grid, seeds=[0], orders=["forward"]).store
+    steps = [n for (n,) in store.sql("SELECT step FROM metrics ORDER BY step").fetchall()]
+    assert len(set(np.diff(steps))) > 1
+    query = f"SELECT variance, why FROM tail_variance('net', 'test_loss', {len(steps)})"
+    ((variance, why),) = store.sql(query).fetchall()
+    assert variance is None
+    assert why.startswith("the grid is adaptive")
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("'lop', 'm'", "no experiment 'lop'; did you mean 'loop'?"),
+        ("'zzz', 'm'", "no experiment 'zzz'; there is loop"),
+        ("'loop', 'parm_norm'", "experiment 'loop' has no metric 'parm_norm'; did you mean 'param_norm'?"),
+        ("'loop', 'train_loss'", "experiment 'loop' has no metric 'train_loss'; "),  # others have it
+        ("'loop', 'm', steps := 1", "steps is 1; at least "),
+        ("'loop', 'm', steps := NULL", "steps is NULL; at least "),
+        ("NULL, 'm'", "no experiment 'NULL'; "),
+        ("'loop', NULL", "no metric 'NULL'"),
+        ("(SELECT content FROM read_text('/etc/hostname')), 'm'", "Permission Error"),
+    ],
+)
+@pytest.mark.parametrize("macro", ["tail_variance", "rolling_variance", "convergence"])
+def test_what_no_slab_can_answer_is_one_line(tmp_path, record, macro, asked, says):
+    store = loops(tmp_path, {1: 1.0})
+    if "train_loss" in asked:
+        ts.run(ts.Experiment.preset("quadratic", {"steps": 2, "seeds": [0]}), tmp_path / "s.zarr")
+    with pytest.raises(QueryError) as caught:
+        rows_of(store.sql(f"SELECT count(*) FROM {macro}({asked})"))
+    assert says in str(caught.value)
+    assert "Invalid Input" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_segments_are_the_commit_records(record):
+    experiment = record("quadratic", steps=20, seeds=[3])
+    records, schema = experiment.commits().records, experiment.schema
+    rows = experiment.store.sql("SELECT * FROM segments ORDER BY ALL").fetchall()
+    expected = [
+        ("quadratic", order, 3, n, *(lambda first, end: (first, end - 1))(*schema.steps_of(n)), *records[i, 0, n, :2],
+         records[i, 0, n, 2:].astype("<i8").tobytes().hex())
+        for i, order in enumerate(schema.orders) for n in range(schema.segments)
+    ]  # fmt: skip
+    assert rows == sorted(expected)
+
+
+def test_a_plain_duckdb_has_the_same_views_and_macros(tmp_path, record):
+    store = loops(tmp_path, noisy(0))
+    file = definitions_file(store)
+    plain = duckdb.connect()
+    plain.execute(file.read_text())
+    tables, queries = ("experiments", "runs", "metrics", "segments"), ["FROM tail_variance('loop', 'm', steps := 20)"]
+    for query in [*(f"FROM {table}" for table in tables), *queries]:
+        assert repr(plain.sql(query).fetchall()) == repr(store.sql(query).fetchall())
+    loops(tmp_path, noisy(1), first=1)  # who holds it open is not disturbed
+    assert store.sql("SELECT count(*) FROM runs").fetchall() == [(2,)]
+    assert plain.sql("SELECT DISTINCT seed FROM metrics").fetchall() == [(0,)]
+    plain.execute(definitions_file(store).read_text())
+    assert plain.sql("SELECT count(*) FROM runs").fetchall() == [(2,)]
+
+
+def test_small_files_are_merged_and_say_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("trajstore.sql.index._SMALL_FILES", 3)
+    query = "SELECT seed, step, m, param_norm FROM metrics ORDER BY ALL"
+    curves, counts = [], []
+    for seed in range(6):
+        curves.append(noisy(0, steps=5, seed=seed) | {3: np.nan, 4: None})
+        store = loops(tmp_path, curves[-1], first=seed)
+        rows = store.sql(query).fetchall()
+        counts.append(len(json.loads((store.place.beside / "index" / "catalog.json").read_text())["slabs"]))
+        assert [m for s, step, m, _ in rows if s == seed and step in (1, 2, 5)] == [curves[-1][n] for n in (1, 2, 5)]
+        assert all(np.isnan(m) if step == 3 else m is None for _, step, m, _ in rows if step in (0, 3, 4))
+    assert counts == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(store.place.beside)
+    assert repr(ts.open(tmp_path / "s.zarr").sql(query).fetchall()) == repr(rows)
+
+
+def test_a_catalog_that_makes_no_sense_is_written_anew(record):
+    store = record("quadratic", steps=4, seeds=[0]).store
+    answer = store.sql("FROM runs").fetchall()
+    for content in ("", "{", "[]", '{"version": 2, "slabs": [[1]], "tables": {}}'):
+        (store.place.beside / "index" / "catalog.json").write_text(content)
+        assert store.sql("FROM runs").fetchall() == answer

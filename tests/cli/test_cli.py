@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import duckdb
 import pytest
 import torch
 from torch import nn
@@ -52,6 +53,11 @@ def test_a_session_from_recording_to_the_figure(trajstore):
     assert list(csv.reader(io.StringIO(out))) == [["order", "n"], ["backward", "14"], ["forward", "14"]]
     code, out, _ = trajstore("sql", "runs.zarr", query)
     assert out.splitlines()[2:] == ["backward  14", "forward   14"]
+    code, out, _ = trajstore("sql", "runs.zarr", query, "--parquet", "answer.parquet")
+    assert (code, out.strip()) == (0, "answer.parquet")
+    assert duckdb.read_parquet("answer.parquet").fetchall() == [("backward", 14), ("forward", 14)]
+    code, out, _ = trajstore("sql", "runs.zarr", "--init")
+    assert (code, Path(out.strip()).name) == (0, "index.sql")
 
     for ending in ("png", "pdf", "svg"):
         code, out, _ = trajstore("plot", "runs.zarr", "mine", "learning-curves", "-o", f"figure.{ending}")
@@ -183,7 +189,12 @@ BAD = [
     (["sql", "s.zarr", "SELEC 1"], "Parser Error"),
     (["sql", "s.zarr", "DROP VIEW metrics"], "only SELECT"),
     (["sql", "s.zarr", "SELECT * FROM read_text('a-file')"], "Permission Error"),
-    (["sql", "s.zarr", "SELECT 1", "--json", "--csv"], "one of --json and --csv"),
+    (["sql", "s.zarr", "SELECT 1", "--json", "--csv"], "one of --json, --csv and --parquet"),
+    (["sql", "s.zarr", "SELECT 1", "--csv", "--parquet", "a.parquet"], "one of --json, --csv and --parquet"),
+    (["sql", "s.zarr", "SELECT 1", "--force"], "--parquet FILE"),
+    (["sql", "s.zarr", "SELECT 1", "--init"], "no query"),
+    (["sql", "s.zarr"], "give a query"),
+    (["sql", "s.zarr", "FROM tail_variance('x', 'y')"], "no experiment 'x'"),
     (["presets", "fig44"], "unknown preset"),
     (["frobnicate"], "No such command"),
     (["record", "no-colon:", "--store", "s"], "not of the form module:function"),

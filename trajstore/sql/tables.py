@@ -70,11 +70,8 @@ def write_table(file: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[
     structure = json.dumps([kinds])
     with duckdb.connect() as connection:
         connection.execute("CREATE TABLE rows AS SELECT $1::JSON AS rows", [json.dumps(lines)])
-        copy(
-            connection,
-            f"SELECT unnest(row) FROM (SELECT unnest(from_json(rows, {literal(structure)})) AS row FROM rows)",
-            file,
-        )
+        parsed = f"SELECT unnest(from_json(rows, {literal(structure)})) AS row FROM rows"
+        copy(connection, f"SELECT unnest(row) FROM ({parsed})", file)
 
 
 def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
