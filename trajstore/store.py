@@ -154,7 +154,7 @@ class Store:
         return f"<trajstore {self}: {', '.join(self) or 'empty'}>"
 
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
-        """Ask the tables `experiments`, `runs` and `metrics` with one SELECT statement."""
+        """Ask the tables `experiments`, `runs`, `metrics` and `segments` with one SELECT statement."""
         from trajstore.sql import query_store
 
         return query_store(self, query)

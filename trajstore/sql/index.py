@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class _Catalog:
             return cls(folder)
 
     def save(self) -> None:
-        slabs = [astuple(slab) for slab in self.slabs.values()]
+        slabs = [list(vars(slab).values()) for slab in self.slabs.values()]
         told = {"version": _VERSION, "tables": self.tables, "slabs": slabs}
         write_text(self.folder / _CATALOG, json.dumps(told))
 
@@ -174,10 +174,10 @@ def _stamps(experiment: StoredExperiment) -> dict[Key, str]:
 
     corners = list(product(range(len(schema.orders)), range(len(schema.seeds))))
     if place.beside is not None:
-        stamps = map(stamp, corners)
+        stamps = [stamp(corner) for corner in corners]
     else:  # a request each
         with ThreadPoolExecutor(16) as pool:
-            stamps = iter(list(pool.map(stamp, corners)))
+            stamps = list(pool.map(stamp, corners))
     return {
         (experiment.name, schema.orders[i], schema.seeds[k]): found
         for (i, k), found in zip(corners, stamps, strict=True)
@@ -232,7 +232,7 @@ def _merge(catalog: _Catalog, files: Sequence[str], columns: Sequence[str]) -> N
             query = f'SELECT *{gone} FROM {source} SEMI JOIN kept USING (experiment, "order", seed)'
             by = 'experiment, "order", seed, ' + ("step" if table == "metrics" else "segment")
             copy(connection, f"{query} ORDER BY {by}", catalog.folder / table / merged)
-    catalog.slabs |= {slab.key: _Slab(**{**asdict(slab), "file": merged}) for slab in kept}
+    catalog.slabs |= {slab.key: replace(slab, file=merged) for slab in kept}
 
 
 def _gone(connection: duckdb.DuckDBPyConnection, source: str, columns: Sequence[str]) -> str:

@@ -77,31 +77,46 @@ WITH
             CASE WHEN abs(v.value) < 1e150 THEN v.value END AS usable
         FROM _series(experiment, metric) v JOIN grid g ON g.step = v.step
     ),
-    relative AS (
-        SELECT
-            p.*, p.step - avg(p.step) OVER part AS x,
-            p.usable - first_value(p.usable) OVER (part ORDER BY p.step) AS risen,
-            p.usable - lag(p.usable) OVER (part ORDER BY p.step) AS difference
-        FROM points p WINDOW part AS (PARTITION BY p."order", p.seed, p.tail)
+    first_of AS (
+        SELECT p."order", p.seed, p.tail, avg(p.step) AS step, arg_min(p.usable, p.step) AS value
+        FROM points p GROUP BY ALL
     ),
-    centred AS (SELECT r.*, r.risen - avg(r.risen) OVER part AS y, avg(r.difference) OVER part AS mean_difference
-        FROM relative r WINDOW part AS (PARTITION BY r."order", r.seed, r.tail)),
-    fitted AS (SELECT c.*, sum(c.x * c.y) OVER part / sum(c.x * c.x) OVER part AS slope
-        FROM centred c WINDOW part AS (PARTITION BY c."order", c.seed, c.tail)),
+    relative AS (
+        SELECT p.*, p.step - f.step AS x, p.usable - f.value AS risen
+        FROM points p JOIN first_of f ON f."order" = p."order" AND f.seed = p.seed AND f.tail = p.tail
+    ),
+    fit AS (
+        SELECT r."order", r.seed, r.tail, avg(r.risen) AS risen, sum(r.x * r.risen) / sum(r.x * r.x) AS slope
+        FROM relative r GROUP BY ALL
+    ),
     summed AS (
         SELECT
-            f."order", f.seed, f.tail,
-            count(*) AS there, count(f.value) AS measured, count(f.usable) AS usable,
-            min(f.step) FILTER (f.value IS NULL) AS unmeasured_at,
-            min(f.step) FILTER (f.value IS NOT NULL AND f.usable IS NULL) AS infinite_at,
-            arg_max(f.usable, f.step) AS last, max(f.risen) - min(f.risen) AS diameter, any_value(f.slope) AS slope,
-            sum(f.x * f.x) AS xx, sum(f.y * f.y) AS yy, sum((f.y - f.slope * f.x) ** 2) AS residual,
-            sum((f.difference - f.mean_difference) ** 2) AS jumps, avg(abs(f.difference)) AS moved
-        FROM fitted f GROUP BY ALL
+            r."order", r.seed, r.tail, f.slope,
+            count(*) AS there, count(r.value) AS measured, count(r.usable) AS usable,
+            min(r.step) FILTER (r.value IS NULL) AS unmeasured_at,
+            min(r.step) FILTER (r.value IS NOT NULL AND r.usable IS NULL) AS infinite_at,
+            arg_max(r.usable, r.step) AS last, max(r.risen) - min(r.risen) AS diameter,
+            sum(r.x * r.x) AS xx, sum((r.risen - f.risen) ** 2) AS yy,
+            sum((r.risen - f.risen - f.slope * r.x) ** 2) AS residual
+        FROM relative r JOIN fit f ON f."order" = r."order" AND f.seed = r.seed AND f.tail = r.tail
+        GROUP BY ALL
+    ),
+    differences AS (
+        SELECT p."order", p.seed, p.tail, p.usable - lag(p.usable) OVER part AS difference
+        FROM points p WINDOW part AS (PARTITION BY p."order", p.seed, p.tail ORDER BY p.step)
+    ),
+    moves AS (
+        SELECT d."order", d.seed, d.tail, avg(abs(d.difference)) AS moved, avg(d.difference) AS difference
+        FROM differences d GROUP BY ALL
+    ),
+    jumps AS (
+        SELECT d."order", d.seed, sum((d.difference - m.difference) ** 2) AS jumps
+        FROM differences d JOIN moves m ON m."order" = d."order" AND m.seed = d.seed AND m.tail = d.tail
+        WHERE d.tail GROUP BY ALL
     ),
     judged AS (
         SELECT
-            r."order", r.seed, s.from_step, s.to_step, t.*, b.moved AS moved_before,
+            r."order", r.seed, s.from_step, s.to_step, t.*, u.moved, c.moved AS moved_before, j.jumps,
             coalesce(b.usable, 0) = steps AS before_whole,
             CASE
                 WHEN s.steps < steps
@@ -123,6 +138,9 @@ WITH
         CROSS JOIN span s
         LEFT JOIN summed t ON t."order" = r."order" AND t.seed = r.seed AND t.tail
         LEFT JOIN summed b ON b."order" = r."order" AND b.seed = r.seed AND NOT b.tail
+        LEFT JOIN moves u ON u."order" = r."order" AND u.seed = r.seed AND u.tail
+        LEFT JOIN moves c ON c."order" = r."order" AND c.seed = r.seed AND NOT c.tail
+        LEFT JOIN jumps j ON j."order" = r."order" AND j.seed = r.seed
         WHERE r.experiment = experiment
     )
 SELECT

@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from trajstore.sql.files import copy
-from trajstore.sql.text import identifier, literal
+from trajstore.sql.text import identifier
 from trajstore.storage.late import LateSeries
 from trajstore.storage.reader import Commits
 from trajstore.store import StoredExperiment
@@ -129,41 +129,36 @@ def write_segments(file: Path, slabs: Iterable[Mapping[str, Any]]) -> None:
 
 def _write(file: Path, slabs: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
     """Write rows as Parquet: the named columns and, of what else there is, columns of DOUBLE."""
-    tables = list(slabs)
     # SQL does not tell upper case from lower: the first spelling stands for all.
     spelling: dict[str, str] = {}
-    for table in tables:
+    tables: list[dict[str, Any]] = []
+    for table in slabs:
         for name in table:
             spelling.setdefault(name.casefold(), name)
-    with duckdb.connect() as connection:
-        parts = []
-        for number, table in enumerate(tables):
-            own = {name.casefold(): values for name, values in table.items()}
-            frame, selected = _frame(own, {name: columns.get(spelled, "DOUBLE") for name, spelled in spelling.items()})
-            connection.register(f"slab{number}", frame)
-            named = ", ".join(f"{value} AS {identifier(spelling[name])}" for name, value in selected.items())
-            parts.append(f"SELECT {named} FROM slab{number}")
-        copy(connection, " UNION ALL ".join(parts), file)
-
-
-def _frame(table: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Return a frame, and for each column what selects it: DuckDB takes NaN in a frame for NULL."""
+        tables.append({name.casefold(): values for name, values in table.items()})
+    lengths = [max(len(values) for values in table.values() if isinstance(values, np.ndarray)) for table in tables]
     frame: dict[str, Any] = {}
-    selected: dict[str, str] = {}
-    for number, (name, kind) in enumerate(kinds.items()):
-        values, own = table.get(name), f"v{number}"
-        if values is None:
-            selected[name] = f"NULL::{kind}"
-        elif isinstance(values, str | int):
-            selected[name] = f"{literal(str(values))}::{kind}"
+    selected = []
+    for number, (name, spelled) in enumerate(spelling.items()):
+        kind, own = columns.get(spelled, "DOUBLE"), f"v{number}"
+        parts = [table.get(name) for table in tables]
+        value = f"{own}::{kind}"
+        if isinstance(parts[0], str | int):  # a label
+            labels, codes = np.unique(np.array(parts), return_inverse=True)
+            frame[own] = pd.Categorical.from_codes(np.repeat(codes, lengths), pd.Index(labels.tolist()))
         else:
-            hidden = np.ma.getmaskarray(values)
-            frame[own] = pd.Series(np.ma.getdata(values))
-            selected[name] = f"{own}::{kind}"
-            if kind == "DOUBLE" and (diverged := np.isnan(np.ma.getdata(values)) & ~hidden).any():
+            filled = [np.ma.masked_all(n) if part is None else part for part, n in zip(parts, lengths, strict=True)]
+            there = np.concatenate([np.ma.getdata(part) for part in filled])
+            hidden = np.concatenate([np.ma.getmaskarray(part) for part in filled])
+            frame[own] = there
+            # DuckDB takes NaN in a frame for NULL, so where there is either is told apart.
+            if kind == "DOUBLE" and (diverged := np.isnan(there) & ~hidden).any():
                 frame[f"n{number}"] = diverged
-                selected[name] = f"CASE WHEN n{number} THEN 'NaN'::DOUBLE ELSE {selected[name]} END"
+                value = f"CASE WHEN n{number} THEN 'NaN'::DOUBLE ELSE {value} END"
             if hidden.any():
                 frame[f"m{number}"] = hidden
-                selected[name] = f"CASE WHEN m{number} THEN NULL ELSE {selected[name]} END"
-    return pd.DataFrame(frame), selected
+                value = f"CASE WHEN m{number} THEN NULL ELSE {value} END"
+        selected.append(f"{value} AS {identifier(spelled)}")
+    with duckdb.connect() as connection:
+        connection.register("rows", pd.DataFrame(frame))
+        copy(connection, f"SELECT {', '.join(selected)} FROM rows", file)
