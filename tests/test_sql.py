@@ -400,3 +400,12 @@ def test_a_catalog_that_makes_no_sense_is_written_anew(record):
     for content in ("", "{", "[]", '{"version": 2, "slabs": [[1]], "tables": {}}'):
         (store.place.beside / "index" / "catalog.json").write_text(content)
         assert store.sql("FROM runs").fetchall() == answer
+
+
+@pytest.mark.parametrize("table", ["experiments", "runs", "metrics", "segments"])
+def test_a_damaged_file_of_the_index_is_written_anew(record, table):
+    store = record("quadratic", steps=4, seeds=[0]).store
+    answer = repr(store.sql(f"FROM {table} ORDER BY ALL").fetchall())
+    (file,) = (store.place.beside / "index" / table).glob("*.parquet")
+    file.write_bytes(b"")
+    assert repr(store.sql(f"FROM {table} ORDER BY ALL").fetchall()) == answer

@@ -113,13 +113,15 @@ class _Catalog:
         return slabs | {self.folder / table / file for table, file in self.tables.items()}
 
 
-def refresh(store: Store) -> Index:
-    """Bring the index up to date."""
+def refresh(store: Store, *, anew: bool = False) -> Index:
+    """Bring the index up to date; `anew` takes over nothing of what is there."""
     folder = _folder_of(store)
     for table in ("experiments", "runs", "metrics", "segments"):
         (folder / table).mkdir(parents=True, exist_ok=True)
     catalog, experiments = _Catalog.of(folder), {name: store[name] for name in store}
     before = catalog.paths()
+    if anew:
+        catalog = _Catalog(folder)
     stamps = {key: stamp for e in experiments.values() for key, stamp in _stamps(e).items()}
     there = {table: {f.name for f in (folder / table).iterdir()} for table in ("metrics", "segments")}
 
@@ -245,13 +247,14 @@ def _gone(connection: duckdb.DuckDBPyConnection, source: str, columns: Sequence[
 def _tables(catalog: _Catalog, experiments: Mapping[str, StoredExperiment]) -> None:
     """Write experiments and runs, where they are others now."""
     runs = [row for experiment in experiments.values() for row in run_rows(experiment, _runs(catalog, experiment))]
+    made = set(catalog.tables.values())
     for table, rows, columns in (
         ("experiments", [experiment_row(experiment) for experiment in experiments.values()], EXPERIMENTS_COLUMNS),
         ("runs", runs, RUNS_COLUMNS),
     ):
         stamp = hashlib.sha256(json.dumps([_VERSION, rows]).encode()).hexdigest()[:32]
         file = catalog.folder / table / f"{stamp}.parquet"
-        if not file.exists():
+        if file.name not in made or not file.exists():
             write_table(file, rows, columns)
         catalog.tables[table] = file.name
 

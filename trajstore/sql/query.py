@@ -6,6 +6,7 @@ Its settings are locked. Where an answer is to be written as Parquet, one folder
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,7 @@ import duckdb
 
 from trajstore.appearing import whole_file
 from trajstore.errors import QueryError
-from trajstore.sql.index import refresh
+from trajstore.sql.index import Index, refresh
 from trajstore.sql.text import literal
 from trajstore.sql.views import definitions
 from trajstore.store import Store
@@ -55,8 +56,10 @@ def rows_of(relation: duckdb.DuckDBPyRelation) -> list[tuple[Any, ...]]:
 
 def _asked(store: Store, query: str, *writable: Path) -> duckdb.DuckDBPyRelation:
     _ = store.root  # a clear error, if this is no store
-    index = refresh(store)
-    connection = _confined(definitions(index), [index.folder, *writable])
+    try:
+        connection = _confined(refresh(store), writable)
+    except duckdb.Error:  # a file of the index is damaged, and it is only a cache
+        connection = _confined(refresh(store, anew=True), writable)
     _refuse_unless_reading(query)
     try:
         relation = connection.sql(query)
@@ -95,9 +98,10 @@ def _wrong(error: duckdb.Error, query: str) -> QueryError:
     return QueryError(re.sub(r"^Invalid Input Error: (?=(no )?(experiment|metric|steps) )", "", text))
 
 
-def _confined(definitions: str, folders: list[Path]) -> duckdb.DuckDBPyConnection:
+def _confined(index: Index, writable: Iterable[Path]) -> duckdb.DuckDBPyConnection:
+    folders = [index.folder, *writable]
     connection = duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
-    connection.execute(definitions)
+    connection.execute(definitions(index))
     connection.execute(f"SET allowed_directories = [{', '.join(literal(str(folder)) for folder in folders)}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")

@@ -147,7 +147,10 @@ def _write(file: Path, slabs: Iterable[Mapping[str, Any]], columns: Mapping[str,
             labels, codes = np.unique(np.array(parts), return_inverse=True)
             frame[own] = pd.Categorical.from_codes(np.repeat(codes, lengths), pd.Index(labels.tolist()))
         else:
-            filled = [np.ma.masked_all(n) if part is None else part for part, n in zip(parts, lengths, strict=True)]
+            filled = [
+                np.ma.masked_array(np.zeros(n), True) if part is None else part
+                for part, n in zip(parts, lengths, strict=True)
+            ]
             there = np.concatenate([np.ma.getdata(part) for part in filled])
             hidden = np.concatenate([np.ma.getmaskarray(part) for part in filled])
             frame[own] = there
