@@ -8,8 +8,8 @@ The rule is written in `docs/analysis.md` and in `Rule`, whose values are the th
 ``drifting``      the moves do not shrink, and it does wander off by more than `drift` standard deviations
 ``undecided``     none of these is sure
 
-Each comparison is of the end of a 95% interval that speaks against it, so that a verdict is what the window shows and not
-what it leaves possible. What is not sure is undecided; a longer window may decide it.
+Each comparison is of the end of a 95% interval that speaks against it, so that a verdict is what the window shows and
+not what it leaves possible. What is not sure is undecided; a longer window may decide it.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
     seeds = ds.sizes.get("seed", 1)
     if seeds < _LEAST:
         raise StatisticError(
-            f"{seeds} seeds are too few to compare laws; record at least {_LEAST}, and 100 to see much"
+            f"{seeds} seeds are too few to compare laws; record {_LEAST} or, to see much, 100"
         )
     if len(set(ds["init_seed"].values.tolist())) > 1:
         raise StatisticError(
@@ -162,5 +162,5 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
     plain = operator.get("family") == "sgd" and operator.get("schedule", {}).get("family", "constant") == "constant"
     if operator.get("by") == "index" and not plain:
         raise StatisticError(
-            "the operators change with the batch index, so they do not have one law; use by = 'position'"
+            "the operators change with the batch index and have no one law; use by = 'position'"
         )

@@ -5,8 +5,8 @@ Müller 2007, Lazarus, Lewis, Stock and Watson 2018). With K of them, (mean − 
 Student's t distribution with K degrees of freedom, so that the error of the error is part of the interval. Few
 coefficients mean long waves only: correlations much shorter than the series do not matter.
 
-Where the series is so correlated that it is worth fewer than `ENOUGH` independent values, no interval holds, and none is
-given. `docs/analysis.md` has the calibration.
+Where the series is so correlated that it is worth fewer than `ENOUGH` independent values, no interval holds, and none
+is given. `docs/analysis.md` has the calibration.
 """
 
 from __future__ import annotations
