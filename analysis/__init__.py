@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from trajstore.analysis.convergence import convergence
 from trajstore.analysis.law import law
+from trajstore.analysis.parameter_variance import ParameterLevelVariance, ParameterTailVariance
 from trajstore.analysis.resets import resets
+from trajstore.analysis.streaming import stream
 from trajstore.analysis.variance import (
     forward_over_backward,
     level_variance,
@@ -19,7 +21,16 @@ from trajstore.analysis.variance import (
     variance_ratio,
 )
 
+from trajstore.distances import Distance, Norm, Successive
+from trajstore.streaming import PerLayer
+
 __all__ = [
+    "Distance",
+    "Norm",
+    "ParameterLevelVariance",
+    "ParameterTailVariance",
+    "PerLayer",
+    "Successive",
     "convergence",
     "forward_over_backward",
     "law",
@@ -27,6 +38,7 @@ __all__ = [
     "resets",
     "rolling_variance",
     "step_variance",
+    "stream",
     "tail_variance",
     "variance",
     "variance_ratio",

@@ -8,6 +8,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from trajstore import accessor as accessor  # registers `ds.traj`
 from trajstore.storage.schema import ArraySpec, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States

@@ -285,6 +285,10 @@ class StoredExperiment:
 
     def arrays(self, *, order: str, seed: int, step: int) -> dict[str, np.ndarray[Any, Any]]:
         """Return one stored state as named NumPy arrays."""
+        return self.schema.layout.unflatten(*self._state(order=order, seed=seed, step=step))
+
+    def _state(self, *, order: str, seed: int, step: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Return one stored state as flat vectors."""
         schema = self.schema
         i = _position(self.name, "order", order, schema.orders)
         k = _position(self.name, "seed", seed, schema.seeds)
@@ -298,7 +302,7 @@ class StoredExperiment:
         params, counters = self.array(arrays["params"]), self.array(arrays["counters"])
         with _damage_told(at):
             states = States.of(self.store.place, params, schema.codec)
-            return schema.layout.unflatten(states[i, k, :, s], np.asarray(counters[i, k, :, s]).astype(np.int64))
+            return states[i, k, :, s], np.asarray(counters[i, k, :, s]).astype(np.int64)
 
     def _why_not(self, step: int, there: Sequence[int], complete: bool) -> str:
         """Say why there is no state of a step in a slab that has some others, and what to do."""
@@ -322,14 +326,9 @@ class StoredExperiment:
 
     def state_dict(self, *, order: str, seed: int, step: int) -> dict[str, torch.Tensor]:
         """Return one stored state for `module.load_state_dict`, strict."""
-        import torch
+        from trajstore.tensors import state_dict
 
-        dtypes = {
-            e.name: getattr(torch, e.dtype) for e in self.schema.layout.entries if e.role in ("parameter", "buffer")
-        }
-        names = self.schema.layout.tied
-        arrays = self.arrays(order=order, seed=seed, step=step)
-        return {name: torch.from_numpy(a).to(dtypes[names.get(name, name)]) for name, a in arrays.items()}
+        return state_dict(self.schema.layout, *self._state(order=order, seed=seed, step=step))
 
     def bytes_on_disk(self) -> int:
         """Return the size of the experiment's files."""

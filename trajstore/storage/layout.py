@@ -43,6 +43,16 @@ class Entry:
         """How many numbers."""
         return math.prod(self.shape)
 
+    @property
+    def read_as(self) -> str:
+        """The dtype in which NumPy has it: bfloat16 and float16 as float32."""
+        return _FLOATS.get(self.dtype, self.dtype)
+
+    @property
+    def part(self) -> slice:
+        """Where it lies in its flat vector."""
+        return slice(self.offset, self.offset + self.size)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -92,8 +102,7 @@ class Layout:
         named = {}
         for e in self.entries:
             if e.role in ("parameter", "buffer") and e.in_state_dict:
-                flat = vectors[e.array][e.offset : e.offset + e.size]
-                named[e.name] = flat.reshape(e.shape).astype(_FLOATS.get(e.dtype, e.dtype))
+                named[e.name] = vectors[e.array][e.part].reshape(e.shape).astype(e.read_as)
         return named | {alias: named[name] for alias, name in self.tied.items()}
 
     def to_json(self) -> dict[str, Any]:

@@ -85,7 +85,12 @@ class States:
             range(span[0] // length, span[-1] // length + 1) for span, length in zip(spans, self.chunks, strict=True)
         ]
         indices = list(product(*parts))
-        if len(indices) == 1:
+        if len(indices) == 1 and all(
+            span == range(k * length, (k + 1) * length)
+            for k, length, span in zip(indices[0], self.chunks, spans, strict=True)
+        ):
+            self._decode(indices[0], out)
+        elif len(indices) == 1:
             self._copy(indices[0], spans, out)
         else:
             list(_threads(os.getpid()).map(lambda index: self._copy(index, spans, out), indices))
@@ -104,16 +109,20 @@ class States:
 
     def _chunk(self, index: tuple[int, ...]) -> NDArray[Any]:
         """Return a chunk, in a buffer of this thread's own, valid until the next call."""
-        content = place_of(self.address).read(f"{self.path}/c/{'/'.join(map(str, index))}")
         buffer: NDArray[Any] | None = getattr(_own, "buffer", None)
         if buffer is None or buffer.shape != self.chunks or buffer.dtype != self.dtype:
             buffer = _own.buffer = np.empty(self.chunks, self.dtype)
+        self._decode(index, buffer)
+        return buffer
+
+    def _decode(self, index: tuple[int, ...], out: NDArray[Any]) -> None:
+        """Fill an array with a chunk."""
+        content = place_of(self.address).read(f"{self.path}/c/{'/'.join(map(str, index))}")
         if content is None:
-            buffer.fill(np.nan)
-            return buffer
+            out.fill(np.nan)
+            return
         body, check = memoryview(content)[:-_CHECK], content[-_CHECK:]
         if int.from_bytes(check, "little") != google_crc32c.value(bytes(body)):
             raise ValueError(f"stored and computed checksum do not match: {self.path}, chunk {index}")
         decoder = PCodec() if self.codec == "pcodec" else Zstd()
-        decoder.decode(body, out=buffer)
-        return buffer
+        decoder.decode(body, out=out)
