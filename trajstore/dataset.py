@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
-import dask.array as da
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
 from trajstore import accessor as accessor  # registers `ds.traj`
 from trajstore.storage.schema import ArraySpec, late_records
@@ -14,64 +19,114 @@ from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
 
 if TYPE_CHECKING:
-    from trajstore.store import StoredExperiment
+    from trajstore.store import Store, StoredExperiment
 
-__all__ = ["dataset"]
+__all__ = ["dataset", "datatree", "opened"]
 
 _TASK_BYTES = 16 * 2**20
 
 
 def dataset(experiment: StoredExperiment) -> xr.Dataset:
-    """Return an experiment as a lazy Dataset; what is not committed is NaN, −1 or 0.
+    """Return an experiment as a lazy Dataset of dask arrays; what is not committed is NaN, −1 or 0.
 
     The coordinate `recorded` marks the steps that were computed and committed, `stored` the snapshots.
     """
+    ds = opened(experiment)
+    # Names of their own: the arrays' contents change while they are recorded.
+    return ds.assign(
+        {
+            name: variable.variable.chunk(
+                variable.encoding["preferred_chunks"], name=f"{name}-{uuid4().hex}", inline_array=True
+            )
+            for name, variable in ds.data_vars.items()
+        }
+    )
+
+
+def datatree(store: Store) -> xr.DataTree:
+    """Return a store as a tree: a node an experiment."""
+    tree: xr.DataTree = xr.DataTree.from_dict({name: dataset(store[name]) for name in store})
+    return tree
+
+
+def opened(experiment: StoredExperiment) -> xr.Dataset:
+    """Return an experiment as a Dataset that reads what is asked for, when it is asked for, without dask."""
     schema = experiment.schema
     # Read the records first and the data after: what they vouch for is then on disk.
     commits, late = experiment.commits(), experiment.late()
-    masks: dict[str, tuple[tuple[str, ...], Any]] = {
+    masks = {
         "recorded": (("order", "seed", "step"), commits.steps),
         "stored": (("order", "seed", "snapshot"), commits.snapshots),
     }
     hidden = {"committed", *map(late_records, late)}
-    # Array by array, and no longer than the schema: while an experiment grows, some are longer than others.
-    variables = {
-        spec.name: xr.Variable(spec.dims, _lazy(experiment, spec), _attributes(experiment, spec))
-        for spec in schema.arrays()
-        if spec.name not in hidden
-    }
+    variables = {}
+    for spec in schema.arrays():
+        if spec.name in hidden:
+            continue
+        mask = (("order", "seed", "step"), late[spec.name][0]) if spec.name in late else None
+        mask = mask or next((mask for mask in masks.values() if {*mask[0]} <= {*spec.dims}), None)
+        encoding = {"preferred_chunks": _chunks(experiment, spec)}
+        data = indexing.LazilyIndexedArray(_Committed.of(experiment, spec, mask))
+        attributes = dict(array_of(experiment.group, spec.name).attrs)
+        variables[spec.name] = xr.Variable(spec.dims, data, attributes, encoding)
     labels = {
         name: (dim, np.array(values.tolist()) if name == "order" else values, {"description": what})
         for name, (dim, values, what) in schema.coordinates().items()
     }
-    shown = xr.Dataset(variables, {**labels, **masks})
-    fills = {spec.name: spec.fill for spec in schema.arrays()}
-    known = {name: there for name, (there, _) in late.items()}
-    for name, variable in shown.data_vars.items():
-        for mask in (shown.recorded, shown.stored):
-            there = mask.copy(data=known[str(name)]) if name in known and mask.name == "recorded" else mask
-            if set(mask.dims) <= set(variable.dims) and not bool(there.all()):
-                nothing = np.asarray(fills[str(name)], dtype=variable.dtype)
-                shown[name] = variable.where(there, nothing).assign_attrs(variable.attrs)
     metric = experiment.config["record"].get("adaptive")
     adaptive = {"adaptive": metric} if metric else {}
-    described: xr.Dataset = shown.assign_attrs(trajstore=experiment.attributes, experiment=experiment.name, **adaptive)
-    return described
+    attrs = {"trajstore": experiment.attributes, "experiment": experiment.name, **adaptive}
+    return xr.Dataset(variables, {**labels, **masks}, attrs)
 
 
-def _lazy(experiment: StoredExperiment, spec: ArraySpec) -> Any:  # noqa: ANN401  dask has no types
-    """Return an array in tasks of whole chunks, several where they are small: one task a chunk would drown in tasks."""
-    array, schema = experiment.array(spec), experiment.schema
+def _chunks(experiment: StoredExperiment, spec: ArraySpec) -> Mapping[str, int]:
+    """Return tasks of whole chunks, several where they are small: one task a chunk would drown in tasks."""
+    schema, lengths = experiment.schema, experiment.schema.lengths()
     chunks = dict(zip(spec.dims, spec.chunks, strict=True))
     if spec.kind == "params":
-        task = _TASK_BYTES // (schema.snapshots_per_segment * array.dtype.itemsize)
+        task = _TASK_BYTES // (schema.snapshots_per_segment * np.dtype(spec.dtype).itemsize)
         chunks["param"] = max(chunks["param"], task // chunks["param"] * chunks["param"])
-    lengths = schema.lengths()
-    source: Any = States.of(experiment.store.place, array, schema.codec) if spec.kind == "params" else array
-    # A name of its own: the array's contents change while it is recorded.
-    whole: Any = da.from_array(source, chunks=tuple(chunks[d] for d in spec.dims), name=False, inline_array=True)  # type: ignore[no-untyped-call]
-    return whole[tuple(slice(0, lengths[dim]) for dim in spec.dims)]
+    return {dim: min(chunk, max(1, lengths[dim])) for dim, chunk in chunks.items()}
 
 
-def _attributes(experiment: StoredExperiment, spec: ArraySpec) -> dict[str, Any]:
-    return dict(array_of(experiment.group, spec.name).attrs)
+@dataclass(frozen=True)
+class _Committed(BackendArray):
+    """An array as far as it counts. It may be longer on disk: while an experiment grows, some are before others."""
+
+    source: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fill: float | int
+    there: NDArray[np.bool_] | None
+    """Along all its dimensions, with length 1 where it makes no difference; None where all of it counts."""
+
+    @classmethod
+    def of(
+        cls, experiment: StoredExperiment, spec: ArraySpec, mask: tuple[tuple[str, ...], NDArray[np.bool_]] | None
+    ) -> _Committed:
+        array, schema = experiment.array(spec), experiment.schema
+        source: Any = States.of(experiment.store.place, array, schema.codec) if spec.kind == "params" else array
+        lengths = schema.lengths()
+        there = None
+        if mask is not None and not mask[1].all():
+            there = np.expand_dims(mask[1], tuple(at for at, dim in enumerate(spec.dims) if dim not in mask[0]))
+        return cls(source, tuple(lengths[dim] for dim in spec.dims), array.dtype, spec.fill, there)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:  # noqa: ANN401
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._read)
+
+    def _read(self, key: tuple[slice | int, ...]) -> NDArray[Any]:
+        where = tuple(
+            slice(*part.indices(n)) if isinstance(part, slice) else part
+            for part, n in zip(key, self.shape, strict=True)
+        )
+        found: NDArray[Any] = np.asarray(self.source[where])
+        if self.there is None:
+            return found
+        counts = self.there[
+            tuple(
+                part if n > 1 else 0 if isinstance(part, int | np.integer) else slice(None)
+                for part, n in zip(where, self.there.shape, strict=True)
+            )
+        ]
+        return found if counts.all() else np.where(counts, found, np.asarray(self.fill, found.dtype))

@@ -153,6 +153,12 @@ class Store:
     def __repr__(self) -> str:
         return f"<trajstore {self}: {', '.join(self) or 'empty'}>"
 
+    def datatree(self) -> xr.DataTree:
+        """Return a lazy tree with a dataset an experiment."""
+        from trajstore.dataset import datatree
+
+        return datatree(self)
+
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
         """Ask the tables `experiments`, `runs`, `metrics` and `segments` with one SELECT statement."""
         from trajstore.sql import query_store
