@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from trajstore.analysis.convergence import convergence
+from trajstore.analysis.distance_matrix import distance_matrix
 from trajstore.analysis.law import law
 from trajstore.analysis.parameter_variance import ParameterLevelVariance, ParameterTailVariance
 from trajstore.analysis.resets import resets
@@ -32,6 +33,7 @@ __all__ = [
     "PerLayer",
     "Successive",
     "convergence",
+    "distance_matrix",
     "forward_over_backward",
     "law",
     "level_variance",

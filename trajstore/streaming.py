@@ -73,7 +73,7 @@ class Statistic(Protocol[Part]):
 
     @property
     def dims(self) -> tuple[str, ...]:
-        """`("snapshot",)` for a number an iterate, `()` for a number a slab."""
+        """`("snapshot",)` for a number an iterate, `("snapshot", "other")` for one a pair, `()` for one a slab."""
 
     @property
     def attrs(self) -> Mapping[str, Any]:
@@ -89,7 +89,7 @@ class Statistic(Protocol[Part]):
         """Combine the parts of successive iterates, same parameters. Associative."""
 
     def close(self, part: Part) -> NDArray[np.float64]:
-        """Turn the part of all iterates into what adds up over parameters: (iterate), or a scalar."""
+        """Turn the part of all iterates into what adds up over parameters, over iterates as `dims` says."""
 
     def finish(self, total: NDArray[np.float64], parameters: int) -> NDArray[np.float64]:
         """Return the result, from the sum over so many parameters."""
@@ -124,7 +124,8 @@ def streamed(ds: xr.Dataset, statistics: Sequence[Statistic[Any] | PerLayer[Any]
     variables = {}
     for number, statistic in enumerate(wanted):
         dims = (*(("layer",) if isinstance(statistic, PerLayer) else ()), *_plain(statistic).dims)
-        lengths = {"layer": len(entries), "snapshot": iterates.stored.shape[2]}
+        snapshots = iterates.stored.shape[2]
+        lengths = {"layer": len(entries), "snapshot": snapshots, "other": snapshots}
         parts = [
             da.from_delayed(slab[number], tuple(lengths[dim] for dim in dims), np.float64)  # type: ignore[no-untyped-call]
             for slab in slabs
@@ -145,6 +146,8 @@ def _labelled(variables: Mapping[str, Any], iterates: Iterates, entries: Sequenc
     for name, coordinate in iterates.params.coords.items():
         if {*coordinate.dims} <= {*result.dims} and name != "stored":
             result = result.assign_coords({name: coordinate.variable})
+    if "other" in result.dims:
+        result = result.assign_coords(other=("other", iterates.steps, {"description": "step of a stored state"}))
     if "snapshot" in result.dims:
         result = result.assign_coords(stored=(("order", "seed", "snapshot"), iterates.stored))
     if "layer" in result.dims:
@@ -282,12 +285,13 @@ class _Finish:
         return self._placed(statistic.finish(np.asarray(np.sum(layers, axis=0)), sum(self.sizes)), statistic, need)
 
     def _placed(self, values: NDArray[np.float64], statistic: Statistic[Any], need: Need) -> NDArray[np.float64]:
-        """Put one number an iterate where its snapshot is; the others have none."""
+        """Put the number of an iterate where its snapshot is; the others have none."""
         if not statistic.dims:
             return np.asarray(values)
-        row = np.full(self.snapshots, np.nan)
-        row[self.places[need.over.start : need.over.stop]] = values
-        return row
+        placed = np.full([self.snapshots] * len(statistic.dims), np.nan)
+        places = self.places[need.over.start : need.over.stop]
+        placed[np.ix_(*[places] * len(statistic.dims))] = values if len(places) else np.nan
+        return placed
 
 
 def _turn(rows: NDArray[Any], out: NDArray[np.float64]) -> None:

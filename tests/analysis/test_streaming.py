@@ -181,11 +181,25 @@ def test_an_array_in_memory_streams_too():
     agrees(stream(dataset(values, stored), EVERYTHING), expected(values, stored))
 
 
+@pytest.mark.parametrize("n", [1, 2, 9, 150])
+def test_a_matrix_has_the_distances_of_all_pairs(n):
+    values, stored = iterates(n, (1, 2)), np.ones((1, 2, n), dtype=bool)
+    stored[0, 1, n // 3 : n // 2] = False
+    ds = dataset(values, stored, [(1,), (1, 1), (20, 19), tuple(np.diff([0, n // 3, n]))] if n > 2 else None)
+    found = analysis.distance_matrix(ds, layers="*.weight")
+    assert found.dims == ("order", "seed", "snapshot", "other")
+    assert np.array_equal(found.other, ds.snapshot)
+    x = np.where(stored[:, :, None], np.delete(values, slice(12, 16), axis=2)[:, :, : P - 4].astype(np.float64), np.nan)
+    truth = np.sqrt(((x[..., None] - x[..., None, :]) ** 2).sum(2))
+    np.testing.assert_allclose(found, truth, rtol=1e-10, atol=0)
+
+
 def test_a_slab_of_which_nothing_is_stored_has_no_distances_and_no_variance():
     values, stored = iterates(9), np.ones((2, 2, 9), dtype=bool)
     stored[1, 0] = False
     ds = dataset(values, stored, [(1, 1), (1, 1), (39,), (4, 5)])
     found = stream(ds, [Norm(), Distance("last"), Distance(20), PerLayer(Successive())])
+    assert bool(analysis.distance_matrix(ds).isel(order=1, seed=0).isnull().all())
     for variable in found.data_vars.values():
         assert bool(variable.isel(order=1, seed=0).isnull().all())
         assert bool(variable.isel(order=0, snapshot=slice(1, None)).notnull().all())
