@@ -68,7 +68,7 @@ def on_a_cluster(store: Path) -> xr.Dataset:
 
 def plainly(ds: xr.Dataset) -> xr.Dataset:
     """Do the same as an xarray user would write it."""
-    p = ds["params"].astype(np.float64)
+    p = ds["params"].reset_coords(drop=True).astype(np.float64)
 
     def distance(difference: xr.DataArray) -> xr.DataArray:
         return np.sqrt((difference**2).sum("param"))

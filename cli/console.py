@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from trajstore.units import human_bytes
+
 __all__ = ["counted", "human_bytes", "human_seconds", "print_csv", "print_json", "print_table", "progress_bar", "say"]
 
 
@@ -67,15 +69,6 @@ def progress_bar(total: int, what: str, unit: str) -> Iterator[Callable[[int, st
 def counted(number: int, what: str) -> str:
     """Return a number of things: "1 file", "2 files"."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def human_bytes(count: float) -> str:
-    """Return a number of bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def human_seconds(seconds: float) -> str:

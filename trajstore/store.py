@@ -151,7 +151,14 @@ class Store:
         return StoredExperiment(self, group)
 
     def __repr__(self) -> str:
-        return f"<trajstore {self}: {', '.join(self) or 'empty'}>"
+        from trajstore.representation import store_text
+
+        return store_text(self)
+
+    def _repr_html_(self) -> str:
+        from trajstore.representation import store_html
+
+        return store_html(self)
 
     def datatree(self) -> xr.DataTree:
         """Return a lazy tree with a dataset an experiment."""
@@ -341,8 +348,14 @@ class StoredExperiment:
         return sum(size for _, size in self.store.place.files(self.name))
 
     def __repr__(self) -> str:
-        done = self.complete(self.commits())
-        return f"<experiment {self.name!r}: {done.size} slabs, {done.sum()} complete, {self.schema.steps} steps>"
+        from trajstore.representation import experiment_text
+
+        return experiment_text(self)
+
+    def _repr_html_(self) -> str:
+        from trajstore.representation import experiment_html
+
+        return experiment_html(self)
 
 
 @contextmanager

@@ -1,0 +1,145 @@
+"""How stores and experiments show themselves, as text and as HTML: what is in them, how far it is, how large.
+
+HTML has no styles, scripts or resources of its own, and everything that comes from a store is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trajstore.errors import FormatError
+from trajstore.units import human_bytes
+
+if TYPE_CHECKING:
+    from trajstore.store import Store, StoredExperiment
+
+__all__ = ["experiment_html", "experiment_text", "store_html", "store_text"]
+
+_MOST = 8
+"""Seeds in a table; of more, the first and the last are shown."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What is told of an experiment."""
+
+    about: tuple[tuple[str, str], ...]
+    seeds: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    """Of each order: steps committed, a seed each."""
+    complete: str
+    size: str
+
+    @classmethod
+    def of(cls, experiment: StoredExperiment) -> _Told:
+        """Read what is committed now."""
+        schema, commits = experiment.schema, experiment.commits()
+        complete = experiment.complete(commits)
+        shown = _shown(len(schema.seeds))
+        counts: NDArray[np.int64] = commits.steps.sum(axis=-1)
+        raw = int(commits.snapshots.sum()) * schema.layout.row_bytes
+        files = experiment.store.place.files(experiment.name)
+        states = sum(size for key, size in files if key.startswith(f"{experiment.name}/params/c/"))
+        ratio = f" (ratio {raw / states:.1f})" if states and raw else ""
+        layout = schema.layout
+        return cls(
+            (
+                ("problem", experiment.problem),
+                ("operator", experiment.operator),
+                ("parameters", f"{schema.parameters:,}, states of {layout.size('params'):,} {layout.dtype}"),
+                ("steps", f"0 to {schema.steps}, {len(schema.snapshots):,} places for states"),
+            ),
+            tuple("…" if k is None else f"seed {schema.seeds[k]}" for k in shown),
+            tuple(
+                (
+                    order,
+                    tuple("…" if k is None else _progress(counts[i, k], schema.steps, complete[i, k]) for k in shown),
+                )
+                for i, order in enumerate(schema.orders)
+            ),
+            f"{complete.sum()} of {complete.size} slabs complete",
+            f"{human_bytes(sum(size for _, size in files))} on disk, of which states {human_bytes(states)} "
+            f"for {human_bytes(raw)} raw{ratio}",
+        )
+
+
+def _progress(count: int, steps: int, complete: bool) -> str:
+    return f"{count:,} of {steps + 1:,}" + ("" if complete else ", not complete")
+
+
+def _shown(seeds: int) -> list[int | None]:
+    """Return positions of the seeds to show, None for those that are left out."""
+    if seeds <= _MOST:
+        return list(range(seeds))
+    return [*range(_MOST - 3), None, seeds - 2, seeds - 1]
+
+
+def experiment_text(experiment: StoredExperiment) -> str:
+    """Show an experiment as text."""
+    told = _Told.of(experiment)
+    table = [("steps committed", *told.seeds), *((order, *row) for order, row in told.rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [f"<experiment {experiment.name!r} of trajstore {experiment.store}>"]
+    lines += [f"  {label:<12} {text}" for label, text in told.about]
+    lines += [f"  {'slabs':<12} {told.complete}", f"  {'size':<12} {told.size}", ""]
+    for first, *row in table:
+        cells = (cell.rjust(width) for cell, width in zip(row, widths[1:], strict=True))
+        lines.append("  " + "  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def experiment_html(experiment: StoredExperiment) -> str:
+    """Show an experiment as HTML."""
+    told = _Told.of(experiment)
+    about = [*told.about, ("slabs", told.complete), ("size", told.size)]
+    facts = "".join(f"<tr><th>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in about)
+    steps = _table(["steps committed", *told.seeds], [[order, *row] for order, row in told.rows])
+    name = f"<strong>{escape(experiment.name)}</strong>, experiment of {escape(str(experiment.store))}"
+    return f"<div>{name}<table>{facts}</table>{steps}</div>"
+
+
+def _of_store(store: Store) -> tuple[list[str], list[list[str]]]:
+    """Return a table of the experiments."""
+    columns = ["experiment", "orders", "seeds", "steps", "complete", "size"]
+    rows = []
+    for name in store:
+        try:
+            experiment = store[name]
+            told, schema = _Told.of(experiment), experiment.schema
+        except FormatError:  # the others can be shown all the same
+            rows.append([name, "damaged", "", "", "", ""])
+            continue
+        orders, seeds = ", ".join(schema.orders), str(len(schema.seeds))
+        rows.append([name, orders, seeds, f"{schema.steps:,}", told.complete, told.size])
+    return columns, rows
+
+
+def store_text(store: Store) -> str:
+    """Show a store as text."""
+    columns, rows = _of_store(store)
+    if not rows:
+        return f"<trajstore {store}: empty>"
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in (columns, *rows))
+    return "\n".join([f"<trajstore {store}>", *(f"  {line}".rstrip() for line in lines)])
+
+
+def store_html(store: Store) -> str:
+    """Show a store as HTML."""
+    columns, rows = _of_store(store)
+    return f"<div><strong>trajstore</strong> {escape(str(store))}{_table(columns, rows) if rows else ': empty'}</div>"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>" + f"<th>{escape(first)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+        for first, *rest in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
