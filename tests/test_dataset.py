@@ -134,6 +134,8 @@ def test_steps_that_are_not_committed_are_nowhere(tmp_path):
     found = ds.traj.distances("last")
     assert np.array_equal(found.notnull(), ds.stored)
     assert np.array_equal(ds.traj.sketch_distances("last").notnull(), ds.recorded)
+    with pytest.raises(StatisticError, match=r"^experiment 'net', order '\w+', seed \d: step 12 is not recorded"):
+        ds.sel(seed=int(ds.seed[-1]) if bool(ds.recorded[:, -1].any()) else 0).traj.sketch_distances(12)
     gone = next(zip(*np.nonzero(~ds.stored.values), strict=True))
     with pytest.raises(NotFoundError, match=r"no state is stored for step"):
         ds.traj.state_dict(order=ds.order.item(gone[0]), seed=int(gone[1]), step=int(gone[2]))

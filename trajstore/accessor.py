@@ -12,8 +12,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from trajstore.distances import To, distance_to
-from trajstore.errors import ConfigurationError, NotFoundError, choices
-from trajstore.iterates import Layers, entry_named, layout_of
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
+from trajstore.iterates import Layers, entry_named, layout_of, slab_named
 from trajstore.streaming import PerLayer, streamed
 
 if TYPE_CHECKING:
@@ -96,6 +96,13 @@ class TrajAccessor:
         steps = sketch["step"].values
         if not isinstance(to, str) and to not in steps:
             raise NotFoundError(f"step {to} is not among the selected steps {steps.min()} to {steps.max()}")
+        if not isinstance(to, str):
+            missing = recorded.any("step") & ~recorded.sel(step=to, drop=True)
+            for at in np.argwhere(missing.values)[:1]:
+                slab = missing[tuple(at)]
+                labels = {dim: slab[dim].values for dim in ("order", "seed") if dim in slab.coords}
+                where = slab_named(str(self._ds.attrs.get("experiment", "")), labels)
+                raise StatisticError(f"{where}: step {to} is not recorded, so there is no distance to it")
         found = xr.apply_ufunc(
             _sketched, sketch, recorded, sketch["step"],
             input_core_dims=[["step", "component"], ["step"], ["step"]], output_core_dims=[["step"]],
@@ -149,8 +156,6 @@ def _sketched(
         from_there = known - known[-1]
     else:
         (at,) = np.flatnonzero(steps == to)
-        if not recorded[at]:
-            return result
         from_there = known - sketch[at]
     result[there] = np.sqrt(np.vecdot(from_there, from_there))
     return result

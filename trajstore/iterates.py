@@ -5,10 +5,11 @@ Everything is read off the dataset itself, its labels, masks and attributes, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from trajstore.errors import ConfigurationError, NotFoundError, choices
 from trajstore.storage.layout import Entry, Layout
 
-__all__ = ["Iterates", "Layers", "Slab", "entry_named", "layout_of"]
+__all__ = ["Iterates", "Layers", "Slab", "entry_named", "layout_of", "slab_named"]
 
 Layers = str | Sequence[str] | None
 """Globs of names of parameters; None for all of them."""
@@ -83,12 +84,12 @@ class Iterates:
 
     def slab(self, i: int, k: int) -> Slab:
         """Return one slab, by the positions of its order and seed."""
-        named = [f"experiment {self.experiment!r}"] if self.experiment else []
-        for dim, at in (("order", i), ("seed", k)):
-            if dim in self.params.coords:
-                label = np.atleast_1d(self.params[dim].values)[at]
-                named.append(f"{dim} {str(label)!r}" if dim == "order" else f"{dim} {label}")
-        return Slab(", ".join(named), self.steps[self.stored[i, k]], self.grid)
+        labels = {
+            dim: np.atleast_1d(self.params[dim].values)[at]
+            for dim, at in (("order", i), ("seed", k))
+            if dim in self.params.coords
+        }
+        return Slab(slab_named(self.experiment, labels), self.steps[self.stored[i, k]], self.grid)
 
     def layers(self, wanted: Layers = None) -> tuple[Entry, ...]:
         """Return the parameters with these names, in the order of the layout."""
@@ -118,6 +119,12 @@ def layout_of(ds: xr.Dataset) -> Layout:
             "this dataset does not say how its states are laid out: it is no experiment's, or its attributes were "
             "dropped on the way (keep them by xr.set_options(keep_attrs=True))"
         ) from None
+
+
+def slab_named(experiment: str, labels: Mapping[str, Any]) -> str:
+    """Name a slab for a message, by as many of its labels as are known."""
+    named = [f"experiment {experiment!r}"] if experiment else []
+    return ", ".join([*named, *(f"{dim} {np.asarray(label).item()!r}" for dim, label in labels.items())])
 
 
 def entry_named(layout: Layout, name: str) -> Entry:

@@ -278,3 +278,17 @@ def test_a_recorded_store_streams_by_threads_and_on_a_cluster(record):
     with pytest.raises(ConfigurationError, match="no Dask scheduler answers"):
         stream(ds, [Norm()], cluster="nowhere:port")
     assert analysis.stream is stream
+
+
+def test_statistics_of_metrics_touch_no_parameters(record, monkeypatch):
+    from trajstore.storage.states import States
+
+    def refuse(self, where):
+        raise AssertionError("parameters were read")
+
+    ds = record(SMALL_NET).dataset()
+    monkeypatch.setattr(States, "_read", refuse)
+    assert analysis.tail_variance(ds, "test_loss", 5).notnull().all()
+    assert ds.traj.sketch_distances("last").notnull().all()
+    with pytest.raises(AssertionError, match="parameters were read"):
+        stream(ds, [Norm()])
