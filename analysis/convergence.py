@@ -15,7 +15,7 @@ not what it leaves possible. What is not sure is undecided; a longer window may 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -103,7 +103,7 @@ def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
     """Judge one path."""
     if not path.finite:
         return Evidence("undecided", "diverged within the window")
-    found = {**_extent(path)}
+    found: dict[str, Any] = _extent(path)
     moving = np.flatnonzero(path.moves > path.rounding)
     last = int(moving[-1]) + 1 if len(moving) else 0
     resting = len(path.moves) - last
@@ -157,7 +157,7 @@ def _rate(path: Path, last: int, per_step: int, rule: Rule) -> Rate | None:
     return fit_rate(moves, per_step, rule.level)
 
 
-def _of(rate: Rate | None) -> dict[str, float]:
+def _of(rate: Rate | None) -> dict[str, Any]:
     if rate is None:
         return {}
     shrinks = {
@@ -170,7 +170,7 @@ def _of(rate: Rate | None) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _extent(path: Path) -> dict[str, float]:
+def _extent(path: Path) -> dict[str, Any]:
     tail = path.points[-max(2, len(path.points) // 4) :]
     move = float(np.median(path.moves[-max(1, len(path.moves) // 4) :]))
     return {"diameter": _diameter(path.points), "tail_diameter": _diameter(tail), "move": move}

@@ -128,8 +128,8 @@ def _pairs(ds: xr.Dataset, metric: str, step: int) -> tuple[Floats, Floats]:
         bad = ~np.isfinite(found).all(axis=1)
         if bad.any():
             raise StatisticError(
-                f"{metric}: order {order!r}, seed {ds['seed'].values[bad][0]} has no finite value at step {step}: it is "
-                "not recorded, not measured, or training diverged; select the other seeds only if that is no selection"
+                f"{metric}: order {order!r}, seed {ds['seed'].values[bad][0]} has no finite value at step {step}: it "
+                "is not recorded, not measured, or training diverged; leave a seed out only if that selects nothing"
             )
         made.append(found)
     forward, backward = made
@@ -143,9 +143,7 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
         raise StatisticError(f"the law compares 'forward' and 'backward'; there is no {missing[0]!r} here")
     seeds = ds.sizes.get("seed", 1)
     if seeds < _LEAST:
-        raise StatisticError(
-            f"{seeds} seeds are too few to compare laws; record {_LEAST} or, to see much, 100"
-        )
+        raise StatisticError(f"{seeds} seeds are too few to compare laws; record {_LEAST} or, to see much, 100")
     if len(set(ds["init_seed"].values.tolist())) > 1:
         raise StatisticError(
             "the law is over batch streams from one θ₀, and these seeds start from several; record with --init-seed 0"
@@ -156,11 +154,9 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
         raise StatisticError("how these iterates were made is not known, so the operators may not be independent")
     if problem.get("sampling", "iid") != "iid":
         raise StatisticError(
-            f"batches are drawn by {problem['sampling']!r} and depend on each other, so the laws differ except at whole "
+            f"batches are drawn by {problem['sampling']!r} and depend on each other, so the laws differ, but for whole "
             "epochs; record with sampling = 'iid'"
         )
     plain = operator.get("family") == "sgd" and operator.get("schedule", {}).get("family", "constant") == "constant"
     if operator.get("by") == "index" and not plain:
-        raise StatisticError(
-            "the operators change with the batch index and have no one law; use by = 'position'"
-        )
+        raise StatisticError("the operators change with the batch index and have no one law; use by = 'position'")

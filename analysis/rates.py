@@ -68,8 +68,12 @@ def fit_rate(moves: Floats, per_step: int = 1, level: float = 0.95) -> Rate | No
     line = y.mean() + slope * (np.arange(count) - (count - 1) / 2)
     unexplained, spread = float(((y - line) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
     return Rate(
-        *(float(np.exp(b / steps)) for b in (slope, low, high)),
-        *(b * reach for b in (slope, low, high)),
+        factor=float(np.exp(slope / steps)),
+        low=float(np.exp(low / steps)),
+        high=float(np.exp(high / steps)),
+        fall=slope * reach,
+        fall_low=low * reach,
+        fall_high=high * reach,
         r2=1 - unexplained / spread if spread > 0 else 1.0,
         bend=_bend(y),
         walks=walks,

@@ -3,6 +3,7 @@
 ======================  =====================================================================================
 ``test_loss``           any recorded metric; the distance is the difference of its values
 ``parameters``          all parameters: distances of successive iterates are exact, others come from the sketch
+``layer:0.weight``      the parameters whose names match a glob, from the stored states: all distances are exact
 ``sum:train_loss``      L(x) + L(y), the pseudo-metric of the paper's Appendix G: only a loss of 0 is a point
 ======================  =====================================================================================
 """
@@ -14,13 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.windows import Window, metrics_of, window_of, with_slabs
+from trajstore.analysis.windows import SLABS, Window, metrics_of, stored_window, window_of, with_slabs
 
 from trajstore.errors import NotFoundError, choices
 
-__all__ = ["PARAMETERS", "SUM", "Path", "paths_of"]
+__all__ = ["LAYER", "PARAMETERS", "SUM", "Path", "embedded", "paths_of"]
 
-PARAMETERS, SUM = "parameters", "sum:"
+PARAMETERS, LAYER, SUM = "parameters", "layer:", "sum:"
+_EMBEDDED, _NOTHING = 256, 1e-12
+"""So many iterates have all their distances taken; a coordinate with less of the variance is rounding."""
 _ROUNDING = 4.0
 """Moves below so many units in the last place are rounding, not training."""
 
@@ -33,7 +36,7 @@ class Path:
 
     steps: NDArray[np.int64]
     points: Floats
-    """(step, coordinate)."""
+    """(place, coordinate): at each step, or evenly at some of them."""
     moves: Floats
     """Distances of successive iterates, one fewer."""
     rounding: float
@@ -58,12 +61,50 @@ def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tupl
             ]
             for i in range(points.shape[0])
         ]
+    if space.startswith(LAYER):
+        return _of_layer(ds, space, window, least)
     metric = space.removeprefix(SUM)
     if metric not in metrics_of(ds):
         raise NotFoundError(f"no metric {space!r}; {choices(metric, [*metrics_of(ds), PARAMETERS])}")
     seen = window_of(ds, metric, window, least)
     together = space.startswith(SUM)
     return seen, [[_path(ds, seen.steps, values, together) for values in rows] for rows in seen.values]
+
+
+def _of_layer(ds: xr.Dataset, space: str, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
+    from trajstore.analysis.distance_matrix import DistanceMatrix
+    from trajstore.analysis.streaming import stream
+
+    from trajstore.distances import Norm, Successive
+
+    globs = space.removeprefix(LAYER)
+    seen = ds.sel(snapshot=stored_window(ds, space, window, least))
+    moved = stream(seen, [Successive(), Norm()], layers=globs)
+    some = seen.isel(snapshot=slice(None, None, -(-seen.sizes["snapshot"] // _EMBEDDED)))
+    apart = with_slabs(stream(some, [DistanceMatrix()], layers=globs)["distance_matrix"]).values
+    moves, norms = (with_slabs(moved[name]).values for name in (Successive.name, Norm.name))
+    steps = seen["snapshot"].values.astype(np.int64)
+    coords = {dim: np.atleast_1d(ds[dim].values) for dim in SLABS}
+    return Window(space, steps, moves, coords), [
+        [Path(steps, embedded(apart[i, k]), moves[i, k, 1:], _rounding(ds, norms[i, k])) for k in range(moves.shape[1])]
+        for i in range(moves.shape[0])
+    ]
+
+
+def embedded(distances: Floats) -> Floats:
+    """Return points that have these Euclidean distances, one a row, each coordinate less important than the one before.
+
+    >>> embedded(np.array([[0.0, 3.0], [3.0, 0.0]])).tolist()
+    [[1.5], [-1.5]]
+    """
+    if not np.isfinite(distances).all():
+        return np.full((len(distances), 1), np.nan)
+    squares = -0.5 * distances**2
+    centred = squares - squares.mean(0) - squares.mean(1)[:, None] + squares.mean()
+    weights, axes = np.linalg.eigh(centred)
+    kept = [k for k in range(len(weights))[::-1] if weights[k] > _NOTHING * max(weights[-1], 0)] or [0]
+    points = axes[:, kept] * np.sqrt(np.maximum(weights[kept], 0))
+    return np.asarray(points * np.where(points[:1] < 0, -1.0, 1.0))
 
 
 def _path(ds: xr.Dataset, steps: NDArray[np.int64], values: Floats, together: bool) -> Path:

@@ -38,8 +38,10 @@ __all__ = [
 Floats = NDArray[np.float64]
 Kind = Literal["level", "tail", "step"]
 _ROLLING_BYTES = 64 * 2**20
-SETTLING = 10
-"""A window worth fewer independent values shows a smooth curve, not a piece of a stationary process."""
+SMOOTH = 10
+"""A window worth fewer independent values shows a curve, not a piece of a stationary process."""
+UNEVEN = 4
+"""Nor does one whose halves differ so much: that is a curve too, or still settling."""
 
 
 def _level(values: Floats) -> tuple[Floats, int]:
@@ -116,6 +118,8 @@ class _Estimate:
     high: float
     effective: float
     why: str
+    settling: bool = False
+    """Whether the window is no piece of a stationary process."""
 
 
 def variance(
@@ -124,7 +128,7 @@ def variance(
     """Return the variance in a window with an interval for that of the stationary process it is a piece of.
 
     Without a `window` it is the last half of what is recorded. ``effective`` is how many independent values the
-    window is worth; below 50 there is no interval, and ``why`` says how long the window would have to be.
+    window is worth; below 50, or where the variance changes over the window, there is no interval, and ``why`` says so.
     """
     seen = window_of(ds, metric, window, least=8)
     _check(kind)
@@ -178,8 +182,12 @@ def _estimate(values: Floats, kind: Kind, level: float) -> _Estimate:
     found, size = float(_variance(values, kind)), effective_size(parts)
     if found == 0:
         return _Estimate(0.0, np.nan, np.nan, size, "does not vary")
+    halves = sorted((float(parts[: len(parts) // 2].sum()), float(parts[len(parts) // 2 :].sum())))
+    if halves[1] > UNEVEN * halves[0]:
+        told = "still settling: one half of the window holds nearly all of its variance"
+        return _Estimate(found, np.nan, np.nan, size, told, settling=True)
     if size < ENOUGH:
-        return _Estimate(found, np.nan, np.nan, size, _too_short(size, len(values)))
+        return _Estimate(found, np.nan, np.nan, size, _too_short(size, len(values)), settling=size < SMOOTH)
     return _interval(found, parts / parts.mean(), size, level)
 
 
@@ -194,7 +202,7 @@ def _ratio(above: Floats, below: Floats, kind: Kind, level: float, names: tuple[
         ), "none"
     ratio, parts = one.value / other.value, CONTRIBUTIONS[kind](above)[0]
     for estimate, order in ((one, names[0]), (other, names[1])):
-        if estimate.why and (order == names[0] or estimate.effective >= SETTLING):
+        if estimate.why and (order == names[0] or not estimate.settling):
             return _Estimate(ratio, np.nan, np.nan, estimate.effective, f"{order} is {estimate.why}"), "none"
     if other.why:
         return _interval(ratio, parts / parts.mean(), one.effective, level), f"{names[1]} as it is in this window"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 
-__all__ = ["SLABS", "Window", "measured_steps", "metrics_of", "window_of", "with_slabs"]
+__all__ = ["SLABS", "Window", "measured_steps", "metrics_of", "stored_window", "window_of", "with_slabs"]
 
 SLABS = ("order", "seed")
 
@@ -84,6 +84,31 @@ def window_of(ds: xr.Dataset, metric: str, window: int | None = None, least: int
             )
     values = with_slabs(ds[metric].isel(step=tail)).values.astype(np.float64)
     return Window(metric, labels.astype(np.int64), values, coords)
+
+
+def stored_window(ds: xr.Dataset, what: str, window: int | None = None, least: int = 3) -> NDArray[np.int64]:
+    """Return the last `window` steps with a stored state, or the last half of them; every slab must have them all."""
+    stored = with_slabs(ds["stored"]).values
+    places = np.flatnonzero(stored.any((0, 1)))
+    places = places[: len(places) - _ends_early(ds["snapshot"].values[places])]
+    asked = max(least, len(places) // 2) if window is None else window
+    if asked < least or len(places) < asked:
+        raise StatisticError(
+            f"{what}: {len(places)} states are stored, and the window is {asked}; this statistic needs {least} of "
+            "them or more, and as many as the window"
+        )
+    tail = places[-asked:]
+    steps = ds["snapshot"].values[tail]
+    _refuse_uneven(ds, what, steps)
+    missing = ~stored[:, :, tail]
+    if missing.any():
+        order, seed, step = next(zip(*np.nonzero(missing), strict=True))
+        labels = [np.atleast_1d(ds[dim].values) for dim in SLABS]
+        raise StatisticError(
+            f"{what}: order {str(labels[0][order])!r}, seed {labels[1][seed]} has no state of step {steps[step]}; "
+            "finish the recording, or select the slabs that are complete"
+        )
+    return np.asarray(steps, dtype=np.int64)
 
 
 def measured_steps(ds: xr.Dataset, metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -14,6 +14,7 @@ from trajstore.errors import ConfigurationError
 
 __all__ = [
     "JSON",
+    "AnalysisName",
     "ExperimentName",
     "FigureName",
     "PresetName",
@@ -47,9 +48,18 @@ def _complete_figure(incomplete: str) -> list[str]:
     return [name for name in figure_names() if name.startswith(incomplete)]
 
 
+def _complete_analysis(incomplete: str) -> list[str]:
+    from trajstore.cli.analyze import ANALYSES
+
+    return [name for name in ANALYSES if name.startswith(incomplete)]
+
+
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="The store's folder, or its URL: s3://, gs://.")]
 ExperimentName = Annotated[str, typer.Argument(metavar="EXP", autocompletion=complete_experiment)]
 FigureName = Annotated[str, typer.Argument(metavar="FIGURE", autocompletion=_complete_figure)]
+AnalysisName = Annotated[
+    str, typer.Argument(metavar="variance|convergence|resets|law", autocompletion=_complete_analysis)
+]
 PresetName = Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_preset)]
 WhatToRecord = Annotated[
     str, typer.Argument(metavar="PRESET|FILE.toml|module:function", autocompletion=_complete_preset)

@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 from trajstore.analysis import convergence, variance
 from trajstore.analysis.convergence import judge
+from trajstore.analysis.spaces import embedded
 
 from tests.analysis.processes import LeastSquares, last_half, quadratic, two_constants
 from trajstore.errors import NotFoundError, StatisticError
@@ -109,6 +110,26 @@ def test_in_the_sum_of_losses_only_a_loss_of_zero_is_a_point(recorded):
         {"order": ["a", "b"], "seed": [0], "step": np.arange(401), "recorded": (dims, here)},
     )
     assert convergence(ds, "sum:loss")["verdict"].values.tolist() == [["point"], ["point"]]
+
+
+def test_a_layer_is_judged_by_the_exact_distances_of_its_states(recorded):
+    ds = recorded["quadratic"]
+    whole, layer = convergence(ds, "parameters"), convergence(ds, "layer:theta")
+    assert layer["verdict"].equals(whole["verdict"])
+    assert layer["move"].values == pytest.approx(whole["move"].values, rel=1e-9)
+    assert layer["diameter"].values == pytest.approx(whole["diameter"].values, rel=1e-9)
+    with pytest.raises(NotFoundError, match="theta"):
+        convergence(ds, "layer:thetta")
+    with pytest.raises(StatisticError, match="30 states are stored"):
+        convergence(ds.isel(snapshot=slice(30)), "layer:theta")
+
+
+def test_points_are_found_from_their_distances():
+    points = np.random.default_rng(0).standard_normal((40, 3)) * [5, 1, 0.1]
+    apart = np.sqrt(((points[:, None] - points) ** 2).sum(-1))
+    found = embedded(apart)
+    assert found.shape == (40, 3)
+    assert np.sqrt(((found[:, None] - found) ** 2).sum(-1)) == pytest.approx(apart, abs=1e-9)
 
 
 def test_a_window_that_is_even_but_not_every_step_has_a_rate_a_step(recorded):

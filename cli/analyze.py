@@ -1,0 +1,181 @@
+"""`trajstore analyze`: the statistics of `trajstore.analysis` as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from trajstore.cli.console import print_json, print_table, say
+from trajstore.cli.options import JSON, AnalysisName, ExperimentName, StorePath
+
+from trajstore.errors import ConfigurationError, NotFoundError, choices
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["ANALYSES", "Analysis", "analyze"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A result, which of its columns a person is shown, and which of them are one number with its interval."""
+
+    title: str
+    result: xr.Dataset
+    shown: Sequence[str]
+    intervals: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One statistic of the command line."""
+
+    about: str
+    options: frozenset[str]
+    run: Callable[..., list[Table]]
+
+
+def _variance(ds: xr.Dataset, metric: str | None = None, window: int | None = None, kind: str = "tail") -> list[Table]:
+    from trajstore.analysis import variance, variance_ratio
+
+    chosen = metric or _usual_metric(ds)
+    each = variance(ds, chosen, window, kind)  # type: ignore[arg-type]  # it says what there is
+    tables = [
+        Table(f"{kind} variance of {_window(each)}", each, ("variance", "effective"), {"variance": ("low", "high")})
+    ]
+    if {"forward", "backward"} <= set(map(str, each["order"].values)):
+        ratio = variance_ratio(ds, chosen, window, kind)  # type: ignore[arg-type]
+        shown = ("ratio", "basis")
+        tables.append(Table("forward over backward", ratio, shown, {"ratio": ("low", "high")}))
+    return tables
+
+
+def _convergence(ds: xr.Dataset, metric: str = "parameters", window: int | None = None) -> list[Table]:
+    from trajstore.analysis import convergence
+
+    found = convergence(ds, metric, window)
+    pairs = {name: (f"{name}_low", f"{name}_high") for name in ("rate", "shrinks", "drift")}
+    shown = ("verdict", "rate", "shrinks", "drift", "effective", "diameter", "tail_diameter", "move")
+    return [Table(f"point or distribution: {_window(found)}", found, shown, pairs)]
+
+
+def _resets(ds: xr.Dataset, metric: str | None = None) -> list[Table]:
+    from trajstore.analysis import resets
+
+    found = resets(ds, metric or _usual_metric(ds))
+    pairs = {name: (f"{name}_low", f"{name}_high") for name in ("before", "after", "difference")}
+    shown = (
+        "order", "seed", "step", "before", "after", "difference", "settles", "settled_after",
+        "forward_between", "forward_crosses_before", "forward_crosses_after",
+    )  # fmt: skip
+    return [Table(f"resets: {found.attrs['metric']}", found, shown, pairs)]
+
+
+def _law(ds: xr.Dataset, metrics: Sequence[str] = ("parameters",), steps: Sequence[int] = ()) -> list[Table]:
+    from trajstore.analysis import law
+
+    found = law(ds, metrics, steps or None)
+    shown = ("p_swap", "p_disjoint", "p_swap_adjusted", "p_disjoint_adjusted", "rejected")
+    seeds, drawn = found.attrs["seeds"], found.attrs["permutations"]
+    title = f"equal law of forward and backward: {seeds} seeds, p-values from {drawn} permutations"
+    return [Table(title, found, shown, {})]
+
+
+ANALYSES = {
+    "variance": Analysis(
+        "how much it varies, and how much more forward does", frozenset({"metric", "window", "kind"}), _variance
+    ),
+    "convergence": Analysis(
+        "point, distribution or drift, with the evidence", frozenset({"metric", "window"}), _convergence
+    ),
+    "resets": Analysis("what every reset does", frozenset({"metric"}), _resets),
+    "law": Analysis("whether forward and backward have the same law", frozenset({"metrics", "steps"}), _law),
+}
+"""Name on the command line → the analysis and the options that it takes."""
+
+
+def analyze(
+    store: StorePath,
+    exp: ExperimentName,
+    analysis: AnalysisName,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric, 'parameters', 'layer:GLOB' or 'sum:METRIC'; `law` takes several."),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Recorded steps at the end; by default the last half.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Of variance: level, tail or step.")] = None,
+    step: Annotated[list[int] | None, typer.Option(help="Of law: which steps; by default the last.")] = None,
+    json: JSON = False,
+) -> None:
+    """Ask whether training converges, how much it varies, what a reset does."""
+    if analysis not in ANALYSES:
+        raise NotFoundError(f"no analysis {analysis!r}; {choices(analysis, ANALYSES)}")
+    import trajstore as ts
+
+    asked = ANALYSES[analysis]
+    given: dict[str, Any] = {"window": window, "kind": kind, "steps": step}
+    if "metrics" in asked.options:
+        given["metrics"] = metric
+    elif metric and len(metric) > 1:
+        raise ConfigurationError(f"{analysis} takes one --metric")
+    else:
+        given["metric"] = metric[0] if metric else None
+    options = {name: value for name, value in given.items() if value}
+    if foreign := sorted(set(options) - asked.options):
+        flag = {"steps": "--step"}.get(foreign[0], f"--{foreign[0]}")
+        raise ConfigurationError(f"{analysis} has no {flag}")
+    tables = asked.run(ts.open(store)[exp].dataset(), **options)
+    if json:
+        print_json([{"what": t.title, **_plain(t.result.attrs), "rows": _rows(t.result)} for t in tables])
+        return
+    for k, table in enumerate(tables):
+        if k:
+            say("")
+        say(f"{table.title}\n")
+        rows = _rows(table.result)
+        labels = [name for name in rows[0] if name in table.result.coords]
+        columns = [*labels, *table.shown]
+        print_table(columns, [[_cell(row, column, table) for column in columns] for row in rows])
+        if reasons := [f"  {' '.join(str(row[c]) for c in labels)}: {row['why']}" for row in rows if row.get("why")]:
+            say("\n" + "\n".join(reasons))
+
+
+def _cell(row: Mapping[str, Any], column: str, table: Table) -> Any:  # noqa: ANN401
+    value = row[column]
+    if isinstance(value, float) and value != value:
+        return "–"
+    if column not in table.intervals:
+        return value
+    low, high = (row[name] for name in table.intervals[column])
+    return f"{value:.4g}" if low != low else f"{value:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def _rows(result: xr.Dataset) -> list[dict[str, Any]]:
+    """Return a dataset as one row for each combination of its labels."""
+    dims = list(result.dims)
+    frame = result.to_dataframe().reset_index()
+    if dims == ["reset"]:
+        frame = frame.drop(columns="reset")
+    return [dict(row) for row in frame.astype(object).to_dict("records")]
+
+
+def _plain(attrs: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name): value for name, value in attrs.items()}
+
+
+def _window(result: xr.Dataset) -> str:
+    a = result.attrs
+    return f"{a['metric']}, {a['window']} recorded steps, {a['from_step']} to {a['to_step']}"
+
+
+def _usual_metric(ds: xr.Dataset) -> str:
+    """Return the test loss, or else the first loss or score there is."""
+    from trajstore.analysis.windows import metrics_of
+
+    from trajstore.measures import MEASURES
+
+    known = metrics_of(ds)
+    own = [name for name in known if name not in MEASURES]
+    return "test_loss" if "test_loss" in known else (own or known)[0]
