@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from trajstore.analysis.averages import rolling_mean, time_average
+from trajstore.analysis.contraction import contraction, lyapunov
 from trajstore.analysis.convergence import convergence
 from trajstore.analysis.distance_matrix import distance_matrix
 from trajstore.analysis.law import law
@@ -32,16 +34,20 @@ __all__ = [
     "ParameterTailVariance",
     "PerLayer",
     "Successive",
+    "contraction",
     "convergence",
     "distance_matrix",
     "forward_over_backward",
     "law",
     "level_variance",
+    "lyapunov",
     "resets",
+    "rolling_mean",
     "rolling_variance",
     "step_variance",
     "stream",
     "tail_variance",
+    "time_average",
     "variance",
     "variance_ratio",
 ]

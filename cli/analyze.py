@@ -15,6 +15,8 @@ from trajstore.errors import ConfigurationError, NotFoundError, choices
 if TYPE_CHECKING:
     import xarray as xr
 
+    from trajstore.store import StoredExperiment
+
 __all__ = ["ANALYSES", "Analysis", "analyze"]
 
 
@@ -37,9 +39,12 @@ class Analysis:
     run: Callable[..., list[Table]]
 
 
-def _variance(ds: xr.Dataset, metric: str | None = None, window: int | None = None, kind: str = "tail") -> list[Table]:
+def _variance(
+    stored: StoredExperiment, metric: str | None = None, window: int | None = None, kind: str = "tail"
+) -> list[Table]:
     from trajstore.analysis import variance, variance_ratio
 
+    ds = stored.dataset()
     chosen = metric or _usual_metric(ds)
     each = variance(ds, chosen, window, kind)  # type: ignore[arg-type]  # it says what there is
     tables = [
@@ -52,18 +57,19 @@ def _variance(ds: xr.Dataset, metric: str | None = None, window: int | None = No
     return tables
 
 
-def _convergence(ds: xr.Dataset, metric: str = "parameters", window: int | None = None) -> list[Table]:
+def _convergence(stored: StoredExperiment, metric: str = "parameters", window: int | None = None) -> list[Table]:
     from trajstore.analysis import convergence
 
-    found = convergence(ds, metric, window)
+    found = convergence(stored.dataset(), metric, window)
     pairs = {name: (f"{name}_low", f"{name}_high") for name in ("rate", "shrinks", "drift")}
     shown = ("verdict", "rate", "shrinks", "drift", "effective", "diameter", "tail_diameter", "move")
     return [Table(f"point or distribution: {_window(found)}", found, shown, pairs)]
 
 
-def _resets(ds: xr.Dataset, metric: str | None = None) -> list[Table]:
+def _resets(stored: StoredExperiment, metric: str | None = None) -> list[Table]:
     from trajstore.analysis import resets
 
+    ds = stored.dataset()
     found = resets(ds, metric or _usual_metric(ds))
     pairs = {name: (f"{name}_low", f"{name}_high") for name in ("before", "after", "difference")}
     shown = (
@@ -73,14 +79,42 @@ def _resets(ds: xr.Dataset, metric: str | None = None) -> list[Table]:
     return [Table(f"resets: {found.attrs['metric']}", found, shown, pairs)]
 
 
-def _law(ds: xr.Dataset, metrics: Sequence[str] = ("parameters",), steps: Sequence[int] = ()) -> list[Table]:
+def _law(stored: StoredExperiment, metrics: Sequence[str] = ("parameters",), steps: Sequence[int] = ()) -> list[Table]:
     from trajstore.analysis import law
 
-    found = law(ds, metrics, steps or None)
+    found = law(stored.dataset(), metrics, steps or None)
     shown = ("p_swap", "p_disjoint", "p_swap_adjusted", "p_disjoint_adjusted", "rejected")
     seeds, drawn = found.attrs["seeds"], found.attrs["permutations"]
     title = f"equal law of forward and backward: {seeds} seeds, p-values from {drawn} permutations"
     return [Table(title, found, shown, {})]
+
+
+def _contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 100) -> list[Table]:
+    import numpy as np
+    import xarray as xr
+    from trajstore.analysis import contraction, lyapunov
+
+    found = contraction(stored, order, pairs)
+    factors = {"parameters": found["factor"].values, "sum:train_loss": found["loss_factor"].values}
+    numbers = {
+        "share_below_1": [float((f < 1).mean()) for f in factors.values()],
+        "median": [float(np.nanmedian(f)) for f in factors.values()],
+        "largest": [float(np.nanmax(f)) for f in factors.values()],
+    }
+    summary = xr.Dataset(
+        {name: ("space", column) for name, column in numbers.items()}, {"space": list(factors)}, found.attrs
+    )
+    known = found.attrs.get("uniform_factor")
+    proven = f"; every map contracts by {known:.4g}" if known else ""
+    exponents = xr.concat(
+        [lyapunov(stored, seed) for seed in stored.schema.seeds], "seed", combine_attrs="drop_conflicts"
+    )
+    exponents = exponents.assign_coords(seed=list(stored.schema.seeds))
+    pair = {"exponent": ("exponent_low", "exponent_high"), "rate": ("rate_low", "rate_high")}
+    return [
+        Table(f"factors of {pairs} pairs of {order} iterates under one batch{proven}", summary, tuple(numbers), {}),
+        Table("Lyapunov exponent of the products, along forward iterates", exponents, ("exponent", "rate"), pair),
+    ]
 
 
 ANALYSES = {
@@ -91,6 +125,9 @@ ANALYSES = {
         "point, distribution or drift, with the evidence", frozenset({"metric", "window"}), _convergence
     ),
     "resets": Analysis("what every reset does", frozenset({"metric"}), _resets),
+    "contraction": Analysis(
+        "whether single steps contract, and whether their products do", frozenset({"order", "pairs"}), _contraction
+    ),
     "law": Analysis("whether forward and backward have the same law", frozenset({"metrics", "steps"}), _law),
 }
 """Name on the command line → the analysis and the options that it takes."""
@@ -107,6 +144,8 @@ def analyze(
     window: Annotated[int | None, typer.Option(help="Recorded steps at the end; by default the last half.")] = None,
     kind: Annotated[str | None, typer.Option(help="Of variance: level, tail or step.")] = None,
     step: Annotated[list[int] | None, typer.Option(help="Of law: which steps; by default the last.")] = None,
+    order: Annotated[str | None, typer.Option(help="Of contraction: whose iterates; forward by default.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Of contraction: how many.")] = None,
     json: JSON = False,
 ) -> None:
     """Ask whether training converges, how much it varies, what a reset does."""
@@ -115,7 +154,7 @@ def analyze(
     import trajstore as ts
 
     asked = ANALYSES[analysis]
-    given: dict[str, Any] = {"window": window, "kind": kind, "steps": step}
+    given: dict[str, Any] = {"window": window, "kind": kind, "steps": step, "order": order, "pairs": pairs}
     if "metrics" in asked.options:
         given["metrics"] = metric
     elif metric and len(metric) > 1:
@@ -126,7 +165,7 @@ def analyze(
     if foreign := sorted(set(options) - asked.options):
         flag = {"steps": "--step"}.get(foreign[0], f"--{foreign[0]}")
         raise ConfigurationError(f"{analysis} has no {flag}")
-    tables = asked.run(ts.open(store)[exp].dataset(), **options)
+    tables = asked.run(ts.open(store)[exp], **options)
     if json:
         print_json([{"what": t.title, **_plain(t.result.attrs), "rows": _rows(t.result)} for t in tables])
         return

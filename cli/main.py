@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 import typer
-from trajstore.cli import analyze, demo, exchange, inspection, maintenance, plotting, record
+from trajstore.cli import analyze, compute, demo, exchange, inspection, maintenance, plotting, record
 
 from trajstore.errors import BusyError, TrajstoreError, UnreachableError, WriteError
 
@@ -37,6 +37,7 @@ app.command("ls")(inspection.ls)
 app.command("info")(inspection.info)
 app.command("sql")(inspection.sql)
 app.command("analyze")(analyze.analyze)
+app.command("compute")(compute.compute)
 app.command("plot")(plotting.plot)
 app.command("export")(exchange.export)
 app.command("import")(exchange.import_)

@@ -18,6 +18,7 @@ __all__ = [
     "ExperimentName",
     "FigureName",
     "PresetName",
+    "StateMetricName",
     "StorePath",
     "WhatToRecord",
     "complete_experiment",
@@ -54,12 +55,19 @@ def _complete_analysis(incomplete: str) -> list[str]:
     return [name for name in ANALYSES if name.startswith(incomplete)]
 
 
+def _complete_state_metric(incomplete: str) -> list[str]:
+    from trajstore.analysis.afterwards import METRICS
+
+    return [name for name in METRICS if name.startswith(incomplete)]
+
+
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="The store's folder, or its URL: s3://, gs://.")]
 ExperimentName = Annotated[str, typer.Argument(metavar="EXP", autocompletion=complete_experiment)]
 FigureName = Annotated[str, typer.Argument(metavar="FIGURE", autocompletion=_complete_figure)]
 AnalysisName = Annotated[
-    str, typer.Argument(metavar="variance|convergence|resets|law", autocompletion=_complete_analysis)
+    str, typer.Argument(metavar="variance|convergence|resets|contraction|law", autocompletion=_complete_analysis)
 ]
+StateMetricName = Annotated[str, typer.Argument(metavar="METRIC", autocompletion=_complete_state_metric)]
 PresetName = Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_preset)]
 WhatToRecord = Annotated[
     str, typer.Argument(metavar="PRESET|FILE.toml|module:function", autocompletion=_complete_preset)

@@ -86,8 +86,9 @@ def run(
         root = open_root(store.place, durability)
         refuse_foreign(store, experiment.name)
         if experiment.name in store:
-            experiment = accept(store[experiment.name], experiment, live, resume=resume, extend=extend)
-            schema = schema_of(experiment, live)
+            there = store[experiment.name]
+            experiment = accept(there, experiment, live, resume=resume, extend=extend)
+            schema = replace(schema_of(experiment, live), late=there.schema.late)
             _grow(root, experiment, live, schema)
         else:
             _declare(root, experiment, live, schema)
@@ -223,7 +224,7 @@ def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, re
     growing = ("orders", "seeds", "steps", "stops") if extend else ()
     left, right = ({k: v for k, v in c.items() if k not in growing} for c in (config, own))
     found = differences(left, right)
-    new = schema_of(experiment, live)
+    new = replace(schema_of(experiment, live), late=schema.late)  # what was computed since is nobody's wish
     shape, wanted = schema.to_json(), new.to_json()  # these too: a function's globals may have changed
     if extend:
         lengths = ("orders", "seeds", "init_seeds", "data_seeds", "steps", "snapshots")

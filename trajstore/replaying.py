@@ -25,7 +25,7 @@ from trajstore.storage.segment import Observation
 from trajstore.storage.writer import Ledger
 from trajstore.store import StoredExperiment
 
-__all__ = ["Replayed", "replay", "why_not"]
+__all__ = ["Replayed", "experiment_of", "replay", "why_not"]
 
 Tell = Callable[[int, str], None]
 
@@ -60,10 +60,10 @@ def replay(stored: StoredExperiment) -> Iterator[Replayed]:
     """Compute what is committed of an experiment again, seed by seed, and compare."""
     if (reason := why_not(stored)) is not None:
         raise ConfigurationError(f"{reason}; `trajstore verify` without --replay checks what is stored")
-    experiment = _experiment(stored)
+    experiment = experiment_of(stored)
     live = experiment.problem.build(torch.device("cpu"))
     schema = stored.schema
-    if schema_of(experiment, live) != schema:
+    if schema_of(experiment, live) != replace(schema, late=()):
         raise ConflictError(f"experiment {stored.name!r}: its problem is another one by now; it cannot be replayed")
     _, engine = ready(_plan(stored), live, experiment.operator, run_seeds(experiment))
     observe = Observer(experiment, schema)
@@ -100,7 +100,8 @@ def _compare(told: Replayed, stored: Observation, again: Observation) -> None:
         told.off = max(told.off, float(np.linalg.norm(left - right)) / (norm or 1.0))
 
 
-def _experiment(stored: StoredExperiment) -> Experiment:
+def experiment_of(stored: StoredExperiment) -> Experiment:
+    """Return the experiment that was recorded."""
     try:
         experiment = Experiment.of(stored.config)
     except ConfigurationError as error:

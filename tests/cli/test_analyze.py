@@ -46,6 +46,16 @@ def test_every_analysis_prints_what_the_library_says(store, trajstore):
     assert len([line for line in out.splitlines() if line.endswith("no")]) == 2
 
 
+def test_contraction_is_summarised(store, trajstore):
+    code, out, _ = trajstore("analyze", store, "quadratic", "contraction", "--pairs", "20", "--order", "backward")
+    assert code == 0
+    assert "factors of 20 pairs of backward iterates under one batch; every map contracts by 0.9" in out
+    assert "parameters" in out
+    assert "0.9 [0.9, 0.9]" in out
+    code, _, err = trajstore("analyze", store, "many", "contraction")
+    assert (code, "20 steps are too few for an exponent" in err) == (2, True)
+
+
 def test_json_says_of_what_and_how_sure(store, trajstore):
     _, out, _ = trajstore("analyze", store, "quadratic", "convergence", "--json")
     (told,) = json.loads(out)

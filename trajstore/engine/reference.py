@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from trajstore.engine import Iterate, Work
-from trajstore.operators import Batch, Operator
+from trajstore.operators import Batch, Gradient, Operator
 from trajstore.problems import Batches, LiveProblem
 from trajstore.state import State, Tensors, beginning
 
-__all__ = ["ReferenceEngine"]
+__all__ = ["ReferenceEngine", "gradient_of"]
 
 
 class ReferenceEngine:
@@ -27,6 +27,7 @@ class ReferenceEngine:
         self.measuring = 0.0
         self._problem = problem
         self._operator = operator
+        self._gradient = gradient_of(problem)
         self._init_seeds = [init for init, _ in seeds]
         self._batches = [problem.batches(data) for _, data in seeds]
 
@@ -53,13 +54,6 @@ class ReferenceEngine:
                 state = self._operator.apply(self._gradient, state, batches[i], torch.tensor(i))
         return state
 
-    def _gradient(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
-        with torch.enable_grad():
-            leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-            loss, after = self._problem.loss(leaves, buffers, batch)
-            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        return dict(zip(leaves, gradients, strict=True)), {name: b.detach() for name, b in after.items()}
-
     def _measure(self, seed: int, step: int, state: State) -> Iterate:
         begin = time.perf_counter()
         with torch.no_grad():
@@ -70,3 +64,16 @@ class ReferenceEngine:
         numbers = {name: float(value) for name, value in values.items()}
         self.measuring += time.perf_counter() - begin
         return Iterate(step, state, numbers)
+
+
+def gradient_of(problem: LiveProblem) -> Gradient:
+    """Return the gradient of a problem's loss on a batch, by plain autograd, and the buffers after it."""
+
+    def gradient(params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
+        with torch.enable_grad():
+            leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+            loss, after = problem.loss(leaves, buffers, batch)
+            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return dict(zip(leaves, gradients, strict=True)), {name: b.detach() for name, b in after.items()}
+
+    return gradient

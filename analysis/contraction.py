@@ -1,0 +1,177 @@
+"""Whether the maps contract: what T_i does to the distance of two stored iterates, and what theory says it does.
+
+``contraction``      ‖T_i x − T_i y‖ / ‖x − y‖ for pairs of stored iterates under the same batch
+``lyapunov``         the exponent of the products of the T_i along forward iterates: the rate to expect of backward
+``uniform_factor``   the k < 1 by which every T_i contracts, where that is known (Lemma 2.5; exact for affine maps)
+``limit_bound``      Theorem 2.2: C kⁿ, above the distance of the backward iterate to its limit, for every n
+
+Single batches need not contract for their products to: ‖I − hxxᵀ‖ = 1 for rows of least squares.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from trajstore.analysis.longrun import quantile, standard_error
+
+from trajstore.batches import generator
+from trajstore.errors import NotFoundError, StatisticError
+from trajstore.operators.sgd import SGD
+from trajstore.problems.least_squares import LeastSquares
+from trajstore.problems.quadratic import Quadratic
+from trajstore.reviving import Revived, revive
+from trajstore.state import State, Tensors
+from trajstore.store import StoredExperiment
+
+__all__ = ["contraction", "lemma_factor", "limit_bound", "lyapunov", "uniform_factor"]
+
+_APART = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""How far two neighbours are from each other, relative to the norm of the parameters, by their precision."""
+_LEAST = 50
+
+
+def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 100, random_seed: int = 0) -> xr.Dataset:
+    """Return the factors of random pairs of stored iterates, along ``pair``; both of a pair are of one seed.
+
+    ``factor`` is that of the parameters' distance, ``loss_factor`` that of L(x) + L(y), Appendix G's pseudo-metric of
+    the training loss. The batch is one of the seed's own, at a random index.
+    """
+    revived, schema = revive(stored), stored.schema
+    if order not in schema.orders:
+        raise NotFoundError(f"experiment {stored.name!r} has no order {order!r}; there is {', '.join(schema.orders)}")
+    there = stored.commits().snapshots[schema.orders.index(order)]
+    rng, found = generator(random_seed, "noise"), []
+    for k in rng.integers(len(schema.seeds), size=pairs).tolist():
+        seed, steps = schema.seeds[k], np.array(schema.snapshots)[there[k]]
+        if len(steps) < 2:
+            raise StatisticError(
+                f"experiment {stored.name!r}, order {order!r}, seed {seed}: {len(steps)} states are stored, and a pair "
+                "needs two; finish the recording"
+            )
+        first, second = sorted(rng.choice(steps, 2, replace=False).tolist())
+        index = int(rng.integers(1, schema.steps + 1))
+        x, y = revived.states(order, seed, [first, second])
+        batch = revived.batches(seed)[index]
+        x_after, y_after = (revived.apply(state, batch, index) for state in (x, y))
+        before, after = _distance(x, y), _distance(x_after, y_after)
+        losses = [_loss(revived, state) for state in (x, y, x_after, y_after)]
+        found.append(
+            (seed, first, second, index, before, _ratio(after, before), _ratio(sum(losses[2:]), sum(losses[:2])))
+        )
+    names = ("seed", "step", "other_step", "batch", "distance", "factor", "loss_factor")
+    columns = {name: ("pair", np.array(column)) for name, column in zip(names, zip(*found, strict=True), strict=True)}
+    k = uniform_factor(stored)
+    attrs = {"experiment": stored.name, "order": order, "random_seed": random_seed}
+    return xr.Dataset(columns, attrs=attrs if k is None else attrs | {"uniform_factor": k})
+
+
+def lyapunov(
+    stored: StoredExperiment, seed: int | None = None, steps: int | None = None, level: float = 0.95
+) -> xr.Dataset:
+    """Return the exponent of the products along the forward iterates of a seed, with an interval.
+
+    The logarithm of how the distance of two neighbours grows at each step, averaged; they are pulled together again
+    after each. ``rate`` is the factor a step, exp(exponent): backward iterates approach their limit by it.
+    """
+    revived, schema = revive(stored), stored.schema
+    chosen, count = schema.seeds[0] if seed is None else seed, steps or schema.steps
+    if count < 2 * _LEAST:
+        raise StatisticError(f"{count} steps are too few for an exponent; ask for {2 * _LEAST} or more")
+    here, batches = _start(revived, chosen), revived.batches(chosen)
+    size = _APART[next(iter(here.params.values())).dtype] * max(1.0, _norm(here.params))
+    there = _moved(here, _signs(here, chosen), size)
+    growth = np.empty(count)
+    for n in range(1, count + 1):
+        here, there = (revived.apply(state, batches[n], n) for state in (here, there))
+        apart = _distance(here, there)
+        if not 0 < apart < np.inf:
+            raise StatisticError(
+                f"experiment {stored.name!r}, seed {chosen}: at step {n} neighbours are {apart} apart, so the products "
+                "have no exponent that could be seen"
+            )
+        growth[n - 1] = np.log(apart / size)
+        there = _moved(here, {name: there.params[name] - p for name, p in here.params.items()}, size)
+    settled = growth[count // 4 :]
+    mean, reach = float(settled.mean()), quantile(level) * float(standard_error(settled - settled.mean()))
+    fields = {"exponent": mean, "exponent_low": mean - reach, "exponent_high": mean + reach}
+    rates = {name.replace("exponent", "rate"): float(np.exp(value)) for name, value in fields.items()}
+    return xr.Dataset(fields | rates, attrs={"experiment": stored.name, "seed": chosen, "steps": count, "level": level})
+
+
+def lemma_factor(lr: float, m: float, M: float) -> float:
+    """Return √(1 − 2hm + h²M²), by which a step contracts where the loss is m-convex with M-Lipschitz gradient.
+
+    >>> lemma_factor(0.1, 1.0, 1.0)
+    0.9
+    """
+    return float(np.sqrt(max(0.0, 1 - 2 * lr * m + lr**2 * M**2)))
+
+
+def uniform_factor(stored: StoredExperiment) -> float | None:
+    """Return the factor by which every batch map contracts at the least, or None where it is not known or not below 1.
+
+    Known for plain SGD on the quadratic and on least squares: the largest ‖I − hH‖ of a single example.
+    """
+    experiment = revive(stored).experiment
+    problem, operator = experiment.problem, experiment.operator
+    if not isinstance(operator, SGD) or operator != SGD(operator.lr):
+        return None
+    if isinstance(problem, Quadratic):
+        curvatures = np.array(problem.spectrum)
+    elif isinstance(problem, LeastSquares):
+        rows = (problem.data[0] ** 2).sum(1)
+        curvatures = problem.ridge + np.append(rows, 0.0 if problem.d > 1 else rows)
+    else:
+        return None
+    factor = float(np.abs(1 - operator.lr * curvatures).max())
+    return factor if factor < 1 else None
+
+
+def limit_bound(stored: StoredExperiment, seed: int, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return C kⁿ with C = D / (1 − k), D the longest first step from θ₀ under the batches of the seed."""
+    k = uniform_factor(stored)
+    if k is None:
+        raise StatisticError(
+            f"experiment {stored.name!r}: no k < 1 is known by which every batch map contracts, so "
+            "Theorem 2.2 gives no bound"
+        )
+    revived = revive(stored)
+    start, batches = _start(revived, seed), revived.batches(seed)
+    longest = max(_distance(start, revived.apply(start, batches[i], i)) for i in range(1, stored.schema.steps + 1))
+    return np.asarray(longest / (1 - k) * k ** np.asarray(steps, dtype=np.float64))
+
+
+def _start(revived: Revived, seed: int) -> State:
+    schema = revived.stored.schema
+    if seed not in schema.seeds:
+        raise NotFoundError(f"experiment {revived.stored.name!r} has no seed {seed}")
+    return revived.start(schema.init_seeds[schema.seeds.index(seed)])
+
+
+def _signs(state: State, seed: int) -> Tensors:
+    rng = generator(seed, "start")
+    return {name: torch.from_numpy(rng.choice([-1.0, 1.0], p.shape)).to(p) for name, p in state.params.items()}
+
+
+def _moved(state: State, direction: Tensors, length: float) -> State:
+    scale = length / _norm(direction)
+    return state._replace(params={name: p + scale * direction[name] for name, p in state.params.items()})
+
+
+def _distance(x: State, y: State) -> float:
+    return _norm({name: p.double() - y.params[name].double() for name, p in x.params.items()})
+
+
+def _norm(tensors: Tensors) -> float:
+    return float(np.sqrt(sum(float(t.double().square().sum()) for t in tensors.values())))
+
+
+def _loss(revived: Revived, state: State) -> float:
+    with torch.no_grad():
+        return float(revived.live.evaluate(state.params, state.buffers).get("train_loss", torch.tensor(np.nan)))
+
+
+def _ratio(after: float, before: float) -> float:
+    return after / before if before > 0 else np.nan

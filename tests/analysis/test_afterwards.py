@@ -1,0 +1,114 @@
+"""Metrics computed from stored states are what their closed forms say, and recording goes on beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from trajstore.analysis import afterwards
+from trajstore.analysis.afterwards import compute
+
+import trajstore as ts
+from trajstore.errors import ConfigurationError, NotFoundError
+from trajstore.problems.least_squares import LeastSquares
+from trajstore.verifying import verify
+
+TABLE = {
+    "name": "lsq",
+    "problem": {"family": "least-squares", "n": 40, "d": 4},
+    "operator": {"family": "sgd", "lr": 0.05},
+    "steps": 60,
+    "seeds": [0, 1],
+    "orders": ["forward", "backward"],
+}
+
+
+@pytest.fixture
+def stored(record):
+    return record(TABLE)
+
+
+def values(stored, metric):
+    return ts.open(stored.store.place.address)["lsq"].dataset()[metric]
+
+
+def test_on_least_squares_they_are_those_of_the_closed_forms(stored):
+    problem = LeastSquares(n=40, d=4)
+    X, y = problem.data
+    eigenvalues = np.linalg.eigvalsh(problem.hessian)
+    for metric in ("gradient_norm", "sharpness", "hessian_trace", "gradient_noise", "invariance_gap"):
+        assert compute(stored, metric, every=20, samples=400 if metric != "hessian_trace" else 32) == 2 * 2 * 4
+    for order in ("forward", "backward"):
+        theta = stored.arrays(order=order, seed=1, step=40)["theta"]
+        errors = X @ theta - y
+        each = errors[:, None] * X
+        here = {"order": order, "seed": 1, "step": 40}
+        assert float(values(stored, "gradient_norm").sel(here)) == pytest.approx(np.linalg.norm(each.mean(0)))
+        assert float(values(stored, "sharpness").sel(here)) == pytest.approx(eigenvalues.max(), rel=1e-2)
+        assert float(values(stored, "hessian_trace").sel(here)) == pytest.approx(eigenvalues.sum(), rel=0.2)
+        noise = np.sqrt(((each - each.mean(0)) ** 2).sum(1).mean())
+        assert float(values(stored, "gradient_noise").sel(here)) == pytest.approx(noise, rel=0.15)
+        stepped = theta - 0.05 * each
+        drop = 0.5 * (errors**2).mean() - 0.5 * ((stepped @ X.T - y) ** 2).mean()
+        spread = (0.5 * ((stepped @ X.T - y) ** 2).mean(1)).std()
+        assert float(values(stored, "invariance_gap").sel(here)) == pytest.approx(drop, abs=4 * spread / 20)
+        assert float(values(stored, "gradient_norm_samples").sel(here)) == 40
+        assert float(values(stored, "gradient_noise_samples").sel(here)) == 400
+    assert int(values(stored, "sharpness").notnull().sum()) == 16  # and nothing at steps that were not asked for
+
+
+def test_it_goes_on_where_it_stopped_and_changes_nothing(stored, monkeypatch):
+    compute(stored, "gradient_norm", every=20)
+    before = values(stored, "gradient_norm").values.copy()
+    calls = []
+    real = afterwards._full_gradient
+    monkeypatch.setattr(afterwards, "_full_gradient", lambda *given: calls.append(1) or real(*given))
+    assert compute(stored, "gradient_norm", every=10) == 2 * 2 * 3
+    assert len(calls) == 12
+    after = values(stored, "gradient_norm").values
+    there = ~np.isnan(before)
+    assert np.array_equal(before[there], after[there])
+    assert compute(stored, "gradient_norm", every=10) == 0
+
+
+def test_the_recording_can_be_verified_resumed_and_extended_beside_it(stored, record):
+    compute(stored, "gradient_norm", every=20)
+    store = ts.open(stored.store.place.address)
+    assert not list(verify(store))
+    assert record(TABLE, resume=True).name == "lsq"
+    longer = ts.run(ts.Experiment.of({**TABLE, "steps": 80}), stored.store.place.address, extend=True)
+    assert not list(verify(ts.open(stored.store.place.address)))
+    assert compute(longer, "gradient_norm", every=20) == 2 * 2
+    assert int(values(stored, "gradient_norm").notnull().sum()) == 2 * 2 * 5
+
+
+def test_what_cannot_be_computed_is_refused(stored, record, tmp_path):
+    with pytest.raises(NotFoundError, match="no metric 'sharpnes' to compute; did you mean 'sharpness'"):
+        compute(stored, "sharpnes")
+    with pytest.raises(ConfigurationError, match="every is 0"):
+        compute(stored, "sharpness", every=0)
+    with pytest.raises(ConfigurationError, match="samples is 0"):
+        compute(stored, "sharpness", samples=0)
+    heavy = record({**TABLE, "name": "heavy", "operator": {"family": "sgd", "lr": 0.05, "momentum": 0.9}})
+    with pytest.raises(
+        ConfigurationError, match="its optimizer has a memory \\(momentum_buffer\\) that was not stored"
+    ):
+        compute(heavy, "invariance_gap")
+    import torch
+
+    with ts.record(tmp_path / "loop.zarr", "mine", torch.nn.Linear(2, 1)) as rec:
+        rec.step(loss=1.0)
+    with pytest.raises(ConfigurationError, match="was recorded by a training loop"):
+        compute(ts.open(tmp_path / "loop.zarr")["mine"], "sharpness")
+
+
+def test_the_program_computes_and_the_result_is_a_metric_like_any_other(stored, trajstore):
+    address = stored.store.place.address
+    code, out, _ = trajstore("compute", "gradient_norm", address, "lsq", "--every", "2")
+    assert (code, out) == (0, "lsq: gradient_norm of 124 states computed, 0 were there\n")
+    _, out, _ = trajstore("compute", "gradient_norm", address, "lsq", "--every", "4")
+    assert out == "lsq: gradient_norm of 0 states computed, 64 were there\n"
+    _, out, _ = trajstore("sql", address, "SELECT count(gradient_norm) FROM metrics", "--csv")
+    assert out.split() == ["count(gradient_norm)", "124"]
+    code, _, err = trajstore("compute", "gradient", address, "lsq")
+    assert code == 2
+    assert "no metric 'gradient' to compute" in err
