@@ -33,6 +33,7 @@ def standard_error(values: Floats) -> Floats:
     return np.asarray(np.sqrt(((values @ waves.T) ** 2).mean(axis=-1) / values.shape[-1]))
 
 
+@cache
 def quantile(level: float) -> float:
     """Return how many standard errors a two-sided interval reaches to either side."""
     return float(student.ppf((1 + level) / 2, TERMS))

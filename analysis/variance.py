@@ -11,7 +11,9 @@ Nothing is averaged over seeds. `variance_ratio` says how much less one order va
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,7 +39,8 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 Kind = Literal["level", "tail", "step"]
-_ROLLING_BYTES = 64 * 2**20
+_ROLLING_BYTES = 2**20
+"""Of windows that are worked on together: they stay in the cache."""
 SMOOTH = 10
 """A window worth fewer independent values shows a curve, not a piece of a stationary process."""
 UNEVEN = 4
@@ -88,9 +91,15 @@ def rolling_variance(ds: xr.Dataset, metric: str, window: int = 100, kind: Kind 
     rows = whole.values.reshape(-1, len(whole))
     out = np.full(rows.shape, np.nan)
     at_once = max(1, _ROLLING_BYTES // (8 * window))
-    for begin in range(0, len(whole) - window + 1, at_once):
-        seen = sliding_window_view(rows, window, axis=-1)[:, begin : begin + at_once]
-        out[:, begin + window - 1 : begin + window - 1 + seen.shape[1]] = _variance(seen, kind)
+
+    def roll(row: Floats, rolled: Floats) -> None:
+        windows = sliding_window_view(row, window)
+        for begin in range(0, len(windows), at_once):
+            seen = windows[begin : begin + at_once]
+            rolled[begin + window - 1 : begin + window - 1 + len(seen)] = _variance(seen, kind)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets them run at once
+        list(pool.map(roll, rows, out))
     return xr.DataArray(
         out.reshape(whole.values.shape),
         dims=(*SLABS, "step"),
