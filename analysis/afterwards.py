@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from trajstore.batches import generator
 from trajstore.computing import compute_late
-from trajstore.errors import ConfigurationError, NotFoundError, choices
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 from trajstore.operators import Batch
 from trajstore.reviving import Revived, revive
 from trajstore.state import State, Tensors
@@ -27,8 +28,8 @@ __all__ = ["METRICS", "At", "StateMetric", "compute"]
 
 _FRESH = 2**62
 """Data seeds from here on are for fresh draws."""
-_TOLERANCE, _MOST = 1e-4, 200
-"""Of power iteration: the relative change at which it ends, and after so many products at the latest."""
+_DENSE, _TOLERANCE, _MOST = 32, 1e-4, 100
+"""Of Lanczos' method: below so many parameters the whole Hessian is made; the relative error; restarts at most."""
 
 
 class At(NamedTuple):
@@ -40,10 +41,10 @@ class At(NamedTuple):
     step: int
     samples: int
 
-    def fresh(self, revived: Revived) -> list[tuple[int, Batch]]:
-        """Return fresh batches, with an index each."""
+    def fresh(self, revived: Revived) -> list[Batch]:
+        """Return fresh batches."""
         stream = revived.live.batches(_FRESH + self.seed)
-        return [(i, stream[i]) for i in range(self.step * self.samples + 1, (self.step + 1) * self.samples + 1)]
+        return [stream[i] for i in range(self.step * self.samples + 1, (self.step + 1) * self.samples + 1)]
 
     def directions(self) -> list[Tensors]:
         """Return random signs, shaped as the parameters."""
@@ -61,6 +62,8 @@ class StateMetric:
     about: str
     measure: Callable[[Revived, At], tuple[float, int]]
     """→ the value, and the number of samples."""
+    sampled: bool = True
+    """Whether the number of samples is the caller's choice."""
 
 
 def _gradient_norm(revived: Revived, at: At) -> tuple[float, int]:
@@ -69,23 +72,43 @@ def _gradient_norm(revived: Revived, at: At) -> tuple[float, int]:
 
 def _gradient_noise(revived: Revived, at: At) -> tuple[float, int]:
     """√E‖g_i − ∇L‖² of a single example, from fresh batches: their variance times their size."""
-    mean, size = _full_gradient(revived, at.state), revived.batches(revived.stored.schema.seeds[0]).batch_size or 1
-    draws = [revived.gradient(at.state, batch) for _, batch in at.fresh(revived)]
+    mean, size = _full_gradient(revived, at.state), float(revived.stored.schema.batch_size or 1)
+    if revived.stored.config["problem"].get("sampling", "iid") != "iid":  # drawn without replacement
+        examples = _examples(revived)
+        if size >= examples:
+            raise StatisticError(
+                f"experiment {revived.stored.name!r}: a batch holds all examples, so there is no noise"
+            )
+        size *= (examples - 1) / (examples - size)
+    draws = [revived.gradient(at.state, batch) for batch in at.fresh(revived)]
     squares = [_dot(gap, gap) for gap in ({name: g[name].double() - mean[name] for name in g} for g in draws)]
     return float(np.sqrt(size * np.mean(squares))), len(draws)
 
 
 def _sharpness(revived: Revived, at: At) -> tuple[float, int]:
-    """The largest absolute eigenvalue of the Hessian, by power iteration."""
-    product = _hessian(revived, at.state)
-    vector, before = _unit(at._replace(samples=1).directions()[0]), np.inf
-    for _ in range(_MOST):
-        image = product(vector)
-        value = float(np.sqrt(_dot(image, image)))
-        if value == 0 or abs(value - before) <= _TOLERANCE * value:
-            return value, _examples(revived)
-        vector, before = _unit(image), value
-    return float("nan"), _examples(revived)  # it did not settle: no number, rather than one that is wrong
+    """The largest absolute eigenvalue of the Hessian, by Lanczos' method, which says when it has found it.
+
+    Power iteration would stop at the eigenvalues below wherever it passes them slowly.
+    """
+    product, shapes = _hessian(revived, at.state), {name: p.shape for name, p in at.state.params.items()}
+    ends = np.cumsum([0, *(shape.numel() for shape in shapes.values())])
+
+    def flat(vector: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        parts = zip(shapes.items(), ends, ends[1:], strict=False)
+        image = product({name: torch.from_numpy(vector.ravel()[a:b].reshape(s)) for (name, s), a, b in parts})
+        return np.concatenate([image[name].reshape(-1).numpy() for name in shapes])
+
+    size = int(ends[-1])
+    if size < _DENSE:
+        columns = np.stack([flat(unit) for unit in np.eye(size)])
+        return float(np.abs(np.linalg.eigvalsh((columns + columns.T) / 2)).max()), _examples(revived)
+    begin = np.concatenate([v.reshape(-1).double().numpy() for v in at._replace(samples=1).directions()[0].values()])
+    hessian = LinearOperator((size, size), flat, dtype=np.float64)
+    try:
+        (value,) = eigsh(hessian, 1, which="LM", v0=begin, tol=_TOLERANCE, maxiter=_MOST, return_eigenvectors=False)
+    except ArpackNoConvergence:
+        return float("nan"), _examples(revived)  # no number, rather than one that is wrong
+    return abs(float(value)), _examples(revived)
 
 
 def _hessian_trace(revived: Revived, at: At) -> tuple[float, int]:
@@ -100,16 +123,16 @@ def _invariance_gap(revived: Revived, at: At) -> tuple[float, int]:
 
     Its mean over a stationary window is 0. With the realised next iterate it would telescope, and test nothing.
     """
-    after = [_loss(revived, revived.apply(at.state, batch, i)) for i, batch in at.fresh(revived)]
+    after = [_loss(revived, revived.apply(at.state, batch, at.step + 1)) for batch in at.fresh(revived)]
     return _loss(revived, at.state) - float(np.mean(after)), len(after)
 
 
 METRICS: Mapping[str, StateMetric] = {
-    "gradient_norm": StateMetric("Euclidean norm of the gradient of train_loss", _gradient_norm),
+    "gradient_norm": StateMetric("Euclidean norm of the gradient of train_loss", _gradient_norm, sampled=False),
     "gradient_noise": StateMetric(
         "root mean squared distance of one example's gradient from the mean", _gradient_noise
     ),
-    "sharpness": StateMetric("largest absolute eigenvalue of the Hessian of train_loss", _sharpness),
+    "sharpness": StateMetric("largest absolute eigenvalue of the Hessian of train_loss", _sharpness, sampled=False),
     "hessian_trace": StateMetric("trace of the Hessian of train_loss", _hessian_trace),
     "invariance_gap": StateMetric("train_loss less its mean after one fresh step", _invariance_gap),
 }
@@ -159,11 +182,6 @@ def _dot(left: Tensors, right: Tensors) -> float:
     return float(sum((left[name].double() * right[name].double()).sum() for name in left))
 
 
-def _unit(vector: Tensors) -> Tensors:
-    length = np.sqrt(_dot(vector, vector))
-    return {name: v / length for name, v in vector.items()}
-
-
 def compute(
     stored: StoredExperiment,
     metric: str,
@@ -181,12 +199,22 @@ def compute(
         raise NotFoundError(f"no metric {metric!r} to compute; {choices(metric, METRICS)}")
     if samples < 1:
         raise ConfigurationError(f"samples is {samples}; it must be at least 1")
+    if threads is not None and threads < 1:
+        raise ConfigurationError(f"threads is {threads}; it must be at least 1")
     revived, schema, wanted = revive(stored), stored.schema, METRICS[metric]
+    counted = f"{metric}_samples"
+    if wanted.sampled and counted in schema.late:
+        known, values = stored.late()[counted]
+        if other := sorted(set(values[known].tolist()) - {float(samples)}):
+            raise ConfigurationError(
+                f"experiment {stored.name!r}: {metric} was computed with {other[0]:.0f} samples, and one series cannot "
+                f"mix them; ask for {other[0]:.0f}"
+            )
 
     def measure(order: str, seed: int, step: int) -> dict[str, float]:
         (state,) = revived.states(order, seed, [step])
         data_seed = schema.data_seeds[schema.seeds.index(seed)]
         value, taken = wanted.measure(revived, At(state, data_seed, step, samples))
-        return {metric: value, f"{metric}_samples": float(taken)}
+        return {counted: float(taken), metric: value}
 
-    return compute_late(stored, [metric, f"{metric}_samples"], measure, every, threads, progress)
+    return compute_late(stored, [counted, metric], measure, every, threads, progress)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
-from trajstore.analysis.windows import SLABS, window_of, with_slabs
+from trajstore.analysis.rounding import scale_of
+from trajstore.analysis.windows import SLABS, window_of
 
 from trajstore.errors import StatisticError
 
@@ -24,13 +25,15 @@ def time_average(ds: xr.Dataset, metric: str, window: int | None = None, level: 
     """
     seen = window_of(ds, metric, window, least=8)
     finite = np.asarray(np.isfinite(seen.values).all(-1))
-    values = np.where(finite[..., None], seen.values, 0.0)
+    scale = scale_of(seen.values[finite])
+    values = np.where(finite[..., None], seen.values, 0.0) / scale
     mean = values.mean(-1)
     reach = quantile(level) * standard_error(values - mean[..., None])
     size = np.apply_along_axis(effective_size, -1, values)
     still = np.ptp(values, axis=-1) == 0
     sure = finite & ((size >= ENOUGH) | still)
     why = np.where(~finite, "diverged", np.where(sure, "", f"too short: {ENOUGH} independent values are needed"))
+    mean, reach = mean * scale, reach * scale
     fields = {
         "mean": np.where(finite, mean, np.nan),
         "low": np.where(sure, mean - reach, np.nan),
@@ -46,8 +49,7 @@ def rolling_mean(ds: xr.Dataset, metric: str, window: int) -> xr.DataArray:
     """Return the mean over the `window` measured steps that end at each step, (order, seed, step)."""
     if window < 1:
         raise StatisticError(f"window is {window}; a mean needs at least one step")
-    known = with_slabs(ds[metric]).notnull().any(SLABS) if metric in ds and "step" in ds[metric].dims else None
-    seen = window_of(ds, metric, None if known is None else int(known.sum()), least=window)
+    seen = window_of(ds, metric, "all", least=window)
     means = np.full(seen.values.shape, np.nan)
     views = np.lib.stride_tricks.sliding_window_view(seen.values, window, axis=-1)
     means[..., window - 1 :] = views.mean(-1)

@@ -15,9 +15,10 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import quantile, standard_error
+from trajstore.analysis.rounding import of_size
 
 from trajstore.batches import generator
-from trajstore.errors import NotFoundError, StatisticError
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 from trajstore.operators.sgd import SGD
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.quadratic import Quadratic
@@ -35,12 +36,15 @@ _LEAST = 50
 def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 100, random_seed: int = 0) -> xr.Dataset:
     """Return the factors of random pairs of stored iterates, along ``pair``; both of a pair are of one seed.
 
-    ``factor`` is that of the parameters' distance, ``loss_factor`` that of L(x) + L(y), Appendix G's pseudo-metric of
-    the training loss. The batch is one of the seed's own, at a random index.
+    ``factor`` is that of the parameters' distance (NaN where that is rounding), ``loss_factor`` that of L(x) + L(y),
+    Appendix G's pseudo-metric of the training loss. The batch is one of the seed's own, at a random index.
     """
     revived, schema = revive(stored), stored.schema
     if order not in schema.orders:
         raise NotFoundError(f"experiment {stored.name!r} has no order {order!r}; there is {', '.join(schema.orders)}")
+    if pairs < 1:
+        raise ConfigurationError(f"pairs is {pairs}; it must be at least 1")
+    _refuse_more_than_parameters(revived)
     there = stored.commits().snapshots[schema.orders.index(order)]
     rng, found = generator(random_seed, "noise"), []
     for k in rng.integers(len(schema.seeds), size=pairs).tolist():
@@ -56,6 +60,8 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
         batch = revived.batches(seed)[index]
         x_after, y_after = (revived.apply(state, batch, index) for state in (x, y))
         before, after = _distance(x, y), _distance(x_after, y_after)
+        if before <= float(of_size(np.array([_norm(x.params)]), schema.layout.dtype)[0]):
+            before = np.nan  # two iterates that differ by rounding: what becomes of that says nothing
         losses = [_loss(revived, state) for state in (x, y, x_after, y_after)]
         found.append(
             (seed, first, second, index, before, _ratio(after, before), _ratio(sum(losses[2:]), sum(losses[:2])))
@@ -79,6 +85,7 @@ def lyapunov(
     chosen, count = schema.seeds[0] if seed is None else seed, steps or schema.steps
     if count < 2 * _LEAST:
         raise StatisticError(f"{count} steps are too few for an exponent; ask for {2 * _LEAST} or more")
+    _refuse_more_than_parameters(revived)
     here, batches = _start(revived, chosen), revived.batches(chosen)
     size = _APART[next(iter(here.params.values())).dtype] * max(1.0, _norm(here.params))
     there = _moved(here, _signs(here, chosen), size)
@@ -141,6 +148,20 @@ def limit_bound(stored: StoredExperiment, seed: int, steps: NDArray[np.int64]) -
     start, batches = _start(revived, seed), revived.batches(seed)
     longest = max(_distance(start, revived.apply(start, batches[i], i)) for i in range(1, stored.schema.steps + 1))
     return np.asarray(longest / (1 - k) * k ** np.asarray(steps, dtype=np.float64))
+
+
+def _refuse_more_than_parameters(revived: Revived) -> None:
+    """Refuse operators that change more than the parameters: distances of these alone would not be those of states."""
+    schema = revived.stored.schema
+    state = revived.start(schema.init_seeds[0])
+    after = revived.apply(state, revived.batches(schema.seeds[0])[1], 1)
+    changed = [name for name, buffer in state.buffers.items() if not torch.equal(buffer, after.buffers[name])]
+    if state.memory or changed:
+        what = f"an optimizer's memory ({', '.join(state.memory)})" if state.memory else f"buffers ({changed[0]}, …)"
+        raise StatisticError(
+            f"experiment {revived.stored.name!r}: a step changes {what} besides the parameters, and what it does to "
+            "distances of parameters alone is no contraction factor"
+        )
 
 
 def _start(revived: Revived, seed: int) -> State:

@@ -22,8 +22,9 @@ import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import effective_size, quantile, standard_error
 from trajstore.analysis.rates import Rate, fit_rate
+from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.spaces import Path, paths_of
-from trajstore.analysis.windows import SLABS
+from trajstore.analysis.windows import SLABS, resets_within
 
 __all__ = ["RULE", "Evidence", "Rule", "Verdict", "convergence", "judge"]
 
@@ -47,6 +48,8 @@ class Rule:
 
 
 RULE = Rule()
+_CHANCE, _PAUSES = 0.0005, 8
+"""A rest counts if it is less likely than that by chance, and so many times as long as any pause before."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,14 @@ def convergence(ds: xr.Dataset, metric: str = "parameters", window: int | None =
     `window` counts recorded steps at the end; without it, it is the last half.
     """
     seen, paths = paths_of(ds, metric, window, rule.least)
-    per_step = int(seen.steps[1] - seen.steps[0])
+    per_step = seen.gap
     judged = [[judge(path, per_step, rule) for path in row] for row in paths]
+    within = resets_within(ds, seen.steps)
     columns = {
         field.name: (SLABS, np.array([[getattr(evidence, field.name) for evidence in row] for row in judged]))
         for field in fields(Evidence)
     }
+    columns["resets"] = (SLABS, within)
     return xr.Dataset(columns, seen.coords, {**seen.attrs, "metric": metric, **asdict(rule)})
 
 
@@ -103,13 +108,16 @@ def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
     """Judge one path."""
     if not path.finite:
         return Evidence("undecided", "diverged within the window")
-    found: dict[str, Any] = _extent(path)
+    scale = scale_of(np.append(path.points.ravel(), path.moves))
+    if scale != 1:
+        path = Path(path.steps, path.points / scale, path.moves / scale, path.rounding / scale)
+    found: dict[str, Any] = {name: value * scale for name, value in _extent(path).items()}
     moving = np.flatnonzero(path.moves > path.rounding)
     last = int(moving[-1]) + 1 if len(moving) else 0
     resting = len(path.moves) - last
     if resting:
         found["rest_from"] = float(path.steps[last])
-    if resting >= rule.rest * len(path.moves):
+    if resting >= rule.rest * len(path.moves) and not _by_chance(moving, last, resting):
         since = f"nothing moves from step {path.steps[last]} on, but by rounding"
         return Evidence("point", since, **found, **_of(_rate(path, last, per_step, rule)))
     rate = _rate(path, last, per_step, rule)
@@ -118,6 +126,15 @@ def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
     found |= {"drift": drift, "drift_low": max(0.0, drift - reach), "drift_high": drift + reach}
     found |= {"effective": _effective(path.points), **_of(rate)}
     return Evidence(*_verdict(found, rate, rule), **found)
+
+
+def _by_chance(moving: NDArray[np.int64], last: int, resting: int) -> bool:
+    """Tell whether what moved now and then before may just have paused: metrics of few values do."""
+    if not len(moving):
+        return False
+    often = (len(moving) + 1) / (last + 1)
+    pauses = np.diff(np.concatenate([[-1], moving]))
+    return bool((1 - often) ** resting > _CHANCE or resting < _PAUSES * pauses.max())
 
 
 def _verdict(found: dict[str, float], rate: Rate | None, rule: Rule) -> tuple[Verdict, str]:

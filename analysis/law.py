@@ -23,22 +23,25 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.spaces import PARAMETERS
 from trajstore.analysis.windows import metrics_of, with_slabs
 
-from trajstore.errors import NotFoundError, StatisticError, choices
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 
 __all__ = ["adjusted", "disjoint_test", "law", "swap_test"]
 
 Floats = NDArray[np.float64]
+_FEWEST = 99
+"""Permutations: with fewer, p-values are too coarse."""
 _LEAST = 10
 """Seeds: with fewer, no swap could be rare enough."""
 
 
 def law(
     ds: xr.Dataset,
-    metrics: Sequence[str] = (PARAMETERS,),
-    steps: Sequence[int] | None = None,
+    metrics: str | Sequence[str] = (PARAMETERS,),
+    steps: int | Sequence[int] | None = None,
     permutations: int = 1_999,
     random_seed: int = 0,
     level: float = 0.05,
@@ -46,25 +49,28 @@ def law(
     """Test whether forward and backward have the same law, for each metric and step: (metric, step).
 
     The experiment must have one θ₀ (``init_seed``) and many data seeds. Without `steps` it is the last one. ``p_swap``
-    and ``p_disjoint`` are for one test each; the ``_adjusted`` ones are corrected, by Holm's method, for as many tests
-    as are made here, and ``rejected`` is about those.
+    and ``p_disjoint`` are for one test each; the ``_adjusted`` ones are corrected, by Holm's method, for all tests that
+    are made here, and ``rejected`` is about those.
     """
     _refuse_dependent(ds)
     last = int(ds["step"].values[np.flatnonzero(ds["recorded"].any(("order", "seed")))][-1])
-    chosen, rng = list(steps or [last]), np.random.default_rng(random_seed)
+    chosen = [last] if steps is None else np.atleast_1d(np.asarray(steps, dtype=np.int64)).tolist()
+    named, rng = [metrics] if isinstance(metrics, str) else list(metrics), np.random.default_rng(random_seed)
+    if not chosen or not named or permutations < _FEWEST:
+        raise ConfigurationError(f"a test needs a metric, a step, and {_FEWEST} permutations or more")
     found = []
-    for metric in metrics:
+    for metric in named:
         pairs = [_pairs(ds, metric, step) for step in chosen]
         found.append([(swap_test(*p, permutations, rng), disjoint_test(*p, permutations, rng)) for p in pairs])
     p = np.array(found)
-    columns = {}
+    corrected, columns = adjusted(p), {}
     for k, name in enumerate(("p_swap", "p_disjoint")):
         columns[name] = (("metric", "step"), p[..., k])
-        columns[f"{name}_adjusted"] = (("metric", "step"), adjusted(p[..., k]))
-    rejected = (columns["p_swap_adjusted"][1] <= level) | (columns["p_disjoint_adjusted"][1] <= level)
+        columns[f"{name}_adjusted"] = (("metric", "step"), corrected[..., k])
+    rejected = np.asarray((corrected <= level).any(-1))
     attrs = {"seeds": ds.sizes["seed"], "permutations": permutations, "random_seed": random_seed, "level": level}
     columns["rejected"] = (("metric", "step"), rejected)
-    return xr.Dataset(columns, {"metric": list(metrics), "step": chosen}, attrs)
+    return xr.Dataset(columns, {"metric": named, "step": chosen}, attrs)
 
 
 def swap_test(forward: Floats, backward: Floats, permutations: int, rng: np.random.Generator) -> float:
@@ -133,7 +139,8 @@ def _pairs(ds: xr.Dataset, metric: str, step: int) -> tuple[Floats, Floats]:
             )
         made.append(found)
     forward, backward = made
-    return forward, backward
+    scale = scale_of(np.append(forward, backward))
+    return forward / scale, backward / scale
 
 
 def _refuse_dependent(ds: xr.Dataset) -> None:

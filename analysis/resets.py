@@ -1,8 +1,8 @@
 """What a reset does: at every step where an order begins a new leg, the level of a metric before and after.
 
-A level is the mean over the last half of a leg, with an interval that allows for autocorrelation. `forward` of the
-same seed is looked at over the steps of the new leg: how much of it lies between the two levels, and how often it
-crosses them.
+A level is the mean over the last half of a leg, with an interval that allows for autocorrelation, or the limit of a
+leg that settles to a point. `forward` of the same seed is looked at over the steps of the new leg: how much of it lies
+between the two levels, and how often it crosses them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.longrun import quantile, standard_error
+from trajstore.analysis.convergence import judge
+from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
+from trajstore.analysis.rounding import of_moves
+from trajstore.analysis.spaces import Path
 from trajstore.analysis.windows import SLABS, measured_steps, with_slabs
 
 from trajstore.errors import StatisticError
@@ -22,6 +25,7 @@ __all__ = ["Reset", "resets"]
 Floats = NDArray[np.float64]
 _LEAST = 16
 """Recorded steps of a leg that a level needs."""
+_REACH = quantile(0.95)
 _BAND, _EXCURSION = 3.0, 0.05
 """Settled is what stays within so many standard deviations of the level, or within this share of the way to it."""
 
@@ -45,7 +49,8 @@ class Reset:
     difference_low: float
     difference_high: float
     settles: str
-    """``elsewhere``, where the interval of the difference does not hold 0; ``not told apart``; ``too short``."""
+    """``elsewhere``, where the interval of the difference does not hold 0; ``not told apart``; ``diverged``; or ``too
+    short``, where a leg neither settles to a point nor is worth enough independent values for a level."""
     settled_after: float
     """Steps from the reset until it stays at the new level; NaN if it does not within the first three quarters."""
     forward_between: float
@@ -55,21 +60,21 @@ class Reset:
     forward_crosses_after: float
 
 
-def resets(ds: xr.Dataset, metric: str, level: float = 0.95) -> xr.Dataset:
-    """Return what each reset does to a metric, along the dimension ``reset``."""
-    steps, values = measured_steps(ds, metric)
+def resets(ds: xr.Dataset, metric: str) -> xr.Dataset:
+    """Return what each reset does to a metric, along the dimension ``reset``; intervals are of 95%."""
+    steps, values, known = measured_steps(ds, metric)
     legs = with_slabs(ds["leg"].isel(step=steps)).values
     labels = ds["step"].values[steps]
     orders, seeds = (np.atleast_1d(ds[dim].values) for dim in SLABS)
     found = []
     for i, order in enumerate(map(str, orders)):
         for k, seed in enumerate(seeds.tolist()):
-            there = (legs[i, k] >= 0) & np.isfinite(values[i, k])
+            there = (legs[i, k] >= 0) & known[i, k]
             forward = values[list(orders).index("forward"), k] if "forward" in orders and order != "forward" else None
             for first, begin, end in _changes(np.where(there, legs[i, k], -1)):
                 start = int(legs[i, k, begin])
-                found.append(_reset(order, seed, labels, values[i, k], (first, begin, end), start, forward, level))
-    if found and all(reset.settles == "too short" for reset in found):
+                found.append(_reset(order, seed, labels, values[i, k], (first, begin, end), start, forward))
+    if found and all(reset.settles == "too short" and np.isnan([reset.before, reset.after]).any() for reset in found):
         raise StatisticError(
             f"{metric}: a level needs a leg of {2 * _LEAST} recorded steps, and none before or after a "
             "reset is so long; record more steps of each leg"
@@ -80,7 +85,7 @@ def resets(ds: xr.Dataset, metric: str, level: float = 0.95) -> xr.Dataset:
             "record one that does, as in 'backward+backward@1000' or 'backward/100'"
         )
     columns = {f.name: ("reset", np.array([getattr(r, f.name) for r in found])) for f in fields(Reset)}
-    return xr.Dataset(columns, attrs={"metric": metric, "level": level})
+    return xr.Dataset(columns, attrs={"metric": metric, "level": 0.95})
 
 
 def _changes(legs: NDArray[np.int64]) -> list[tuple[int, int, int]]:
@@ -100,7 +105,6 @@ def _reset(
     places: tuple[int, int, int],
     start: int,
     forward: Floats | None,
-    level: float,
 ) -> Reset:
     first, begin, end = places
     before, after = _level(values[first:begin]), _level(values[begin:end])
@@ -111,27 +115,45 @@ def _reset(
     if len(during) > 1 and np.isfinite(difference[0]):
         between = float(((during >= low) & (during <= high)).mean())
         crosses_before, crosses_after = (_crossings(during, at) for at in (before[0], after[0]))
-    apart = abs(difference[0]) > quantile(level) * difference[1]
     return Reset(
         order, seed, start,
-        *_interval(before, level), *_interval(after, level), *_interval(difference, level),
-        settles="elsewhere" if apart else "not told apart" if np.isfinite(difference[0]) else "too short",
+        *_interval(before), *_interval(after), *_interval(difference),
+        settles=_settles(values[first:end], difference),
         settled_after=_settled(labels[begin:end] - start, values[begin:end], after[0]),
         forward_between=between, forward_crosses_before=crosses_before, forward_crosses_after=crosses_after,
     )  # fmt: skip
 
 
+def _settles(legs: Floats, difference: tuple[float, float]) -> str:
+    if not np.isfinite(legs).all():
+        return "diverged"
+    if not np.isfinite(difference).all():
+        return "too short"
+    return "elsewhere" if abs(difference[0]) > difference[1] else "not told apart"
+
+
 def _level(leg: Floats) -> tuple[float, float]:
-    """Return the mean of a leg's last half, and its standard error."""
+    """Return the level of a leg, and how far off it may be.
+
+    The mean of its last half, if that is worth enough independent values for an interval; where it settles to a point,
+    its last value, and all that it still moved in the last quarter. NaN where it is neither.
+    """
     half = leg[len(leg) // 2 :]
-    if len(half) < _LEAST:
+    if len(half) < _LEAST or not np.isfinite(half).all():
         return np.nan, np.nan
-    return float(half.mean()), float(standard_error(half - half.mean()))
+    if effective_size(half) >= ENOUGH:
+        return float(half.mean()), _REACH * float(standard_error(half - half.mean()))
+    moves = np.abs(np.diff(half))
+    path = Path(np.arange(len(half)), half[:, None], moves, of_moves(half))
+    if judge(path).verdict == "point":
+        tail = half[-max(2, len(leg) // 4) :]
+        return float(half[-1]), max(float(np.abs(tail - half[-1]).max()), float(path.rounding.max()))
+    return float(half.mean()), np.nan
 
 
-def _interval(at: tuple[float, float], level: float) -> tuple[float, float, float]:
-    mean, error = at
-    return mean, mean - quantile(level) * error, mean + quantile(level) * error
+def _interval(at: tuple[float, float]) -> tuple[float, float, float]:
+    value, reach = at
+    return value, value - reach, value + reach
 
 
 def _settled(since: NDArray[np.int64], leg: Floats, level: float) -> float:

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from trajstore.analysis.rounding import of_moves
 from trajstore.analysis.windows import SLABS, Window, metrics_of, stored_window, window_of, with_slabs
 
-from trajstore.errors import NotFoundError, choices
+from trajstore.errors import NotFoundError, StatisticError, choices
 
 __all__ = ["LAYER", "PARAMETERS", "SUM", "Path", "embedded", "paths_of"]
 
 PARAMETERS, LAYER, SUM = "parameters", "layer:", "sum:"
 _EMBEDDED, _NOTHING = 256, 1e-12
 """So many iterates have all their distances taken; a coordinate with less of the variance is rounding."""
-_ROUNDING = 4.0
-"""Moves below so many units in the last place are rounding, not training."""
+
 
 Floats = NDArray[np.float64]
 
@@ -39,8 +39,8 @@ class Path:
     """(place, coordinate): at each step, or evenly at some of them."""
     moves: Floats
     """Distances of successive iterates, one fewer."""
-    rounding: float
-    """Moves below this are rounding."""
+    rounding: Floats
+    """Below what each move is rounding."""
 
     @property
     def finite(self) -> bool:
@@ -51,16 +51,7 @@ class Path:
 def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
     """Return the window and, for each order and seed, the path through a space."""
     if space == PARAMETERS:
-        seen = window_of(ds, "step_distance", window, least)
-        norms = window_of(ds, "param_norm", len(seen), least).values
-        points = with_slabs(ds["sketch"].sel(step=seen.steps)).values.astype(np.float64)
-        return seen, [
-            [
-                Path(seen.steps, points[i, k], seen.values[i, k, 1:], _rounding(ds, norms[i, k]))
-                for k in range(points.shape[1])
-            ]
-            for i in range(points.shape[0])
-        ]
+        return _of_parameters(ds, window, least)
     if space.startswith(LAYER):
         return _of_layer(ds, space, window, least)
     metric = space.removeprefix(SUM)
@@ -68,7 +59,28 @@ def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tupl
         raise NotFoundError(f"no metric {space!r}; {choices(metric, [*metrics_of(ds), PARAMETERS])}")
     seen = window_of(ds, metric, window, least)
     together = space.startswith(SUM)
-    return seen, [[_path(ds, seen.steps, values, together) for values in rows] for rows in seen.values]
+    return seen, [[_path(seen.steps, values, together) for values in rows] for rows in seen.values]
+
+
+def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
+    if "sketch" not in ds:
+        raise StatisticError("this dataset has no sketches; select steps and slabs of it, not variables")
+    seen = window_of(ds, "step_distance", window, least)
+    norms = window_of(ds, "param_norm", len(seen), least).values
+    points = with_slabs(ds["sketch"].sel(step=seen.steps)).values.astype(np.float64)
+    moves = seen.values[..., 1:]
+    if seen.gap != _recorded_gap(ds):  # the distances that were recorded are those to iterates in between
+        moves = np.sqrt((np.diff(points, axis=2) ** 2).sum(-1))
+    dtype = ds["params"].dtype if "params" in ds else np.dtype(np.float64)
+    return seen, [
+        [Path(seen.steps, points[i, k], moves[i, k], of_moves(norms[i, k], dtype)) for k in range(points.shape[1])]
+        for i in range(points.shape[0])
+    ]
+
+
+def _recorded_gap(ds: xr.Dataset) -> int:
+    record = ds.attrs.get("trajstore", {}).get("config", {}).get("record", {})
+    return int(record.get("every") or 1)
 
 
 def _of_layer(ds: xr.Dataset, space: str, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
@@ -86,7 +98,10 @@ def _of_layer(ds: xr.Dataset, space: str, window: int | None, least: int) -> tup
     steps = seen["snapshot"].values.astype(np.int64)
     coords = {dim: np.atleast_1d(ds[dim].values) for dim in SLABS}
     return Window(space, steps, moves, coords), [
-        [Path(steps, embedded(apart[i, k]), moves[i, k, 1:], _rounding(ds, norms[i, k])) for k in range(moves.shape[1])]
+        [
+            Path(steps, embedded(apart[i, k]), moves[i, k, 1:], of_moves(norms[i, k], ds["params"].dtype))
+            for k in range(moves.shape[1])
+        ]
         for i in range(moves.shape[0])
     ]
 
@@ -107,12 +122,7 @@ def embedded(distances: Floats) -> Floats:
     return np.asarray(points * np.where(points[:1] < 0, -1.0, 1.0))
 
 
-def _path(ds: xr.Dataset, steps: NDArray[np.int64], values: Floats, together: bool) -> Path:
+def _path(steps: NDArray[np.int64], values: Floats, together: bool) -> Path:
     with np.errstate(invalid="ignore"):  # told as diverged
         moves = values[1:] + values[:-1] if together else np.abs(np.diff(values))
-    return Path(steps, values[:, None], moves, 0.0 if together else _rounding(ds, values))
-
-
-def _rounding(ds: xr.Dataset, sizes: Floats) -> float:
-    dtype = ds["params"].dtype if "params" in ds else np.dtype(np.float64)
-    return _ROUNDING * float(np.finfo(dtype).eps) * float(np.abs(sizes).max())
+    return Path(steps, values[:, None], moves, np.zeros(len(moves)) if together else of_moves(values))

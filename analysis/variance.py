@@ -22,7 +22,8 @@ import xarray as xr
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
-from trajstore.analysis.windows import SLABS, Window, window_of, with_slabs
+from trajstore.analysis.rounding import of_moves, scale_of
+from trajstore.analysis.windows import SLABS, Window, resets_within, window_of
 
 from trajstore.errors import ConfigurationError, StatisticError, choices
 
@@ -87,7 +88,7 @@ def step_variance(ds: xr.Dataset, metric: str, window: int = 100) -> xr.DataArra
 def rolling_variance(ds: xr.Dataset, metric: str, window: int = 100, kind: Kind = "tail") -> xr.DataArray:
     """Return the variance over the `window` recorded steps that end at each step, (order, seed, step)."""
     _check(kind)
-    whole = window_of(ds, metric, _measured(ds, metric), least=window)
+    whole = window_of(ds, metric, "all", least=window)
     rows = whole.values.reshape(-1, len(whole))
     out = np.full(rows.shape, np.nan)
     at_once = max(1, _ROLLING_BYTES // (8 * window))
@@ -142,7 +143,8 @@ def variance(
     seen = window_of(ds, metric, window, least=8)
     _check(kind)
     slabs = [[_estimate(slab, kind, level) for slab in slabs] for slabs in seen.values]
-    return _table(seen, SLABS, seen.coords, slabs, kind, level)
+    table = _table(seen, SLABS, seen.coords, slabs, kind, level)
+    return table.assign(resets=(SLABS, resets_within(ds, seen.steps)))
 
 
 def variance_ratio(
@@ -181,23 +183,37 @@ def _of_window(seen: Window, kind: Kind) -> xr.DataArray:
 def _variance(values: Floats, kind: Kind) -> Floats:
     with np.errstate(invalid="ignore"):  # what diverged has no variance
         parts, lost = CONTRIBUTIONS[kind](values)
-        return np.asarray(parts.sum(-1) / (parts.shape[-1] - lost))
+        found = parts.sum(-1) / (parts.shape[-1] - lost)
+        # Even the mean of equal numbers may be off by a rounding error, whose square is no variance.
+        return np.asarray(np.where(found <= (4 * np.finfo(float).eps * np.abs(values).max(-1)) ** 2, 0.0, found))
 
 
 def _estimate(values: Floats, kind: Kind, level: float) -> _Estimate:
     if not np.isfinite(values).all():
         return _Estimate(np.nan, np.nan, np.nan, np.nan, "diverged")
-    parts, _ = CONTRIBUTIONS[kind](values)
-    found, size = float(_variance(values, kind)), effective_size(parts)
-    if found == 0:
-        return _Estimate(0.0, np.nan, np.nan, size, "does not vary")
+    scale = scale_of(values)
+    parts, _ = CONTRIBUTIONS[kind](values / scale)
+    found, size = float(_variance(values / scale, kind)) * scale**2, _worth(parts)
+    rests = bool((np.abs(np.diff(values)) <= of_moves(values)).all())
+    if rests or found == 0:
+        return _Estimate(0.0, np.nan, np.nan, size, "does not vary, but by rounding")
     halves = sorted((float(parts[: len(parts) // 2].sum()), float(parts[len(parts) // 2 :].sum())))
     if halves[1] > UNEVEN * halves[0]:
-        told = "still settling: one half of the window holds nearly all of its variance"
+        told = "is still settling: one half of the window holds nearly all of its variance"
         return _Estimate(found, np.nan, np.nan, size, told, settling=True)
     if size < ENOUGH:
         return _Estimate(found, np.nan, np.nan, size, _too_short(size, len(values)), settling=size < SMOOTH)
     return _interval(found, parts / parts.mean(), size, level)
+
+
+def _worth(parts: Floats) -> float:
+    """Return how many independent values contributions are worth, fewer where a few of them are most of the sum.
+
+    Squares of normal deviates have a mean square of three times their squared mean; beyond that, tails are heavy.
+    """
+    squares = float((parts**2).sum())
+    heavy = min(1.0, 3 * float(parts.sum()) ** 2 / (len(parts) * squares)) if squares > 0 else 1.0
+    return heavy * effective_size(parts)
 
 
 def _ratio(above: Floats, below: Floats, kind: Kind, level: float, names: tuple[str, str]) -> tuple[_Estimate, str]:
@@ -206,16 +222,15 @@ def _ratio(above: Floats, below: Floats, kind: Kind, level: float, names: tuple[
     if one.why == "diverged" or other.why == "diverged":
         return _Estimate(np.nan, np.nan, np.nan, np.nan, "diverged"), "none"
     if other.value == 0:
-        return _Estimate(
-            np.inf if one.value else np.nan, np.nan, np.nan, one.effective, f"{names[1]} does not vary"
-        ), "none"
-    ratio, parts = one.value / other.value, CONTRIBUTIONS[kind](above)[0]
+        ratio = np.inf if one.value else np.nan
+        return _Estimate(ratio, np.nan, np.nan, one.effective, f"{names[1]} {other.why}"), "none"
+    ratio, parts = one.value / other.value, CONTRIBUTIONS[kind](above / scale_of(above))[0]
     for estimate, order in ((one, names[0]), (other, names[1])):
         if estimate.why and (order == names[0] or not estimate.settling):
-            return _Estimate(ratio, np.nan, np.nan, estimate.effective, f"{order} is {estimate.why}"), "none"
+            return _Estimate(ratio, np.nan, np.nan, estimate.effective, f"{order} {estimate.why}"), "none"
     if other.why:
         return _interval(ratio, parts / parts.mean(), one.effective, level), f"{names[1]} as it is in this window"
-    others = CONTRIBUTIONS[kind](below)[0]
+    others = CONTRIBUTIONS[kind](below / scale_of(below))[0]
     joint = parts / parts.mean() - others / others.mean()
     return _interval(ratio, joint, min(one.effective, other.effective), level), "both"
 
@@ -228,7 +243,7 @@ def _interval(value: float, relative: Floats, size: float, level: float) -> _Est
 
 def _too_short(size: float, steps: int) -> str:
     needed = f"about {_rounded_up(steps * ENOUGH / size):,} steps" if size >= 1 else "a much longer window"
-    return f"too short: worth {size:.0f} independent values, and {ENOUGH} are needed; that takes {needed}"
+    return f"is too short: worth {size:.0f} independent values, and {ENOUGH} are needed; that takes {needed}"
 
 
 def _rounded_up(steps: float) -> int:
@@ -253,10 +268,3 @@ def _table(
 def _check(kind: str) -> None:
     if kind not in get_args(Kind):
         raise ConfigurationError(f"no variance {kind!r}; {choices(kind, get_args(Kind))}")
-
-
-def _measured(ds: xr.Dataset, metric: str) -> int | None:
-    """Return at how many steps a metric is known in all slabs."""
-    if metric not in ds or "step" not in ds[metric].dims:
-        return None  # `window_of` says what there is
-    return int(with_slabs(ds[metric]).notnull().any(SLABS).sum())

@@ -7,7 +7,7 @@ anything else would be a number about something else, so it is an error that say
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 
-__all__ = ["SLABS", "Window", "measured_steps", "metrics_of", "stored_window", "window_of", "with_slabs"]
+__all__ = [
+    "SLABS",
+    "Window",
+    "measured_steps",
+    "metrics_of",
+    "resets_within",
+    "stored_window",
+    "window_of",
+    "with_slabs",
+]
 
 SLABS = ("order", "seed")
 
@@ -33,6 +42,11 @@ class Window:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def gap(self) -> int:
+        """Steps from one to the next."""
+        return int(self.steps[1] - self.steps[0])
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -57,17 +71,17 @@ def with_slabs(variable: xr.DataArray) -> xr.DataArray:
     return variable.expand_dims([dim for dim in SLABS if dim not in variable.dims]).transpose(*SLABS, ...)
 
 
-def window_of(ds: xr.Dataset, metric: str, window: int | None = None, least: int = 3) -> Window:
-    """Return the last `window` steps at which a metric was measured, or the last half of all of them.
+def window_of(ds: xr.Dataset, metric: str, window: int | Literal["all"] | None = None, least: int = 3) -> Window:
+    """Return the last `window` steps at which a metric was measured, or by default the last half of all of them.
 
     `least` is how many steps a statistic takes at the least.
     """
-    if window is not None and window < least:
+    if isinstance(window, int) and window < least:
         raise StatisticError(f"window is {window}; this statistic needs at least {least} steps")
     recorded, known = _masks(ds, metric)
     steps = _measured(ds, metric, recorded & known)
     steps = steps[: len(steps) - _ends_early(ds["step"].values[steps])]
-    asked = max(least, len(steps) // 2) if window is None else window
+    asked = max(least, len(steps) // 2 if window is None else len(steps) if window == "all" else window)
     if len(steps) < asked:
         raise StatisticError(f"{metric}: it was measured at {len(steps)} steps, fewer than the window of {asked}")
     tail = steps[-asked:]
@@ -84,6 +98,14 @@ def window_of(ds: xr.Dataset, metric: str, window: int | None = None, least: int
             )
     values = with_slabs(ds[metric].isel(step=tail)).values.astype(np.float64)
     return Window(metric, labels.astype(np.int64), values, coords)
+
+
+def resets_within(ds: xr.Dataset, steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many resets lie between the first and the last of some steps, (order, seed)."""
+    if "leg" not in ds:
+        return np.zeros(with_slabs(ds["recorded"]).shape[:2], dtype=np.int64)
+    legs = with_slabs(ds["leg"].sel(step=steps)).values
+    return np.asarray((np.diff(legs, axis=-1) != 0).sum(-1), dtype=np.int64)
 
 
 def stored_window(ds: xr.Dataset, what: str, window: int | None = None, least: int = 3) -> NDArray[np.int64]:
@@ -111,19 +133,28 @@ def stored_window(ds: xr.Dataset, what: str, window: int | None = None, least: i
     return np.asarray(steps, dtype=np.int64)
 
 
-def measured_steps(ds: xr.Dataset, metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the places along `step` where a metric was measured in some slab, and its values (order, seed, step)."""
+def measured_steps(ds: xr.Dataset, metric: str) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the places along `step` where a metric was measured in some slab, its values, and which there are.
+
+    Both are (order, seed, step); values are NaN where there are none, and where training diverged.
+    """
     recorded, known = _masks(ds, metric)
     there = recorded & known
     places = _measured(ds, metric, there)
     values = with_slabs(ds[metric].isel(step=places)).values.astype(np.float64)
-    return places, np.where(there[..., places], values, np.nan)
+    return places, np.where(there[..., places], values, np.nan), there[..., places]
 
 
 def _masks(ds: xr.Dataset, metric: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which steps were recorded, and where the metric was measured, both (order, seed, step)."""
-    if metric not in ds or "step" not in ds[metric].dims:
+    if not {"measured", "recorded"} <= set(ds.variables):
+        raise StatisticError(
+            f"{metric}: this dataset does not say at which steps it was measured; select steps and slabs, not variables"
+        )
+    if metric not in metrics_of(ds) or metric not in ds:
         raise NotFoundError(f"no metric {metric!r}; {choices(metric, metrics_of(ds))}")
+    if "step" not in ds[metric].dims:
+        raise StatisticError(f"{metric}: one step was selected, and a statistic over time needs several")
     return with_slabs(ds["recorded"]).values, with_slabs(_known(ds, metric)).values
 
 
@@ -149,7 +180,10 @@ def _ends_early(steps: NDArray[Any]) -> bool:
 
 
 def _refuse_uneven(ds: xr.Dataset, metric: str, steps: NDArray[Any]) -> None:
-    if len(set(np.diff(steps).tolist())) <= 1:
+    gaps = set(np.diff(steps).tolist())
+    if len(gaps) <= 1:
+        if gaps and min(gaps) < 0:
+            raise StatisticError(f"{metric}: the steps run backwards, from {steps[0]} to {steps[-1]}; turn them round")
         return
     why = f" where {ds.attrs['adaptive']} changes most" if ds.attrs.get("adaptive") else ""
     raise StatisticError(

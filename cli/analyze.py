@@ -89,15 +89,19 @@ def _law(stored: StoredExperiment, metrics: Sequence[str] = ("parameters",), ste
     return [Table(title, found, shown, {})]
 
 
-def _contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 100) -> list[Table]:
+def _contraction(stored: StoredExperiment, order: str | None = None, pairs: int = 100) -> list[Table]:
     import numpy as np
     import xarray as xr
     from trajstore.analysis import contraction, lyapunov
 
+    names = stored.schema.orders
+    order = order or ("forward" if "forward" in names else names[0])
     found = contraction(stored, order, pairs)
     factors = {"parameters": found["factor"].values, "sum:train_loss": found["loss_factor"].values}
+    factors = {space: values for space, values in factors.items() if np.isfinite(values).any()}
     numbers = {
-        "share_below_1": [float((f < 1).mean()) for f in factors.values()],
+        "pairs": [int(np.isfinite(f).sum()) for f in factors.values()],
+        "share_below_1": [float((f < 1).sum() / np.isfinite(f).sum()) for f in factors.values()],
         "median": [float(np.nanmedian(f)) for f in factors.values()],
         "largest": [float(np.nanmax(f)) for f in factors.values()],
     }
@@ -161,7 +165,7 @@ def analyze(
         raise ConfigurationError(f"{analysis} takes one --metric")
     else:
         given["metric"] = metric[0] if metric else None
-    options = {name: value for name, value in given.items() if value}
+    options = {name: value for name, value in given.items() if value is not None and value != []}
     if foreign := sorted(set(options) - asked.options):
         flag = {"steps": "--step"}.get(foreign[0], f"--{foreign[0]}")
         raise ConfigurationError(f"{analysis} has no {flag}")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.signal import lfilter
+from trajstore.analysis.rounding import of_moves
 from trajstore.analysis.spaces import Path
 
 
 def path(points):
     """The path through points of a Euclidean space, as an analysis sees it."""
     points = np.asarray(points, dtype=float).reshape(len(points), -1)
-    moves = np.sqrt((np.diff(points, axis=0) ** 2).sum(1))
-    return Path(np.arange(len(points)), points, moves, 4 * np.finfo(float).eps * float(np.abs(points).max()))
+    steps = np.diff(points, axis=0)
+    moves = (
+        np.abs(steps[:, 0]) if steps.shape[1] == 1 else np.sqrt((steps**2).sum(1))
+    )  # no square of 1e-200 is a number
+    return Path(np.arange(len(points)), points, moves, of_moves(np.abs(points).max(1)))
 
 
 def last_half(points):

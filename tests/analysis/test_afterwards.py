@@ -112,3 +112,48 @@ def test_the_program_computes_and_the_result_is_a_metric_like_any_other(stored, 
     code, _, err = trajstore("compute", "gradient", address, "lsq")
     assert code == 2
     assert "no metric 'gradient' to compute" in err
+
+
+def measured(stored, metric, step, samples):
+    from trajstore.analysis.afterwards import METRICS, At
+
+    from trajstore.reviving import revive
+
+    revived = revive(stored)
+    (state,) = revived.states("forward", 0, [step])
+    return METRICS[metric].measure(revived, At(state, 0, step, samples))[0]
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "largest"), [([1.3] + [1.0] * 500, 1.3), (np.linspace(0, 1, 300).tolist(), 1.0), ([2.0], 2.0)]
+)
+def test_sharpness_is_found_where_eigenvalues_are_close(record, spectrum, largest):
+    stored = record("quadratic", steps=2, seeds=[0], problem={"spectrum": spectrum})
+    assert measured(stored, "sharpness", 1, 1) == pytest.approx(largest, rel=1e-3)
+
+
+def test_batches_without_replacement_tell_the_noise_of_one_example_too(record):
+    stored = record(
+        {**TABLE, "name": "shuffled", "problem": {**TABLE["problem"], "batch_size": 30, "sampling": "shuffle"}}
+    )
+    X, y = LeastSquares(n=40, d=4).data
+    each = (X @ stored.arrays(order="forward", seed=0, step=20)["theta"] - y)[:, None] * X
+    noise = np.sqrt(((each - each.mean(0)) ** 2).sum(1).mean())
+    assert measured(stored, "gradient_noise", 20, 400) == pytest.approx(noise, rel=0.1)
+
+
+def test_the_operator_is_the_one_of_the_next_step(record):
+    schedule = {"family": "cosine", "total": 100}
+    operator = {"lr": 0.1, "schedule": schedule, "by": "index"}
+    stored = record("quadratic", steps=60, seeds=[0], problem={"noise": 0.0}, operator=operator)
+    losses = stored.dataset()["train_loss"].sel(order="forward", seed=0).values
+    for step in (10, 30):
+        assert measured(stored, "invariance_gap", step, 4) == pytest.approx(losses[step] - losses[step + 1], rel=1e-9)
+
+
+def test_one_series_does_not_mix_numbers_of_samples(stored):
+    compute(stored, "hessian_trace", every=30, samples=8)
+    again = ts.open(stored.store.place.address)["lsq"]
+    with pytest.raises(ConfigurationError, match="was computed with 8 samples, and one series cannot mix them"):
+        compute(again, "hessian_trace", every=10, samples=16)
+    assert compute(again, "hessian_trace", every=10, samples=8) == 2 * 2 * 4

@@ -94,3 +94,16 @@ def test_what_cannot_be_had_is_refused(record, tmp_path):
         rec.step(loss=1.0)
     with pytest.raises(ConfigurationError, match="nothing can be computed with it afterwards"):
         contraction(ts.open(tmp_path / "loop.zarr")["mine"])
+
+
+def test_an_optimizer_with_a_memory_is_refused_instead_of_half_seen(record):
+    stored = record("quadratic", steps=200, seeds=[0], operator={"momentum": 0.9}, record={"optimizer_state": True})
+    for asked in (contraction, lyapunov):
+        with pytest.raises(StatisticError, match="a step changes an optimizer's memory"):
+            asked(stored)
+
+
+def test_iterates_that_differ_by_rounding_have_no_factor(record):
+    found = contraction(record("quadratic", steps=800, seeds=[0]), "backward", pairs=60)
+    assert int(found["factor"].isnull().sum()) > 5
+    assert float(found["factor"].max()) < 0.95

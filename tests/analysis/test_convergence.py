@@ -165,3 +165,43 @@ def test_what_cannot_be_judged_is_refused(recorded):
         train_loss=ds["train_loss"].where(ds["step"] != 390, np.inf).assign_attrs(ds["train_loss"].attrs)
     )
     assert set(convergence(broken, "train_loss")["why"].values.ravel()) == {"diverged within the window"}
+
+
+def test_a_metric_of_few_values_that_pauses_has_not_settled():
+    """An accuracy that jumps now and then between two values, for ever."""
+    rng = np.random.default_rng(0)
+    for often, steps in ((0.05, 100), (0.05, 200), (0.005, 2_000)):
+        jumps = np.cumsum(rng.random((200, steps)) < often, axis=1) % 2
+        verdicts = Counter(judge(last_half(0.5 + 0.25 * jump)).verdict for jump in jumps if np.ptp(jump[steps // 2 :]))
+        assert verdicts["point"] <= 0.05 * verdicts.total(), (often, steps, verdicts)
+
+
+def test_rounding_is_that_of_the_values_themselves():
+    rng = np.random.default_rng(0)
+    assert judge(last_half(1e8 + rng.standard_normal(4_000))).verdict == "distribution"
+    spiked = 1 + 0.1 * rng.standard_normal(2_000)
+    spiked[1_000] = 1e6
+    assert judge(last_half(spiked)).verdict != "point"
+
+
+def test_scales_do_not_change_a_verdict():
+    rng = np.random.default_rng(0)
+    for scale in (1e-280, 1e-160, 1e160, 1e300):
+        assert judge(last_half(scale * quadratic(rng, 0.1, 4_000, "forward"))).verdict != "drifting"
+        descent = judge(last_half(scale * 0.9 ** np.arange(201.0)))
+        assert (descent.verdict, descent.rate) == ("point", pytest.approx(0.9))
+
+
+def test_resets_within_the_window_are_counted(recorded, record):
+    ds = record("quadratic", steps=300, seeds=[0], orders=["backward/50", "backward"]).dataset()
+    assert convergence(ds)["resets"].values.tolist() == [[2], [0]]
+    assert variance(ds, "train_loss")["resets"].values.tolist() == [[2], [0]]
+
+
+def test_every_other_step_has_the_distances_of_every_other_step(recorded):
+    jumps = recorded["jumps"]
+    apart = jumps["sketch"].diff("step")
+    every = jumps.isel(step=slice(0, None, 2))
+    expected = np.abs(every["sketch"].diff("step").values[..., -1_000 // 8 :, 0])
+    assert float(convergence(every)["move"][0, 0]) == pytest.approx(float(np.median(expected[0, 0])))
+    assert apart.sizes["step"] == 2_000

@@ -7,7 +7,7 @@ import pytest
 from trajstore.analysis import law
 from trajstore.analysis.law import adjusted, disjoint_test, swap_test
 
-from trajstore.errors import NotFoundError, StatisticError
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 
 H = 0.05
 
@@ -106,3 +106,26 @@ def test_it_is_refused_where_the_theorem_does_not_hold(ds, record):
         law(ds, steps=[31])
     with pytest.raises(NotFoundError, match="no metric 'train_los'; did you mean"):
         law(ds, ["train_los"])
+
+
+def test_all_tests_are_corrected_together():
+    """Two tests of one step: without the correction, one of them would reject in 9% to 10%."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(500):
+        forward, backward = rng.standard_normal((2, 40, 1))
+        p = np.array([swap_test(forward, backward, 199, rng), disjoint_test(forward, backward, 199, rng)])
+        wrong += bool((adjusted(p) <= 0.05).any())
+    assert wrong <= 0.07 * 500
+
+
+def test_scales_do_not_matter(ds):
+    plain = law(ds, "train_loss", 20, permutations=199)
+    for scale in (1e-200, 1e160):
+        scaled = ds.assign(train_loss=(scale * ds["train_loss"]).assign_attrs(ds["train_loss"].attrs))
+        assert law(scaled, "train_loss", 20, permutations=199)["p_swap"].equals(plain["p_swap"])
+
+
+def test_what_makes_no_test_is_refused(ds):
+    for asked in ({"metrics": []}, {"steps": []}, {"permutations": 0}):
+        with pytest.raises(ConfigurationError, match="a test needs a metric, a step, and 99 permutations"):
+            law(ds, **asked)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from trajstore.analysis import resets
 
+from tests.analysis.processes import ar1
 from trajstore.errors import NotFoundError, StatisticError
 
 H = 0.1
@@ -86,3 +87,36 @@ def test_without_a_reset_there_is_nothing_to_say(ds, record):
     tiny = record("quadratic", name="tiny", steps=20, seeds=[0], orders=["backward/10"]).dataset()
     with pytest.raises(StatisticError, match="a level needs a leg of 32 recorded steps"):
         resets(tiny, "train_loss")
+
+
+def sham(values):
+    """Legs that change in the middle, of a process that does not."""
+    import xarray as xr
+
+    values, dims = np.asarray(values)[None], ("order", "seed", "step")
+    steps = values.shape[-1]
+    legs = np.where(np.arange(steps) > steps // 2, steps // 2, 0) * np.ones(values.shape, dtype=int)
+    here = np.ones(values.shape, dtype=int)
+    return xr.Dataset(
+        {"loss": (dims, values), "measured": (dims, here, {"flag_meanings": "loss"}), "leg": (dims, legs)},
+        {
+            "order": ["noise"],
+            "seed": np.arange(values.shape[1]),
+            "step": np.arange(steps),
+            "recorded": (dims, here > 0),
+        },
+    )
+
+
+@pytest.mark.parametrize(("phi", "steps"), [(0.5, 256), (0.9, 400), (0.9, 4_000), (0.99, 1_000)])
+def test_a_reset_that_changes_nothing_is_hardly_ever_told_apart(phi, steps):
+    told = resets(sham(ar1(phi, steps, 200, 1)), "loss")["settles"]
+    assert float((told == "elsewhere").mean()) <= 0.08
+
+
+def test_a_leg_that_rests_or_diverges_is_told_as_such():
+    still = resets(sham(np.full((1, 200), 0.1)), "loss").isel(reset=0)
+    assert (str(still["settles"].values), float(still["before"])) == ("not told apart", 0.1)
+    broken = np.full((1, 200), 0.1)
+    broken[0, 180:] = np.nan
+    assert resets(sham(broken), "loss")["settles"].values.tolist() == ["diverged"]

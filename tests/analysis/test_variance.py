@@ -221,3 +221,42 @@ def test_what_was_never_measured_is_told_apart_from_what_diverged():
     gap["measured"][1, 0, 90] = 1
     with pytest.raises(StatisticError, match="order 'forward', seed 0 was not measured at step 90"):
         variance(gap, "loss")
+
+
+def test_what_rests_has_no_variance_but_rounding():
+    noise = ar1(0.0, 200, 1, 1)
+    for still in (np.full((1, 200), 0.1), 0.1 * np.ones((1, 200)) * np.arange(1, 201) / np.arange(1, 201)):
+        found = variance_ratio(runs_of(noise, still), "loss", 200)
+        assert found["ratio"].values.tolist() == [np.inf]
+        assert found["why"].values.tolist() == ["backward does not vary, but by rounding"]
+    assert tail_variance(runs_of(0.1 * np.arange(200.0)[None], noise), "loss", 200).values[0, 0] == 0
+
+
+def test_scales_do_not_matter():
+    plain = variance(runs_of(ar1(0.5, 1_000, 2, 1), ar1(0.5, 1_000, 2, 2)), "loss", 1_000)
+    for scale in (1e-120, 1e120):
+        scaled = variance(runs_of(scale * ar1(0.5, 1_000, 2, 1), scale * ar1(0.5, 1_000, 2, 2)), "loss", 1_000)
+        assert scaled["low"].values == pytest.approx(plain["low"].values * scale**2, rel=1e-9)
+
+
+def test_heavy_tails_are_worth_less():
+    """Of lognormal values a few are most of the variance, and intervals from so few would not hold."""
+    rng = np.random.default_rng(0)
+    heavy = np.exp(1.5 * rng.standard_normal((50, 1_000)))
+    assert float((variance(runs_of(heavy, heavy), "loss", 1_000)["why"] != "").mean()) > 0.7
+
+
+def test_an_early_last_step_is_left_out_everywhere():
+    ds = runs_of(ar1(0.0, 206, 1, 1), ar1(0.0, 206, 1, 2)).isel(step=[*range(0, 201, 10), 205])
+    assert rolling_variance(ds, "loss", 5).step.values[-1] == 200
+    assert variance(ds, "loss", 20).attrs["to_step"] == 200
+
+
+def test_selections_that_say_too_little_are_refused():
+    ds = runs_of(ar1(0.0, 100, 1, 1), ar1(0.0, 100, 1, 2))
+    with pytest.raises(StatisticError, match="select steps and slabs, not variables"):
+        variance(ds[["loss"]], "loss")
+    with pytest.raises(StatisticError, match="one step was selected"):
+        variance(ds.isel(step=5), "loss")
+    with pytest.raises(StatisticError, match="the steps run backwards"):
+        variance(ds.isel(step=slice(None, None, -1)), "loss")
