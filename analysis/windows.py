@@ -18,6 +18,7 @@ from trajstore.errors import NotFoundError, StatisticError, choices
 __all__ = [
     "SLABS",
     "Window",
+    "ends_early",
     "measured_steps",
     "metrics_of",
     "resets_within",
@@ -80,7 +81,7 @@ def window_of(ds: xr.Dataset, metric: str, window: int | Literal["all"] | None =
         raise StatisticError(f"window is {window}; this statistic needs at least {least} steps")
     recorded, known = _masks(ds, metric)
     steps = _measured(ds, metric, recorded & known)
-    steps = steps[: len(steps) - _ends_early(ds["step"].values[steps])]
+    steps = steps[: len(steps) - ends_early(ds["step"].values[steps])]
     asked = max(least, len(steps) // 2 if window is None else len(steps) if window == "all" else window)
     if len(steps) < asked:
         raise StatisticError(f"{metric}: it was measured at {len(steps)} steps, fewer than the window of {asked}")
@@ -112,7 +113,7 @@ def stored_window(ds: xr.Dataset, what: str, window: int | None = None, least: i
     """Return the last `window` steps with a stored state, or the last half of them; every slab must have them all."""
     stored = with_slabs(ds["stored"]).values
     places = np.flatnonzero(stored.any((0, 1)))
-    places = places[: len(places) - _ends_early(ds["snapshot"].values[places])]
+    places = places[: len(places) - ends_early(ds["snapshot"].values[places])]
     asked = max(least, len(places) // 2) if window is None else window
     if asked < least or len(places) < asked:
         raise StatisticError(
@@ -173,7 +174,7 @@ def _known(ds: xr.Dataset, metric: str) -> xr.DataArray:
     return ds["measured"] >> names.index(metric) & 1 > 0 if metric in names else ds[metric].notnull()
 
 
-def _ends_early(steps: NDArray[Any]) -> bool:
+def ends_early(steps: NDArray[Any]) -> bool:
     """Tell whether the last step comes before its time, since it is recorded on any grid."""
     gaps = np.diff(steps[-3:])
     return len(gaps) == 2 and bool(gaps[1] < gaps[0])

@@ -75,14 +75,14 @@ WhatToRecord = Annotated[
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
     """Read seeds such as '0-4' or '0,2,5-7'."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or last - first >= 1_000_000:
-            raise ConfigurationError(f"--seeds {text!r}: {part!r} is not a seed or a range; write '0-4' or '0,2,5'")
+            raise ConfigurationError(f"{option} {text!r}: {part!r} is not a seed or a range; write '0-4' or '0,2,5'")
         seeds += range(first, last + 1)
     return seeds
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from trajstore.cli.console import say
-from trajstore.cli.options import ExperimentName, FigureName, StorePath
+from trajstore.cli.options import ExperimentName, FigureName, StorePath, parse_seeds
 
 from trajstore.errors import ConfigurationError
 
@@ -19,23 +19,31 @@ def plot(
     exp: ExperimentName,
     figure: FigureName,
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG, PDF or SVG.")],
+    metric: Annotated[list[str] | None, typer.Option(help="What to draw; learning-curves takes several.")] = None,
+    window: Annotated[int | None, typer.Option(min=3, help="Recorded steps of the statistic.")] = None,
+    seed: Annotated[list[str] | None, typer.Option(help="As in 0-4; repeatable. All by default.")] = None,
+    order: Annotated[list[str] | None, typer.Option(help="Repeatable. All by default.")] = None,
 ) -> None:
-    """Draw a figure of an experiment."""
+    """Draw a figure of an experiment; which options it takes depends on the figure."""
     from trajstore.analysis import figures
 
     import trajstore as ts
 
     check_output(output)
-    save(figures.draw(figure, ts.open(store)[exp].dataset()), output)
+    seeds = [number for text in seed or () for number in parse_seeds(text, "--seed")]
+    ds = ts.open(store)[exp].dataset()
+    save(figures.draw(figure, ds, metric=metric, window=window, seed=seeds, order=order), output)
     say(str(output))
 
 
 def save(figure: object, output: Path) -> None:
-    """Write a figure to a file."""
+    """Write a figure to a file, in the style it was drawn in."""
     from matplotlib.figure import Figure
+    from trajstore.analysis.figures import style
 
     assert isinstance(figure, Figure)
-    figure.savefig(output)
+    with style():
+        figure.savefig(output)
 
 
 def check_output(output: Path) -> None:

@@ -1,21 +1,24 @@
 """Figures: one a file, drawn by its `draw(ds, ...)`, in the project's own style.
 
-The file name is the figure's name: `learning_curves.py` is ``trajstore plot STORE EXP learning-curves``.
+The file name is the figure's name: `learning_curves.py` is ``trajstore plot STORE EXP learning-curves``. What else
+`draw` takes (`metric`, `window`, `seed`, `order`) are the figure's options, on the command line, too. `axes` are axes
+to draw on instead of a figure of its own; they get no legend, but their lines have labels.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module, resources
-from typing import Protocol
+from inspect import Parameter, signature
+from typing import Any, Protocol
 
 import matplotlib as mpl
 import xarray as xr
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from trajstore.errors import NotFoundError, choices
+from trajstore.errors import ConfigurationError, NotFoundError, choices
 
 __all__ = ["ORDER_COLOURS", "draw", "figure_names", "order_colour", "style"]
 
@@ -27,21 +30,39 @@ _FURTHER = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 class Drawing(Protocol):
     """What a figure's module declares as `draw`."""
 
-    def __call__(self, ds: xr.Dataset) -> Figure:
+    def __call__(self, ds: xr.Dataset, **options: Any) -> Figure | SubFigure:  # noqa: ANN401
         """Draw a dataset."""
 
 
 def figure_names() -> list[str]:
     """Return the names of the figures."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__))
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def draw(name: str, ds: xr.Dataset) -> Figure:
-    """Draw a figure by its name."""
+def draw(name: str, ds: xr.Dataset, **options: Any) -> Figure | SubFigure:  # noqa: ANN401  each figure has its own
+    """Draw a figure by its name; an option that is None, or an empty list, counts as not given."""
     if name not in figure_names():
         raise NotFoundError(f"no figure {name!r}; {choices(name, figure_names())}")
     drawing: Drawing = import_module(f"{__name__}.{name.replace('-', '_')}").draw
-    return drawing(ds)
+    return drawing(ds, **_fitting(name, signature(drawing).parameters, options))
+
+
+def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, as a figure takes them."""
+    fitting = {}
+    for option, value in options.items():
+        if value is None or (isinstance(value, list) and not value):
+            continue
+        if option not in taken:
+            known = ", ".join(parameter for parameter in taken if parameter not in ("ds", "axes"))
+            raise ConfigurationError(f"the figure {name!r} takes no option {option!r}; it takes {known}")
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        if several and taken[option].annotation in ("str", "str | None", "int | None"):
+            if len(value) > 1:
+                raise ConfigurationError(f"the figure {name!r} takes one {option}, and not {len(value)}")
+            value = value[0]
+        fitting[option] = value
+    return fitting
 
 
 def order_colour(order: str, position: int) -> str:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from itertools import combinations, product
+
 import numpy as np
 import pytest
-from trajstore.analysis.figures import draw, figure_names, order_colour
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from trajstore.analysis.figures import draw, figure_names, order_colour, style
+from trajstore.analysis.figures._panels import interval, number
 from trajstore.analysis.figures.learning_curves import draw as learning_curves
 
-from trajstore.errors import NotFoundError, StatisticError
+import trajstore as ts
+from trajstore import analysis
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 
 
 def test_learning_curves_draw_every_seed_and_order(record):
@@ -66,3 +75,316 @@ def test_an_unknown_figure_is_named():
     assert "learning-curves" in figure_names()
     with pytest.raises(NotFoundError, match="no figure 'learning-curve'; did you mean 'learning-curves'"):
         draw("learning-curve", None)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two parameters, three orders, three seeds; every state is stored."""
+    config = {
+        "name": "runs", "steps": 200, "seeds": [0, 1, 2], "orders": ["forward", "backward", "backward+backward@100"],
+        "problem": {"family": "quadratic", "spectrum": [1.0, 0.5], "noise": 1.0},
+        "operator": {"family": "sgd", "lr": 0.1},
+    }  # fmt: skip
+    return ts.run(ts.Experiment.of(config), tmp_path_factory.mktemp("figures") / "runs.zarr").dataset()
+
+
+@pytest.fixture(scope="module")
+def laws(tmp_path_factory):
+    """One parameter, from one start, 30 seeds."""
+    experiment = ts.Experiment.preset("quadratic", {"steps": 20, "seeds": list(range(30)), "init_seed": 0})
+    return ts.run(experiment, tmp_path_factory.mktemp("laws") / "runs.zarr", durability="none").dataset()
+
+
+def without_states(ds):
+    return ds.assign_coords(stored=ds["stored"] & (ds["snapshot"] == 0))
+
+
+def lines(ax):
+    return {line.get_label(): line for line in ax.lines}
+
+
+def plain(ax):
+    """The title of a panel in one line."""
+    return " ".join(ax.get_title("left").split())
+
+
+def test_rolling_variance_draws_the_statistic_of_each_seed_and_order(runs):
+    figure = draw("rolling-variance", runs, window=40)
+    expected = analysis.rolling_variance(runs, "train_loss", 40)
+    ratio = analysis.variance_ratio(runs, "train_loss").sel(seed=0)
+    for ax, seed in zip(figure.axes, (0, 1, 2), strict=True):
+        assert ax.get_title("left").startswith(f"seed {seed}\n")
+        for order in runs["order"].values:
+            curve = expected.sel(order=order, seed=seed)
+            line = lines(ax)[order]
+            assert np.array_equal(line.get_xdata(), curve["step"])
+            assert np.array_equal(line.get_ydata(), curve, equal_nan=True)
+    assert figure.axes[0].get_ylabel() == "tail variance of train loss\nover 40 recorded steps"
+    written = interval(*(float(ratio[name]) for name in ("ratio", "low", "high")))
+    assert f"forward/backward {' '.join(written.split())}" in plain(figure.axes[0])
+
+
+def test_distances_are_those_of_the_stored_states_and_the_rate_is_the_one_that_was_fitted(runs):
+    figure = draw("distances", runs)
+    expected = runs.traj.distances(to="last").compute()
+    found = analysis.convergence(runs, "parameters")
+    for ax, seed in zip(figure.axes, (0, 1, 2), strict=True):
+        assert np.array_equal(lines(ax)["forward"].get_ydata(), expected.sel(order="forward", seed=seed))
+        verdict = found.sel(order="backward", seed=seed)
+        assert verdict["verdict"] == "point"
+        assert f"backward: point, rate {float(verdict['rate']):.3f}" in plain(ax)
+        assert "forward: undecided" in plain(ax) or "forward: distribution" in plain(ax)
+        slopes = {np.round(np.exp(np.diff(np.log(line.get_ydata()))[0]), 12)
+                  for line in ax.lines if line.get_linestyle() == "--"}  # fmt: skip
+        rates = {np.round(float(found["rate"].sel(order=order, seed=seed)), 12) for order in runs["order"].values[1:]}
+        assert slopes == rates
+    assert figure.axes[0].get_ylabel() == "distance to the\nlast stored state"
+
+
+def test_what_came_to_rest_shows_the_rate_at_which_it_did(record):
+    ds = record("quadratic", steps=400, seeds=[0], operator={"family": "sgd", "lr": 0.5}).dataset()
+    assert np.isnan(analysis.convergence(ds)["rate"].sel(order="backward", seed=0))
+    (ax,) = draw("distances", ds).axes
+    assert "backward: point, rate 0.5" in plain(ax)
+    assert "at rest" in plain(draw("distances", ds, window=100).axes[0])
+
+
+def test_distances_of_a_metric_are_differences_to_its_last_value(runs):
+    ax = draw("distances", runs, metric="train_loss", seed=1, order="forward").axes[0]
+    loss = runs["train_loss"].sel(order="forward", seed=1)
+    assert np.array_equal(lines(ax)["forward"].get_ydata(), abs(loss - loss[-1]))
+    assert ax.get_ylabel() == "|train loss − that of\nthe last iterate|"
+
+
+def test_where_states_are_not_stored_the_sketch_is_drawn_and_named(runs):
+    few = without_states(runs)
+    ax = draw("distances", few, seed=0, order="backward").axes[0]
+    expected = runs.traj.sketch_distances(to="last").sel(order="backward", seed=0)
+    assert np.array_equal(lines(ax)["backward"].get_ydata(), expected)
+    assert "from the sketch, which is exact" in ax.get_ylabel()
+    matrix = draw("distance-matrix", few, seed=0, order="backward")
+    assert "from the sketch" in matrix.axes[-1].get_ylabel()
+    exact = draw("distance-matrix", runs, seed=0, order="backward")
+    assert np.allclose(mesh(matrix.axes[0]), mesh(exact.axes[0]))
+    assert "from the sketch" in plain(draw("plane", few, seed=0).axes[0])
+
+
+def mesh(ax):
+    return np.asarray(ax.collections[0].get_array())
+
+
+def test_a_distance_matrix_is_that_of_an_even_choice_of_states(runs, monkeypatch):
+    monkeypatch.setattr("trajstore.analysis.figures.distance_matrix._MOST", 21)
+    figure = draw("distance-matrix", runs, seed=[0, 2], order=["forward", "backward"])
+    *panels, bar = figure.axes
+    expected = analysis.distance_matrix(runs.sel(snapshot=slice(None, None, 10)))
+    for ax, (seed, order) in zip(panels, product((0, 2), ("forward", "backward")), strict=True):
+        assert ax.get_title("left") == f"seed {seed}, {order}"
+        assert np.array_equal(mesh(ax), expected.sel(seed=seed, order=order))
+    assert bar.get_ylabel() == "distance of states $n$ and $m$"
+
+
+def test_a_reset_shows_the_levels_before_and_after(runs):
+    figure = draw("reset", runs)
+    found = analysis.resets(runs, "train_loss")
+    for number_of, ax in enumerate(figure.axes):
+        reset = found.isel(reset=number_of)
+        assert set(lines(ax)) >= {"forward", "backward+backward@100"}
+        assert "backward" not in lines(ax)
+        bars = [line for line in ax.lines if line.get_color() == "black" and line.get_linestyle() == "-"]
+        assert [line.get_ydata()[0] for line in bars] == [float(reset["before"]), float(reset["after"])]
+        assert [list(line.get_xdata()) for line in bars] == [[50, 100], [150, 200]]
+        assert f"forward between the levels: {float(reset['forward_between']):.0%}" in plain(ax)
+
+
+def test_the_law_is_that_of_forward_with_backward_ends_as_marks(runs, laws, monkeypatch):
+    few = runs.sel(order=["forward", "backward"])
+    (ax,) = draw("law", few, metric="param_norm").axes
+    assert np.array_equal(lines(ax)["backward, step 200 of 3 seeds"].get_xdata(), few["param_norm"][1, :, -1])
+    bars = ax.patches
+    half = few["param_norm"].sel(order="forward", step=slice(100, None)).values.ravel()
+    drawn = np.concatenate([half, few["param_norm"].values[1, :, -1]])
+    counted, _ = np.histogram(half, len(bars), (drawn.min(), drawn.max()))
+    assert np.allclose([bar.get_height() * bar.get_width() for bar in bars], counted / len(half))
+    assert plain(ax) == "no test: 3 seeds are too few to compare laws"
+
+    monkeypatch.setattr("trajstore.analysis.figures.law._MANY", 30)
+    (ax,) = draw("law", laws).axes
+    forward, backward = laws["params"].sel(snapshot=20).values[..., 0]
+    assert np.array_equal(lines(ax)["backward, step 20 of 30 seeds"].get_xdata(), backward)
+    assert min(bar.get_x() for bar in ax.patches) == min(forward.min(), backward.min())
+    assert ax.patches[0].get_label() == "forward, step 20 of 30 seeds"
+    p = float(analysis.law(laws)["p_swap"][0, 0])
+    assert plain(ax) == f"test of equal law at step 20: swap $p$ = {number(p)}"
+
+
+def test_a_law_of_two_values_has_two_bars(record):
+    (ax,) = draw("law", record("two-constants", steps=60, seeds=[0, 1]).dataset()).axes
+    assert sorted(bar.get_x() + bar.get_width() / 2 for bar in ax.patches) == [-1, 1]
+    assert sum(bar.get_height() for bar in ax.patches) == pytest.approx(1)
+
+
+def test_paths_in_the_plane_keep_their_distances_where_there_are_two_parameters(runs):
+    figure = draw("plane", runs)
+    params = runs["params"].transpose("seed", "order", "snapshot", "param").values
+    for ax, states in zip(figure.axes, params, strict=True):
+        drawn = np.concatenate([line.get_xydata() for line in ax.lines if line.get_linestyle() == "-"])
+        whole = states.reshape(-1, 2)
+        assert np.allclose(np.linalg.norm(drawn - drawn[0], axis=1), np.linalg.norm(whole - whole[0], axis=1))
+        shares = [float(re.search(r"([\d.]+)%", label)[1]) for label in (ax.get_xlabel(), ax.get_ylabel())]
+        assert sum(shares) == pytest.approx(100, abs=0.11)
+
+
+def test_a_plane_is_of_the_parameters_alone_and_does_not_depend_on_chunks(runs):
+    whole = draw("plane", runs, seed=0).axes[0]
+    parts = draw("plane", runs.chunk({"param": 1, "snapshot": 7}), seed=0).axes[0]
+    for one, other in zip(whole.lines, parts.lines, strict=True):
+        assert np.allclose(np.abs(one.get_xydata()), np.abs(other.get_xydata()))
+
+
+@pytest.mark.parametrize("name", [name for name in figure_names() if name != "reset"])
+def test_one_slab_is_drawn_from_any_selection_of_it(name, runs):
+    ds = runs.sel(order=["forward", "backward"])
+    by_option = draw(name, ds, seed=1)
+    by_selection = draw(name, ds.sel(seed=[1]), seed=ds["seed"].values[1])
+    assert by_option._repr_png_() == by_selection._repr_png_()  # also what a notebook shows
+    if name != "law":
+        draw(name, ds.sel(seed=1, order="forward"))
+
+
+@pytest.mark.parametrize("name", figure_names())
+def test_figures_are_drawn_on_axes_that_are_passed_in(name, runs):
+    ds = runs.sel(order=["forward", "backward"]) if name == "law" else runs.sel(order=runs["order"].values[[0, 2]])
+    own = Figure()
+    count = {"distance-matrix": 2}.get(name, 1)
+    axes = own.subplots(1, count)
+    assert draw(name, ds, seed=0, axes=axes) is own
+    assert all(ax.has_data() for ax in np.atleast_1d(axes))
+    assert not own.legends
+    with pytest.raises(ConfigurationError, match=f"5 axes were passed in; this figure takes {count}"):
+        draw(name, ds, seed=0, axes=Figure().subplots(5))
+
+
+@pytest.mark.parametrize("name", figure_names())
+def test_at_print_size_no_text_lies_on_another_and_no_legend_over_data(name, runs, laws):
+    figure = draw(name, laws if name == "law" else runs)
+    with style():
+        figure.draw_without_rendering()
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
+    for (one, box), (other, second) in combinations(boxes, 2):
+        shared = Bbox.intersection(box, second)
+        assert shared is None or min(shared.width, shared.height) < 1, (one, other)
+    for legend in figure.legends:
+        assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
+    assert figure.get_figwidth() < 8.5
+
+
+def texts(figure):
+    """Everything that is written and shown."""
+    hidden = set()
+    for ax in figure.axes:
+        hidden |= set(outside(ax.xaxis) + outside(ax.yaxis) if ax.axison else ax.findobj(Text))
+    return [
+        text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible() and text not in hidden
+    ]
+
+
+def outside(axis):
+    """Labels of ticks that are beyond the axis, and so not drawn."""
+    shown = {id(label) for tick in axis._update_ticks() for label in (tick.label1, tick.label2) if label.get_visible()}
+    every = [label for tick in (*axis.majorTicks, *axis.minorTicks) for label in (tick.label1, tick.label2)]
+    return [label for label in every if id(label) not in shown]
+
+
+def test_an_option_that_a_figure_does_not_take_is_told_with_those_it_takes(runs):
+    with pytest.raises(ConfigurationError, match="'law' takes no option 'window'; it takes metric, seed"):
+        draw("law", runs, window=10)
+    with pytest.raises(ConfigurationError, match="'rolling-variance' takes one metric, and not 2"):
+        draw("rolling-variance", runs, metric=["train_loss", "batch_loss"])
+    assert draw("rolling-variance", runs, metric=["train_loss"], window=None, seed=[]).axes
+
+
+ONE_METRIC = ["learning-curves", "rolling-variance", "distances", "reset", "law"]
+
+
+@pytest.mark.parametrize("name", ONE_METRIC)
+def test_metrics_that_do_not_exist_or_have_no_value_are_one_clear_line(name, runs):
+    ds = runs.sel(order=["forward", "backward"]) if name == "law" else runs
+    with pytest.raises(NotFoundError, match="no metric 'tran_loss'; did you mean 'train_loss'"):
+        draw(name, ds, metric="tran_loss")
+    empty = ds.assign(train_loss=(ds["train_loss"] * np.nan).assign_attrs(ds["train_loss"].attrs))
+    with pytest.raises(StatisticError, match="train_loss: no value is finite, so there is nothing to draw"):
+        draw(name, empty, metric="train_loss")
+
+
+@pytest.mark.parametrize("name", figure_names())
+def test_what_is_not_there_cannot_be_drawn(name, runs):
+    with pytest.raises(NotFoundError, match="no seed 7; there is 0, 1, 2"):
+        draw(name, runs, seed=7)
+    nothing = runs.assign_coords(recorded=runs["recorded"] & False, stored=runs["stored"] & False)
+    with pytest.raises(StatisticError, match="'runs': nothing is recorded yet"):
+        draw(name, nothing)
+
+
+def test_a_metric_without_values_is_left_out(runs):
+    ds = runs.assign(
+        test_loss=(runs["train_loss"] * np.nan).assign_attrs(runs["train_loss"].attrs),
+        measured=runs["measured"].assign_attrs(flag_meanings="train_loss test_loss"),
+    )
+    assert [ax.get_ylabel() for ax in draw("learning-curves", ds).axes] == ["train loss", "", ""]
+
+
+def test_figures_ask_for_what_they_need(runs, record):
+    with pytest.raises(StatisticError, match="measured at 201 steps, fewer than the window of 900"):
+        draw("rolling-variance", runs, window=900)
+    late = (runs["order"] == "backward") & (runs["seed"] == 1) & (runs["step"] > 150)
+    unfinished = runs.assign_coords(recorded=runs["recorded"] & ~late)
+    with pytest.raises(StatisticError, match="order 'backward', seed 1 has no step 151; finish the recording"):
+        draw("rolling-variance", unfinished)
+    with pytest.raises(StatisticError, match="begins a new leg"):
+        draw("reset", runs, order="backward")
+    with pytest.raises(StatisticError, match="there is no 'backward' here"):
+        draw("law", runs.sel(order=["forward"]))
+    with pytest.raises(StatisticError, match="a density is of one number, and 2 of each state are stored"):
+        draw("law", runs, metric="parameters")
+    with pytest.raises(StatisticError, match="15 forward and 3 backward iterates have a finite value"):
+        draw("law", runs.isel(step=slice(0, 10), seed=slice(0, 3)), metric="train_loss")
+    short = record("quadratic", steps=6, seeds=[0]).dataset()
+    with pytest.raises(StatisticError, match="a plane takes two parameters, and there is one"):
+        draw("plane", short)
+    with pytest.raises(StatisticError, match="it was measured at 7 steps, fewer than the window of 8"):
+        draw("rolling-variance", short)
+    assert plain(draw("distances", short).axes[0]) == "seed 0"
+
+
+def test_what_diverged_is_told(record):
+    ds = record("quadratic", steps=120, seeds=[0], operator={"family": "sgd", "lr": 1e6}).dataset()
+    for name in ("rolling-variance", "distances"):
+        with pytest.raises(StatisticError, match="every slab has diverged, so there is nothing to draw"):
+            draw(name, ds)
+    with style():
+        draw("learning-curves", ds).draw_without_rendering()
+        draw("distance-matrix", ds).draw_without_rendering()
+
+
+def test_more_panels_than_can_be_read_are_refused(laws):
+    for name in ("learning-curves", "rolling-variance", "distances", "plane"):
+        with pytest.raises(ConfigurationError, match="30 panels are more than can be read; choose some seeds"):
+            draw(name, laws)
+    assert len(draw("learning-curves", laws, seed=range(5)).axes) == 6
+
+
+def test_a_run_that_ends_between_two_recorded_steps_has_a_rolling_variance(record):
+    ds = record("quadratic", steps=100, seeds=[0], record={"every": 7}).dataset()
+    assert ds["step"].values[ds["recorded"].values[0, 0]].tolist()[-2:] == [98, 100]
+    (ax,) = draw("rolling-variance", ds, window=8).axes
+    assert lines(ax)["forward"].get_xdata()[-1] == 98
+
+
+def test_intervals_have_the_digits_that_they_tell():
+    written = [interval(0.94987, 0.9491, 0.9507), interval(12.34, 8.1, 17.3), interval(1.04e19, 7.1e17, 1.53e20)]
+    assert [" ".join(text.split()) for text in written] == [
+        "0.9499 [0.9491, 0.9507]", "12.3 [8.1, 17.3]", "1e19 [7.1e17, 1.5e20]"
+    ]  # fmt: skip
+    assert interval(294.1, np.nan, np.nan) == "290"
+    assert [number(value) for value in (0.00123, -1e-7, 0.0, 999.0)] == ["0.0012", "-1e-7", "0", "1000"]

@@ -63,6 +63,9 @@ def test_a_session_from_recording_to_the_figure(trajstore):
         code, out, _ = trajstore("plot", "runs.zarr", "mine", "learning-curves", "-o", f"figure.{ending}")
         assert (code, out.strip()) == (0, f"figure.{ending}")
         assert Path(f"figure.{ending}").stat().st_size > 5000
+    chosen = ["--metric", "test_loss", "--metric", "train_loss", "--seed", "0-1", "--order", "backward"]
+    assert trajstore("plot", "runs.zarr", "mine", "learning-curves", *chosen, "-o", "chosen.png")[0] == 0
+    assert trajstore("plot", "runs.zarr", "mine", "rolling-variance", "--window", "4", "-o", "variance.pdf")[0] == 0
 
     code, out, err = trajstore("record", "fig4", "--store", "runs.zarr", "--name", "mine", *SMALL, "--resume")
     assert (code, err) == (0, "")
@@ -186,6 +189,14 @@ BAD = [
     (["plot", "s.zarr", "quadratic", "learning-curves", "-o", "x.gif"], "the ending says the format"),
     (["plot", "s.zarr", "quadratic", "learning-curves", "-o", "no/x.png"], "there is no folder no"),
     (["plot", "s.zarr", "quadratic", "learning-curves"], "Missing option"),
+    (["plot", "s.zarr", "quadratic", "law", "--window", "9", "-o", "x.png"], "takes no option 'window'; it takes"),
+    (["plot", "s.zarr", "quadratic", "law", "--metric", "a", "--metric", "b", "-o", "x.png"], "takes one metric"),
+    (["plot", "s.zarr", "quadratic", "distances", "--metric", "tran_loss", "-o", "x.png"], "mean 'train_loss'?"),
+    (["plot", "s.zarr", "quadratic", "reset", "-o", "x.png"], "begins a new leg at a recorded step; record one"),
+    (["plot", "s.zarr", "quadratic", "distances", "--seed", "9", "-o", "x.png"], "no seed 9; there is 0"),
+    (["plot", "s.zarr", "quadratic", "distances", "--seed", "a", "-o", "x.png"], "--seed 'a': 'a' is not a seed"),
+    (["plot", "s.zarr", "quadratic", "plane", "--order", "bakward", "-o", "x.png"], "did you mean 'backward'?"),
+    (["plot", "s.zarr", "quadratic", "rolling-variance", "--window", "2", "-o", "x.png"], "'--window'"),
     (["sql", "s.zarr", "SELEC 1"], "Parser Error"),
     (["sql", "s.zarr", "DROP VIEW metrics"], "only SELECT"),
     (["sql", "s.zarr", "SELECT * FROM read_text('a-file')"], "Permission Error"),

@@ -1,0 +1,144 @@
+"""Distance to the last iterate, a panel a seed: what converges to a point comes near it at a rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from trajstore.analysis.convergence import convergence
+from trajstore.analysis.figures import style
+from trajstore.analysis.figures._panels import (
+    Drawn,
+    Given,
+    Orders,
+    Seeds,
+    interval,
+    log_axis,
+    main_metric,
+    named,
+    refuse_empty,
+    seed_panels,
+    selected,
+    sketched,
+    slab_style,
+    spans_decades,
+    step_axis,
+    titled,
+)
+from trajstore.analysis.spaces import PARAMETERS
+from trajstore.analysis.windows import measured_steps
+
+from trajstore.errors import StatisticError
+
+__all__ = ["draw"]
+
+_LEAST = 3
+"""Stored states of a slab; with fewer there is no path to draw."""
+
+
+def draw(
+    ds: xr.Dataset,
+    metric: str = PARAMETERS,
+    *,
+    window: int | None = None,
+    seed: Seeds = None,
+    order: Orders = None,
+    axes: Given = None,
+) -> Drawn:
+    """Draw how far each iterate is from the last one: stored states, or the values of a metric.
+
+    States that are not stored are compared by their sketch, and the label says so. The title of a panel has the verdict
+    of `analysis.convergence` over `window` recorded steps, by default the last half, and the rate, the factor a step by
+    which moves shrink, where that is not 1; the dashed line has this rate. `axes` are one a seed.
+    """
+    ds = selected(ds, seed, order)
+    far, label = _distances(ds, metric)
+    far = refuse_empty(far.where(np.isfinite(far)), f"distances of {metric}")
+    seeds = ds["seed"].values.tolist()
+    verdict, where = _verdicts(ds, metric, window)
+    with style():
+        made = seed_panels(seeds, axes, height=1.75 + 0.28 * ds.sizes["order"])  # a line or two of title each
+        for ax, one in zip(made.flat, seeds, strict=False):
+            said = [f"seed {one}{where}"]
+            for name in ds["order"].values.tolist():
+                curve = far.sel(order=name, seed=one).dropna("step")
+                ax.plot(curve["step"], curve, label=name, **slab_style(ds, name))
+                found = verdict(name, one)
+                if found is not None:
+                    said.append(f"{name}: {_said(found)}")
+                    _rate(ax, curve, found)
+            titled(ax, *said)
+        if spans_decades(far):
+            log_axis(made.flat)
+        step_axis(made.flat)
+        made.label("step $n$", label)
+        made.legend()
+    return made.figure
+
+
+def _distances(ds: xr.Dataset, metric: str) -> tuple[xr.DataArray, str]:
+    """Return distances to the last iterate, (order, seed, step), and what to call them."""
+    if metric != PARAMETERS:
+        main_metric(ds, metric)
+        places, values = measured_steps(ds, metric)
+        coords = {"order": ds["order"].values, "seed": ds["seed"].values, "step": ds["step"].values[places]}
+        there = ds["recorded"].transpose("order", "seed", "step").values[..., places]
+        last = there.shape[-1] - 1 - there[..., ::-1].argmax(-1)  # NaN if it diverged: then nothing is near it
+        far = np.abs(values - np.take_along_axis(values, last[..., None], -1))
+        return xr.DataArray(far, coords, ("order", "seed", "step")), f"|{named(metric)} − that of\nthe last iterate|"
+    if bool((ds["stored"].sum("snapshot") >= _LEAST).where(ds["recorded"].any("step"), True).all()):
+        return ds.traj.distances(to="last").compute().rename(snapshot="step"), "distance to the\nlast stored state"
+    far = ds.traj.sketch_distances(to="last").compute()
+    return far, f"distance to the last iterate,\n{sketched(far.attrs['relative_error'])}"
+
+
+def _verdicts(ds: xr.Dataset, metric: str, window: int | None) -> tuple[Callable[[str, int], xr.Dataset | None], str]:
+    """Return what finds the verdict on a slab, None where too little is recorded for any, and on which steps it is.
+
+    What has been at rest for long shows no rate there: it is then looked at from the beginning.
+    """
+    try:
+        found = convergence(ds, metric, window)
+    except StatisticError:
+        if window is not None:
+            raise
+        return (lambda order, seed: None), ""
+    early = window is None and bool((found["rate"].isnull() & (found["verdict"] == "point")).any())
+    whole = convergence(ds, metric, 2 * found.attrs["window"]) if early else found
+
+    def of(order: str, seed: int) -> xr.Dataset:
+        one = found.sel(order=order, seed=seed)
+        other = whole.sel(order=order, seed=seed)
+        rests = one["verdict"].item() == other["verdict"].item() == "point" and not np.isfinite(one["rate"])
+        return other if rests else one
+
+    return of, f", on steps {found.attrs['from_step']}–{found.attrs['to_step']}:"
+
+
+def _said(found: xr.Dataset) -> str:
+    verdict, (rate, low, high) = found["verdict"].item(), (float(found[k]) for k in ("rate", "rate_low", "rate_high"))
+    if low > 1 or high < 1:
+        return f"{verdict}, rate {interval(rate, low, high)}"
+    if found["why"].item().startswith("diverged"):
+        return "diverged"
+    rests = float(found["rest_from"])
+    return f"{verdict}, at rest from step {rests:.0f}" if verdict == "point" and np.isfinite(rests) else str(verdict)
+
+
+def _rate(ax: Axes, curve: xr.DataArray, found: xr.Dataset) -> None:
+    """Draw the fitted rate beside what it was fitted to, if it is one of convergence."""
+    rate = float(found["rate"])
+    if found["verdict"].item() != "point" or not rate < 1:
+        return
+    until = float(found["rest_from"])
+    stop = found.attrs["to_step"] if np.isnan(until) else until
+    here = curve[(curve["step"] >= found.attrs["from_step"]) & (curve["step"] <= stop) & (curve > 0)]
+    if len(here) < _LEAST:
+        return
+    steps = here["step"].values.astype(float)
+    # The last iterate is at no distance of itself: the first half of them is hardly bent by that.
+    first = slice(0, max(1, len(steps) // 2))
+    height = float(np.median(np.log(here.values[first]) - steps[first] * np.log(rate)))
+    ax.plot(steps, np.exp(height + steps * np.log(rate)), linestyle="--", linewidth=1.0, color="black", zorder=9)

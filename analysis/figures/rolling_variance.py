@@ -1,0 +1,88 @@
+"""Rolling variance: a panel a seed, the variance of a metric over the window that ends at each step, all orders."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from trajstore.analysis.figures import style
+from trajstore.analysis.figures._panels import (
+    Drawn,
+    Given,
+    Orders,
+    Seeds,
+    interval,
+    log_axis,
+    main_metric,
+    named,
+    refuse_empty,
+    seed_panels,
+    selected,
+    slab_style,
+    spans_decades,
+    step_axis,
+    titled,
+)
+from trajstore.analysis.variance import Kind, rolling_variance, variance_ratio
+from trajstore.analysis.windows import measured_steps
+
+from trajstore.errors import StatisticError
+
+__all__ = ["draw"]
+
+_WINDOW, _LEAST = 100, 8
+
+
+def draw(
+    ds: xr.Dataset,
+    metric: str | None = None,
+    *,
+    window: int | None = None,
+    kind: Kind = "tail",
+    seed: Seeds = None,
+    order: Orders = None,
+    axes: Given = None,
+) -> Drawn:
+    """Draw the variance over windows of recorded steps: 100, or a quarter of what is measured where that is less.
+
+    The title of a panel has how many times forward varies more than backward over the last half of the run, with the
+    interval of `analysis.variance_ratio` where there is one. `axes` are one a seed.
+    """
+    ds = selected(ds, seed, order)
+    metric = main_metric(ds, metric)
+    measured = len(measured_steps(ds, metric)[0])
+    window = window or max(_LEAST, min(_WINDOW, measured // 4))
+    if window > measured:
+        raise StatisticError(f"{metric}: it was measured at {measured} steps, fewer than the window of {window}")
+    found = refuse_empty(rolling_variance(ds, metric, window, kind), metric)
+    seeds = ds["seed"].values.tolist()
+    ratios = _ratios(ds, metric, kind)
+    with style():
+        made = seed_panels(seeds, axes)
+        for ax, label in zip(made.flat, seeds, strict=False):
+            for name in ds["order"].values.tolist():
+                curve = found.sel(order=name, seed=label)
+                ax.plot(curve["step"], curve, label=name, **slab_style(ds, name))
+            titled(ax, f"seed {label}", ratios.get(label, ""))
+        if spans_decades(found):
+            log_axis(made.flat)
+        step_axis(made.flat)
+        made.label("step $n$", f"{kind} variance of {named(metric)}\nover {window} recorded steps")
+        made.legend()
+    return made.figure
+
+
+def _ratios(ds: xr.Dataset, metric: str, kind: Kind) -> dict[int, str]:
+    """Return for each seed what to say of forward and backward."""
+    try:
+        found = variance_ratio(ds, metric, kind=kind)
+    except StatisticError:
+        return {}
+    return {label: _said(found.sel(seed=label)) for label in found["seed"].values.tolist()}
+
+
+def _said(ratio: xr.Dataset) -> str:
+    value, low, high = (float(ratio[name]) for name in ("ratio", "low", "high"))
+    if not np.isfinite(value):
+        return str(ratio["why"].item())
+    sure = "" if np.isfinite(low) else " (no interval)"
+    return f"forward/backward {interval(value, low, high)}{sure} in the last half"
