@@ -10,7 +10,7 @@ FITS := from importlib.metadata import version as v; \
 	print("--system-site-packages" * (fits("torch", 2, 9) and fits("torchvision", 0, 24)))
 SITE = $(shell $(PYTHON) -c '$(FITS)' 2>/dev/null)
 
-.PHONY: demo test torture check lint types docs clean
+.PHONY: demo test torture check lint types docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/trajstore demo
@@ -34,6 +34,10 @@ types: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W -q docs docs/_build/html
+
+# Executes the notebooks again, in place; the tests compare what they say with what is committed.
+notebooks: $(VENV)/.installed-test
+	$(BIN)/python -m tests.notebooks
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

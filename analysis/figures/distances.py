@@ -82,7 +82,7 @@ def _distances(ds: xr.Dataset, metric: str) -> tuple[xr.DataArray, str]:
     """Return distances to the last iterate, (order, seed, step), and what to call them."""
     if metric != PARAMETERS:
         main_metric(ds, metric)
-        places, values = measured_steps(ds, metric)
+        places, values, _ = measured_steps(ds, metric)
         coords = {"order": ds["order"].values, "seed": ds["seed"].values, "step": ds["step"].values[places]}
         there = ds["recorded"].transpose("order", "seed", "step").values[..., places]
         last = there.shape[-1] - 1 - there[..., ::-1].argmax(-1)  # NaN if it diverged: then nothing is near it

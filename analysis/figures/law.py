@@ -92,7 +92,7 @@ def _values(ds: xr.Dataset, metric: str | None) -> tuple[tuple[Floats, Floats], 
         found, last, label = kept.values.astype(float), int(ds["snapshot"].values[-1]), "parameter $θ$"
     else:
         metric = main_metric(ds, metric)
-        places, found = measured_steps(ds, metric)
+        places, found, _ = measured_steps(ds, metric)
         last, label = int(ds["step"].values[places[-1]]), named(metric)
     at = [ds["order"].values.tolist().index(name) for name in _ORDERS]
     return (found[at[0]], found[at[1]]), last, label
