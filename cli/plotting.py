@@ -23,6 +23,7 @@ def plot(
     window: Annotated[int | None, typer.Option(min=3, help="Recorded steps of the statistic.")] = None,
     seed: Annotated[list[str] | None, typer.Option(help="As in 0-4; repeatable. All by default.")] = None,
     order: Annotated[list[str] | None, typer.Option(help="Repeatable. All by default.")] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Of contraction: how many pairs of iterates.")] = None,
 ) -> None:
     """Draw a figure of an experiment; which options it takes depends on the figure."""
     from trajstore.analysis import figures
@@ -31,8 +32,8 @@ def plot(
 
     check_output(output)
     seeds = [number for text in seed or () for number in parse_seeds(text, "--seed")]
-    ds = ts.open(store)[exp].dataset()
-    save(figures.draw(figure, ds, metric=metric, window=window, seed=seeds, order=order), output)
+    options = {"metric": metric, "window": window, "seed": seeds, "order": order, "pairs": pairs}
+    save(figures.draw(figure, ts.open(store)[exp], **options), output)
     say(str(output))
 
 

@@ -19,6 +19,7 @@ import xarray as xr
 from matplotlib.figure import Figure, SubFigure
 
 from trajstore.errors import ConfigurationError, NotFoundError, choices
+from trajstore.store import StoredExperiment
 
 __all__ = ["ORDER_COLOURS", "draw", "figure_names", "order_colour", "style"]
 
@@ -30,8 +31,8 @@ _FURTHER = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 class Drawing(Protocol):
     """What a figure's module declares as `draw`."""
 
-    def __call__(self, ds: xr.Dataset, **options: Any) -> Figure | SubFigure:  # noqa: ANN401
-        """Draw a dataset."""
+    def __call__(self, of: Any, /, **options: Any) -> Figure | SubFigure:  # noqa: ANN401
+        """Draw a dataset, or an experiment."""
 
 
 def figure_names() -> list[str]:
@@ -39,12 +40,20 @@ def figure_names() -> list[str]:
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def draw(name: str, ds: xr.Dataset, **options: Any) -> Figure | SubFigure:  # noqa: ANN401  each figure has its own
-    """Draw a figure by its name; an option that is None, or an empty list, counts as not given."""
+def draw(name: str, of: xr.Dataset | StoredExperiment, **options: Any) -> Figure | SubFigure:  # noqa: ANN401  each its own
+    """Draw a figure of a dataset or an experiment by its name; an option that is None, or an empty list, is not given.
+
+    Most figures are of a dataset. What computes with the recorded operators takes the experiment.
+    """
     if name not in figure_names():
         raise NotFoundError(f"no figure {name!r}; {choices(name, figure_names())}")
     drawing: Drawing = import_module(f"{__name__}.{name.replace('-', '_')}").draw
-    return drawing(ds, **_fitting(name, signature(drawing).parameters, options))
+    taken = signature(drawing).parameters
+    if "ds" in taken and isinstance(of, StoredExperiment):
+        of = of.dataset()
+    if "stored" in taken and isinstance(of, xr.Dataset):
+        raise ConfigurationError(f"the figure {name!r} computes with the experiment; give store[name] itself")
+    return drawing(of, **_fitting(name, taken, options))
 
 
 def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +63,7 @@ def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, An
         if value is None or (isinstance(value, list) and not value):
             continue
         if option not in taken:
-            known = ", ".join(parameter for parameter in taken if parameter not in ("ds", "axes"))
+            known = ", ".join(parameter for parameter in taken if parameter not in ("ds", "stored", "axes"))
             raise ConfigurationError(f"the figure {name!r} takes no option {option!r}; it takes {known}")
         several = isinstance(value, Sequence) and not isinstance(value, str)
         if several and taken[option].annotation in ("str", "str | None", "int | None"):

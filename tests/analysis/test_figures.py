@@ -77,15 +77,23 @@ def test_an_unknown_figure_is_named():
         draw("learning-curve", None)
 
 
+OF_DATASETS = [name for name in figure_names() if name != "contraction"]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def stored(tmp_path_factory):
     """Two parameters, three orders, three seeds; every state is stored."""
     config = {
         "name": "runs", "steps": 200, "seeds": [0, 1, 2], "orders": ["forward", "backward", "backward+backward@100"],
         "problem": {"family": "quadratic", "spectrum": [1.0, 0.5], "noise": 1.0},
         "operator": {"family": "sgd", "lr": 0.1},
     }  # fmt: skip
-    return ts.run(ts.Experiment.of(config), tmp_path_factory.mktemp("figures") / "runs.zarr").dataset()
+    return ts.run(ts.Experiment.of(config), tmp_path_factory.mktemp("figures") / "runs.zarr")
+
+
+@pytest.fixture(scope="module")
+def runs(stored):
+    return stored.dataset()
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +250,7 @@ def test_a_plane_is_of_the_parameters_alone_and_does_not_depend_on_chunks(runs):
         assert np.allclose(np.abs(one.get_xydata()), np.abs(other.get_xydata()))
 
 
-@pytest.mark.parametrize("name", [name for name in figure_names() if name != "reset"])
+@pytest.mark.parametrize("name", [name for name in OF_DATASETS if name != "reset"])
 def test_one_slab_is_drawn_from_any_selection_of_it(name, runs):
     ds = runs.sel(order=["forward", "backward"])
     by_option = draw(name, ds, seed=1)
@@ -252,7 +260,7 @@ def test_one_slab_is_drawn_from_any_selection_of_it(name, runs):
         draw(name, ds.sel(seed=1, order="forward"))
 
 
-@pytest.mark.parametrize("name", figure_names())
+@pytest.mark.parametrize("name", OF_DATASETS)
 def test_figures_are_drawn_on_axes_that_are_passed_in(name, runs):
     ds = runs.sel(order=["forward", "backward"]) if name == "law" else runs.sel(order=runs["order"].values[[0, 2]])
     own = Figure()
@@ -266,8 +274,8 @@ def test_figures_are_drawn_on_axes_that_are_passed_in(name, runs):
 
 
 @pytest.mark.parametrize("name", figure_names())
-def test_at_print_size_no_text_lies_on_another_and_no_legend_over_data(name, runs, laws):
-    figure = draw(name, laws if name == "law" else runs)
+def test_at_print_size_no_text_lies_on_another_and_no_legend_over_data(name, stored, laws):
+    figure = draw(name, laws if name == "law" else stored)
     with style():
         figure.draw_without_rendering()
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
@@ -317,7 +325,7 @@ def test_metrics_that_do_not_exist_or_have_no_value_are_one_clear_line(name, run
         draw(name, empty, metric="train_loss")
 
 
-@pytest.mark.parametrize("name", figure_names())
+@pytest.mark.parametrize("name", OF_DATASETS)
 def test_what_is_not_there_cannot_be_drawn(name, runs):
     with pytest.raises(NotFoundError, match="no seed 7; there is 0, 1, 2"):
         draw(name, runs, seed=7)
@@ -388,3 +396,24 @@ def test_intervals_have_the_digits_that_they_tell():
     ]  # fmt: skip
     assert interval(294.1, np.nan, np.nan) == "290"
     assert [number(value) for value in (0.00123, -1e-7, 0.0, 999.0)] == ["0.0012", "-1e-7", "0", "1000"]
+
+
+def test_the_factors_of_pairs_are_counted(stored, runs):
+    from trajstore.analysis import contraction
+
+    figure = draw("contraction", stored, order=["forward", "backward"], pairs=80)
+    for ax, order in zip(figure.axes, ("forward", "backward"), strict=True):
+        factors = contraction(stored, order, 80)["factor"].values
+        bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in ax.patches]
+        counted = [((factors >= low - 1e-12) & (factors < high - 1e-12)).sum() for low, high, _ in bars]
+        assert [height for *_, height in bars] == counted
+        assert sum(counted) == np.isfinite(factors).sum()
+        assert "of 80 pairs contract, median 0.9" in ax.get_title("left")
+    own = Figure()
+    assert draw("contraction", stored, order="forward", axes=own.subplots()) is own
+    with pytest.raises(ConfigurationError, match="the figure 'contraction' computes with the experiment"):
+        draw("contraction", runs)
+    with pytest.raises(ConfigurationError, match="takes no option 'metric'"):
+        draw("contraction", stored, metric="train_loss")
+    with pytest.raises(NotFoundError, match="no order 'backwards'; did you mean 'backward'"):
+        draw("contraction", stored, order="backwards")
