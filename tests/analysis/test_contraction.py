@@ -60,7 +60,7 @@ def test_the_bound_of_the_theorem_holds_at_every_step(record):
 
 def test_the_fitted_rate_of_backward_is_that_of_the_products(record):
     stored = record(RIDGE)
-    exponent = lyapunov(stored, seed=0, steps=4_000)
+    exponent = lyapunov(stored, seed=0, steps=2_000)
     oracle = processes.LeastSquares(h=0.05, ridge=0.5, rows=40, d=4)
     problem = LeastSquares(n=40, d=4, ridge=0.5)
     oracle.A = (1 - 0.05 * 0.5) * np.eye(4) - 0.05 * problem.data[0][:, :, None] * problem.data[0][:, None, :]

@@ -7,6 +7,7 @@ import pytest
 from trajstore.analysis import law
 from trajstore.analysis.law import adjusted, disjoint_test, swap_test
 
+import trajstore as ts
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 
 H = 0.05
@@ -62,9 +63,10 @@ def test_p_values_are_corrected_for_their_number():
     assert adjusted(np.array([[0.01, 0.04], [0.03, 0.5]])) == pytest.approx(np.array([[0.04, 0.09], [0.09, 0.5]]))
 
 
-@pytest.fixture
-def ds(record):
-    return record("quadratic", steps=30, seeds=list(range(40)), init_seed=0).dataset()
+@pytest.fixture(scope="module")
+def ds(tmp_path_factory):
+    many = {"steps": 30, "seeds": list(range(40)), "init_seed": 0}
+    return ts.run(ts.Experiment.preset("quadratic", many), tmp_path_factory.mktemp("law") / "runs.zarr").dataset()
 
 
 def test_a_recorded_experiment_is_asked(ds):

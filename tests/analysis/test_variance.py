@@ -182,7 +182,7 @@ def test_nothing_is_said_of_what_does_not_vary_or_diverged():
     noise = ar1(0.0, 200, 1, 1)
     still = variance_ratio(runs_of(noise, np.ones((1, 200))), "loss", 200)
     assert still["ratio"].values.tolist() == [np.inf]
-    assert still["why"].values.tolist() == ["backward does not vary"]
+    assert still["why"].values.tolist() == ["backward does not vary, but by rounding"]
     assert np.isnan(still["low"].values).all()
     broken = noise.copy()
     broken[0, 150] = np.inf
