@@ -10,13 +10,17 @@ FITS := from importlib.metadata import version as v; \
 	print("--system-site-packages" * (fits("torch", 2, 9) and fits("torchvision", 0, 24)))
 SITE = $(shell $(PYTHON) -c '$(FITS)' 2>/dev/null)
 
-.PHONY: demo test torture check lint types docs notebooks clean
+.PHONY: demo test slow torture check lint types docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/trajstore demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# Executes the notebooks, and compares what they say with what is committed.
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
 
 # Kills, failing disks, power cuts, writers that lost their lock, and every byte flipped: some hours.
 torture: $(VENV)/.installed-test

@@ -25,7 +25,7 @@ def draw(
     order: Orders = None,
     axes: Given = None,
 ) -> Drawn:
-    """Draw the factors of random pairs: 200 for an order, or as many as `pairs` says; left of 1 they contract.
+    """Draw the factors of random pairs: 100 for an order, or as many as `pairs` says; left of 1 they contract.
 
     The dashed line is the rate of the products, from the Lyapunov exponent along forward iterates of the first seed; a
     dotted one is the factor by which every map is known to contract. The experiment is asked itself, not its dataset:
@@ -34,7 +34,7 @@ def draw(
     names = [order] if isinstance(order, str) else list(order or stored.schema.orders)
     if unknown := [name for name in names if name not in stored.schema.orders]:
         raise NotFoundError(f"no order {unknown[0]!r}; {choices(unknown[0], stored.schema.orders)}")
-    found = [contraction(stored, name, pairs or 200) for name in names]
+    found = [contraction(stored, name, pairs or 100) for name in names]
     rate = _rate(stored, seed)
     with style():
         columns = min(len(names), _COLUMNS)

@@ -46,6 +46,7 @@ def test_there_are_four():
     assert [path.stem for path in NOTEBOOKS] == names
 
 
+@pytest.mark.slow
 @each
 def test_a_notebook_says_what_it_said(path):
     was, now = outputs(read(path)), outputs(execute(path))
