@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from trajstore.analysis.averages import rolling_mean, time_average
-from trajstore.analysis.contraction import contraction, lyapunov
 from trajstore.analysis.convergence import convergence
 from trajstore.analysis.distance_matrix import distance_matrix
 from trajstore.analysis.law import law
@@ -24,8 +25,13 @@ from trajstore.analysis.variance import (
     variance_ratio,
 )
 
+from trajstore._lazily import lazily
 from trajstore.distances import Distance, Norm, Successive
 from trajstore.streaming import PerLayer
+
+if TYPE_CHECKING:
+    from trajstore.analysis.afterwards import compute
+    from trajstore.analysis.contracting import contraction, limit_bound, lyapunov
 
 __all__ = [
     "Distance",
@@ -34,12 +40,14 @@ __all__ = [
     "ParameterTailVariance",
     "PerLayer",
     "Successive",
+    "compute",
     "contraction",
     "convergence",
     "distance_matrix",
     "forward_over_backward",
     "law",
     "level_variance",
+    "limit_bound",
     "lyapunov",
     "resets",
     "rolling_mean",
@@ -51,3 +59,9 @@ __all__ = [
     "variance",
     "variance_ratio",
 ]
+
+# These compute with torch, which a table of a metric does without.
+__getattr__ = lazily(
+    __name__,
+    {"compute": "afterwards", "contraction": "contracting", "limit_bound": "contracting", "lyapunov": "contracting"},
+)

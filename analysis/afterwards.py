@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
-from torch import Tensor
+from trajstore.analysis.states import dot, norm, signs
 
 from trajstore.batches import generator
 from trajstore.computing import compute_late
@@ -48,18 +47,14 @@ class At(NamedTuple):
 
     def directions(self) -> list[Tensors]:
         """Return random signs, shaped as the parameters."""
-        rng = generator(_FRESH + self.seed, "noise", self.step)
-        return [
-            {name: torch.from_numpy(rng.choice([-1.0, 1.0], p.shape)).to(p) for name, p in self.state.params.items()}
-            for _ in range(self.samples)
-        ]
+        rng = generator(self.seed, "analysis", self.step)
+        return [signs(self.state.params, rng) for _ in range(self.samples)]
 
 
 @dataclass(frozen=True)
 class StateMetric:
     """What is measured at a state. How many samples it took is stored beside it, as ``<name>_samples``."""
 
-    about: str
     measure: Callable[[Revived, At], tuple[float, int]]
     """→ the value, and the number of samples."""
     sampled: bool = True
@@ -67,7 +62,7 @@ class StateMetric:
 
 
 def _gradient_norm(revived: Revived, at: At) -> tuple[float, int]:
-    return float(np.sqrt(_dot(gradient := _full_gradient(revived, at.state), gradient))), _examples(revived)
+    return norm(_full_gradient(revived, at.state)), _examples(revived)
 
 
 def _gradient_noise(revived: Revived, at: At) -> tuple[float, int]:
@@ -81,7 +76,7 @@ def _gradient_noise(revived: Revived, at: At) -> tuple[float, int]:
             )
         size *= (examples - 1) / (examples - size)
     draws = [revived.gradient(at.state, batch) for batch in at.fresh(revived)]
-    squares = [_dot(gap, gap) for gap in ({name: g[name].double() - mean[name] for name in g} for g in draws)]
+    squares = [dot(gap, gap) for gap in ({name: g[name].double() - mean[name] for name in g} for g in draws)]
     return float(np.sqrt(size * np.mean(squares))), len(draws)
 
 
@@ -114,7 +109,7 @@ def _sharpness(revived: Revived, at: At) -> tuple[float, int]:
 def _hessian_trace(revived: Revived, at: At) -> tuple[float, int]:
     """The trace of the Hessian by Hutchinson's estimate: the mean of vᵀHv over random signs v."""
     product = _hessian(revived, at.state)
-    values = [_dot(v, product(v)) for v in at.directions()]
+    values = [dot(v, product(v)) for v in at.directions()]
     return float(np.mean(values)), len(values)
 
 
@@ -128,13 +123,11 @@ def _invariance_gap(revived: Revived, at: At) -> tuple[float, int]:
 
 
 METRICS: Mapping[str, StateMetric] = {
-    "gradient_norm": StateMetric("Euclidean norm of the gradient of train_loss", _gradient_norm, sampled=False),
-    "gradient_noise": StateMetric(
-        "root mean squared distance of one example's gradient from the mean", _gradient_noise
-    ),
-    "sharpness": StateMetric("largest absolute eigenvalue of the Hessian of train_loss", _sharpness, sampled=False),
-    "hessian_trace": StateMetric("trace of the Hessian of train_loss", _hessian_trace),
-    "invariance_gap": StateMetric("train_loss less its mean after one fresh step", _invariance_gap),
+    "gradient_norm": StateMetric(_gradient_norm, sampled=False),
+    "gradient_noise": StateMetric(_gradient_noise),
+    "sharpness": StateMetric(_sharpness, sampled=False),
+    "hessian_trace": StateMetric(_hessian_trace),
+    "invariance_gap": StateMetric(_invariance_gap),
 }
 """Name → metric. Another one is another line."""
 
@@ -143,22 +136,15 @@ def _examples(revived: Revived) -> int:
     return revived.live.examples["train_loss"] or 0
 
 
-def _train_loss(revived: Revived, params: Tensors, buffers: Tensors) -> Tensor:
-    values = revived.live.evaluate(params, buffers)
-    if "train_loss" not in values:
-        raise ConfigurationError(f"{revived.stored.name!r}: its problem has no train_loss to differentiate")
-    return values["train_loss"]
-
-
 def _loss(revived: Revived, state: State) -> float:
     with torch.no_grad():
-        return float(_train_loss(revived, state.params, state.buffers))
+        return float(revived.train_loss(state.params, state.buffers))
 
 
 def _full_gradient(revived: Revived, state: State) -> Tensors:
     with torch.enable_grad():
         leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
-        gradients = torch.autograd.grad(_train_loss(revived, leaves, state.buffers), list(leaves.values()))
+        gradients = torch.autograd.grad(revived.train_loss(leaves, state.buffers), list(leaves.values()))
     return {name: g.double() for name, g in zip(leaves, gradients, strict=True)}
 
 
@@ -167,19 +153,15 @@ def _hessian(revived: Revived, state: State) -> Callable[[Tensors], Tensors]:
     with torch.enable_grad():
         leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
         inputs = list(leaves.values())
-        loss = _train_loss(revived, leaves, state.buffers)
+        loss = revived.train_loss(leaves, state.buffers)
         gradients = torch.autograd.grad(loss, inputs, create_graph=True)
 
-    def product(inputs: list[Tensor], vector: Tensors) -> Tensors:
+    def product(vector: Tensors) -> Tensors:
         weights = [vector[name].to(p) for name, p in leaves.items()]
         images = torch.autograd.grad(gradients, inputs, weights, retain_graph=True, materialize_grads=True)
         return {name: image.double() for name, image in zip(leaves, images, strict=True)}
 
-    return partial(product, inputs)
-
-
-def _dot(left: Tensors, right: Tensors) -> float:
-    return float(sum((left[name].double() * right[name].double()).sum() for name in left))
+    return product
 
 
 def compute(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
+from numpy.lib.stride_tricks import sliding_window_view
 from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
 from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.windows import SLABS, window_of
@@ -51,7 +52,7 @@ def rolling_mean(ds: xr.Dataset, metric: str, window: int) -> xr.DataArray:
         raise StatisticError(f"window is {window}; a mean needs at least one step")
     seen = window_of(ds, metric, "all", least=window)
     means = np.full(seen.values.shape, np.nan)
-    views = np.lib.stride_tricks.sliding_window_view(seen.values, window, axis=-1)
+    views = sliding_window_view(seen.values, window, axis=-1)
     means[..., window - 1 :] = views.mean(-1)
     coords = {**seen.coords, "step": seen.steps}
     return xr.DataArray(means, coords, (*SLABS, "step"), "rolling_mean", {**seen.attrs, "window": window})

@@ -93,14 +93,12 @@ def convergence(ds: xr.Dataset, metric: str = "parameters", window: int | None =
     `window` counts recorded steps at the end; without it, it is the last half.
     """
     seen, paths = paths_of(ds, metric, window, rule.least)
-    per_step = seen.gap
-    judged = [[judge(path, per_step, rule) for path in row] for row in paths]
-    within = resets_within(ds, seen.steps)
+    judged = [[judge(path, seen.gap, rule) for path in row] for row in paths]
     columns = {
         field.name: (SLABS, np.array([[getattr(evidence, field.name) for evidence in row] for row in judged]))
         for field in fields(Evidence)
     }
-    columns["resets"] = (SLABS, within)
+    columns["resets"] = (SLABS, resets_within(ds, seen.steps))
     return xr.Dataset(columns, seen.coords, {**seen.attrs, "metric": metric, **asdict(rule)})
 
 
@@ -147,10 +145,8 @@ def _verdict(found: dict[str, float], rate: Rate | None, rule: Rule) -> tuple[Ve
     if steady and found["drift_high"] <= rule.drift and found["effective"] >= rule.effective:
         return "distribution", "moves stay as large as they are, and it does not wander off"
     if high <= rule.steady and found["drift_low"] > rule.drift:
-        return (
-            "drifting",
-            f"it goes on by {found['drift_low']:.1f} standard deviations or more, and moves do not shrink",
-        )
+        far = f"{found['drift_low']:.1f} standard deviations or more"
+        return "drifting", f"it goes on by {far}, and moves do not shrink"
     return "undecided", "; ".join(_doubts(found, rule))
 
 

@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 __all__ = ["ENOUGH", "TERMS", "effective_size", "quantile", "standard_error"]
 
@@ -36,7 +36,7 @@ def standard_error(values: Floats) -> Floats:
 @cache
 def quantile(level: float) -> float:
     """Return how many standard errors a two-sided interval reaches to either side."""
-    return float(student.ppf((1 + level) / 2, TERMS))
+    return float(stdtrit(TERMS, (1 + level) / 2))
 
 
 def effective_size(values: Floats) -> float:

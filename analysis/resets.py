@@ -14,8 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.convergence import judge
 from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
-from trajstore.analysis.rounding import of_moves
-from trajstore.analysis.spaces import Path
+from trajstore.analysis.spaces import path_of
 from trajstore.analysis.windows import SLABS, measured_steps, with_slabs
 
 from trajstore.errors import StatisticError
@@ -143,8 +142,7 @@ def _level(leg: Floats) -> tuple[float, float]:
         return np.nan, np.nan
     if effective_size(half) >= ENOUGH:
         return float(half.mean()), _REACH * float(standard_error(half - half.mean()))
-    moves = np.abs(np.diff(half))
-    path = Path(np.arange(len(half)), half[:, None], moves, of_moves(half))
+    path = path_of(np.arange(len(half)), half)
     if judge(path).verdict == "point":
         tail = half[-max(2, len(leg) // 4) :]
         return float(half[-1]), max(float(np.abs(tail - half[-1]).max()), float(path.rounding.max()))

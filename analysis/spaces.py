@@ -20,7 +20,7 @@ from trajstore.analysis.windows import SLABS, Window, metrics_of, stored_window,
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 
-__all__ = ["LAYER", "PARAMETERS", "SUM", "Path", "embedded", "paths_of"]
+__all__ = ["LAYER", "PARAMETERS", "SUM", "Path", "embedded", "path_of", "paths_of"]
 
 PARAMETERS, LAYER, SUM = "parameters", "layer:", "sum:"
 _EMBEDDED, _NOTHING = 256, 1e-12
@@ -59,7 +59,7 @@ def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tupl
         raise NotFoundError(f"no metric {space!r}; {choices(metric, [*metrics_of(ds), PARAMETERS])}")
     seen = window_of(ds, metric, window, least)
     together = space.startswith(SUM)
-    return seen, [[_path(seen.steps, values, together) for values in rows] for rows in seen.values]
+    return seen, [[path_of(seen.steps, values, together) for values in rows] for rows in seen.values]
 
 
 def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
@@ -122,7 +122,8 @@ def embedded(distances: Floats) -> Floats:
     return np.asarray(points * np.where(points[:1] < 0, -1.0, 1.0))
 
 
-def _path(steps: NDArray[np.int64], values: Floats, together: bool) -> Path:
+def path_of(steps: NDArray[np.int64], values: Floats, together: bool = False) -> Path:
+    """Return the path of a metric's values; `together` measures distances as L(x) + L(y)."""
     with np.errstate(invalid="ignore"):  # told as diverged
         moves = values[1:] + values[:-1] if together else np.abs(np.diff(values))
     return Path(steps, values[:, None], moves, np.zeros(len(moves)) if together else of_moves(values))

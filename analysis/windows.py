@@ -14,6 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from trajstore.errors import NotFoundError, StatisticError, choices
+from trajstore.measures import MEASURES
 
 __all__ = [
     "SLABS",
@@ -21,8 +22,10 @@ __all__ = [
     "ends_early",
     "measured_steps",
     "metrics_of",
+    "own_metrics",
     "resets_within",
     "stored_window",
+    "usual_metric",
     "window_of",
     "with_slabs",
 ]
@@ -65,6 +68,22 @@ def metrics_of(ds: xr.Dataset) -> list[str]:
     """Return the names of the metrics of a dataset."""
     late = [str(name) for name, variable in ds.data_vars.items() if "late" in variable.attrs]
     return [*str(ds["measured"].attrs.get("flag_meanings", "")).split(), *late]
+
+
+def own_metrics(ds: xr.Dataset) -> list[str]:
+    """Return the metrics that are the experiment's own, or what there is, without those that have no value anywhere."""
+    known = metrics_of(ds)
+    own = [name for name in known if name not in MEASURES] or known
+    valued = [name for name in own if bool(np.isfinite(ds[name]).any())]
+    if not valued:
+        raise StatisticError(f"no metric of {', '.join(own) or 'this experiment'} has a finite value")
+    return valued
+
+
+def usual_metric(ds: xr.Dataset) -> str:
+    """Return the metric to look at first: the test loss, or else the first of the experiment's own."""
+    own = own_metrics(ds)
+    return "test_loss" if "test_loss" in own else own[0]
 
 
 def with_slabs(variable: xr.DataArray) -> xr.DataArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from trajstore.store import StoredExperiment
 
-__all__ = ["ANALYSES", "Analysis", "analyze"]
+__all__ = ["ANALYSES", "analyze"]
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,14 @@ class Table:
     intervals: Mapping[str, tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """One statistic of the command line."""
-
-    about: str
-    options: frozenset[str]
-    run: Callable[..., list[Table]]
-
-
 def _variance(
     stored: StoredExperiment, metric: str | None = None, window: int | None = None, kind: str = "tail"
 ) -> list[Table]:
     from trajstore.analysis import variance, variance_ratio
+    from trajstore.analysis.windows import usual_metric
 
     ds = stored.dataset()
-    chosen = metric or _usual_metric(ds)
+    chosen = metric or usual_metric(ds)
     each = variance(ds, chosen, window, kind)  # type: ignore[arg-type]  # it says what there is
     tables = [
         Table(f"{kind} variance of {_window(each)}", each, ("variance", "effective"), {"variance": ("low", "high")})
@@ -68,9 +61,10 @@ def _convergence(stored: StoredExperiment, metric: str = "parameters", window: i
 
 def _resets(stored: StoredExperiment, metric: str | None = None) -> list[Table]:
     from trajstore.analysis import resets
+    from trajstore.analysis.windows import usual_metric
 
     ds = stored.dataset()
-    found = resets(ds, metric or _usual_metric(ds))
+    found = resets(ds, metric or usual_metric(ds))
     pairs = {name: (f"{name}_low", f"{name}_high") for name in ("before", "after", "difference")}
     shown = (
         "order", "seed", "step", "before", "after", "difference", "settles", "settled_after",
@@ -121,20 +115,14 @@ def _contraction(stored: StoredExperiment, order: str | None = None, pairs: int 
     ]
 
 
-ANALYSES = {
-    "variance": Analysis(
-        "how much it varies, and how much more forward does", frozenset({"metric", "window", "kind"}), _variance
-    ),
-    "convergence": Analysis(
-        "point, distribution or drift, with the evidence", frozenset({"metric", "window"}), _convergence
-    ),
-    "resets": Analysis("what every reset does", frozenset({"metric"}), _resets),
-    "contraction": Analysis(
-        "whether single steps contract, and whether their products do", frozenset({"order", "pairs"}), _contraction
-    ),
-    "law": Analysis("whether forward and backward have the same law", frozenset({"metrics", "steps"}), _law),
+ANALYSES: Mapping[str, Callable[..., list[Table]]] = {
+    "variance": _variance,
+    "convergence": _convergence,
+    "resets": _resets,
+    "contraction": _contraction,
+    "law": _law,
 }
-"""Name on the command line → the analysis and the options that it takes."""
+"""Name on the command line → what makes its tables; its parameters are the options that it takes."""
 
 
 def analyze(
@@ -159,17 +147,18 @@ def analyze(
 
     asked = ANALYSES[analysis]
     given: dict[str, Any] = {"window": window, "kind": kind, "steps": step, "order": order, "pairs": pairs}
-    if "metrics" in asked.options:
+    taken = inspect.signature(asked).parameters
+    if "metrics" in taken:
         given["metrics"] = metric
     elif metric and len(metric) > 1:
         raise ConfigurationError(f"{analysis} takes one --metric")
     else:
         given["metric"] = metric[0] if metric else None
     options = {name: value for name, value in given.items() if value is not None and value != []}
-    if foreign := sorted(set(options) - asked.options):
+    if foreign := sorted(set(options) - set(taken)):
         flag = {"steps": "--step"}.get(foreign[0], f"--{foreign[0]}")
         raise ConfigurationError(f"{analysis} has no {flag}")
-    tables = asked.run(ts.open(store)[exp], **options)
+    tables = asked(ts.open(store)[exp], **options)
     if json:
         print_json([{"what": t.title, **_plain(t.result.attrs), "rows": _rows(t.result)} for t in tables])
         return
@@ -211,14 +200,3 @@ def _plain(attrs: Mapping[Any, Any]) -> dict[str, Any]:
 def _window(result: xr.Dataset) -> str:
     a = result.attrs
     return f"{a['metric']}, {a['window']} recorded steps, {a['from_step']} to {a['to_step']}"
-
-
-def _usual_metric(ds: xr.Dataset) -> str:
-    """Return the test loss, or else the first loss or score there is."""
-    from trajstore.analysis.windows import metrics_of
-
-    from trajstore.measures import MEASURES
-
-    known = metrics_of(ds)
-    own = [name for name in known if name not in MEASURES]
-    return "test_loss" if "test_loss" in known else (own or known)[0]

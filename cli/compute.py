@@ -20,7 +20,7 @@ def compute(
     threads: Annotated[int | None, typer.Option(help="By default one a core.")] = None,
 ) -> None:
     """Compute a metric from stored states, and keep it beside those that were recorded."""
-    from trajstore.analysis.afterwards import compute as measured
+    from trajstore.analysis import compute as measured
 
     import trajstore as ts
 

@@ -16,16 +16,11 @@ __all__ = ["demo"]
 
 WINDOW = 100
 
-# The residual sum of squares about a least-squares line, and its ratio of forward to backward.
 VERDICT = f"""
-WITH tail AS (
-    SELECT "order", seed, step, test_loss FROM metrics JOIN runs USING (experiment, "order", seed)
-    WHERE experiment = 'demo' AND step > last_step - {WINDOW}
-), variances AS (
-    SELECT "order", seed, var_samp(test_loss) AS raw,
-           (regr_syy(test_loss, step) - regr_sxy(test_loss, step) ** 2 / regr_sxx(test_loss, step))
-               / (count(*) - 2) AS detrended
-    FROM tail GROUP BY ALL
+WITH variances AS (
+    SELECT "order", seed, l.variance AS raw, t.variance AS detrended
+    FROM level_variance('demo', 'test_loss', steps := {WINDOW}) l
+    JOIN tail_variance('demo', 'test_loss', steps := {WINDOW}) t USING ("order", seed)
 )
 SELECT f.seed, f.raw AS "forward", b.raw AS "backward", f.raw / b.raw AS "ratio",
        f.detrended AS "forward, detrended", b.detrended AS "backward, detrended",

@@ -63,6 +63,20 @@ def trajstore(
     return run
 
 
+def record_half(experiment: ts.Experiment, store: Path, iterates: int = 40) -> None:
+    """Record until so many iterates are there, and interrupt."""
+    done = 0
+
+    def stop(more: int, where: str) -> None:
+        nonlocal done
+        done += more
+        if done > iterates:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ts.run(experiment, store, engine="reference", durability="none", progress=stop)
+
+
 def last_of(engine: Engine, leg: Leg, step: int) -> Iterate:
     """The iterate of a leg at one step, for the engine's first seed."""
     ((_, iterate),) = engine.run([Work(0, leg, engine.start(0), [step])])

@@ -26,6 +26,10 @@ def test_reading_a_store_loads_no_torch():
     assert "torch" not in loaded("import trajstore as ts; ts.open; import trajstore.dataset, trajstore.sql")
 
 
+def test_statistics_of_metrics_load_neither_torch_nor_what_draws():
+    assert not loaded("import trajstore.analysis") & {"torch", "matplotlib", "scipy.stats"}
+
+
 def test_the_command_lines_help_loads_nothing_heavy():
     heavy = {"torch", "zarr", "xarray", "duckdb", "matplotlib", "numpy", "pydantic"}
     assert not loaded("import trajstore.cli.main") & heavy

@@ -14,8 +14,9 @@ Names are imported when they are first used, so that `import trajstore` loads ne
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trajstore._lazily import lazily
 
 if TYPE_CHECKING:
     from trajstore.costing import cost
@@ -70,10 +71,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name in _HOME:
-        return getattr(import_module(f"trajstore.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'trajstore' has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

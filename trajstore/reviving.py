@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+import zarr
+from numpy.typing import NDArray
+from torch import Tensor
 
 from trajstore.engine.reference import gradient_of
 from trajstore.errors import ConfigurationError, NotFoundError
@@ -37,6 +41,27 @@ class Revived:
     @cached_property
     def _gradient(self) -> Gradient:
         return gradient_of(self.live)
+
+    # Looked up once: a metric is asked of thousands of states.
+    @cached_property
+    def _there(self) -> NDArray[np.bool_]:
+        """(order, seed, snapshot): what was committed when it was asked first."""
+        return self.stored.commits().snapshots
+
+    @cached_property
+    def _arrays(self) -> tuple[States, zarr.Array[Any]]:
+        specs = {spec.name: spec for spec in self.stored.schema.arrays()}
+        params = self.stored.array(specs["params"])
+        return States.of(self.stored.store.place, params, self.stored.schema.codec), self.stored.array(
+            specs["counters"]
+        )
+
+    def train_loss(self, params: Tensors, buffers: Tensors) -> Tensor:
+        """Return the loss over all training examples."""
+        values = self.live.evaluate(params, buffers)
+        if "train_loss" not in values:
+            raise ConfigurationError(f"experiment {self.stored.name!r}: its problem has no train_loss")
+        return values["train_loss"]
 
     def start(self, init_seed: int) -> State:
         """Return θ₀."""
@@ -64,16 +89,13 @@ class Revived:
             if value not in known:
                 raise NotFoundError(f"experiment {self.stored.name!r} has no {what} {value!r}")
         i, k = schema.orders.index(order), schema.seeds.index(seed)
-        there = self.stored.commits().snapshots[i, k]
-        places = {step: place for place, step in enumerate(schema.snapshots) if there[place]}
+        places = {step: place for place, step in enumerate(schema.snapshots) if self._there[i, k, place]}
         if missing := [step for step in steps if step not in places]:
             raise NotFoundError(
                 f"experiment {self.stored.name!r}, order {order!r}, seed {seed}: "
                 f"no state is stored for step {missing[0]}"
             )
-        arrays = {spec.name: spec for spec in schema.arrays()}
-        params = States.of(self.stored.store.place, self.stored.array(arrays["params"]), schema.codec)
-        counters = self.stored.array(arrays["counters"])
+        params, counters = self._arrays
         return [
             self._state(params[i, k, :, places[s]], np.asarray(counters[i, k, :, places[s]]).astype(np.int64))
             for s in steps
@@ -81,8 +103,8 @@ class Revived:
 
     def _state(
         self,
-        params: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-        counters: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+        params: NDArray[Any],
+        counters: NDArray[np.int64],
     ) -> State:
         vectors = {"params": params, "counters": counters}
         parts: dict[str, Tensors] = {"parameter": {}, "buffer": {}, "memory": {}, "position": {}}

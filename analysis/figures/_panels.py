@@ -19,10 +19,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 from trajstore.analysis.figures import order_colour, style
-from trajstore.analysis.windows import SLABS, metrics_of
+from trajstore.analysis.windows import SLABS, metrics_of, usual_metric
 
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
-from trajstore.measures import MEASURES
 
 __all__ = [
     "Drawn",
@@ -35,7 +34,6 @@ __all__ = [
     "main_metric",
     "named",
     "number",
-    "own_metrics",
     "panels",
     "recorded",
     "refuse_empty",
@@ -195,23 +193,11 @@ def selected(ds: xr.Dataset, seed: Seeds = None, order: Orders = None) -> xr.Dat
     return ds
 
 
-def own_metrics(ds: xr.Dataset) -> list[str]:
-    """Return the metrics that are the experiment's own, or what there is, without those that have no value anywhere."""
-    known = metrics_of(ds)
-    own = [name for name in known if name not in MEASURES] or known
-    valued = [name for name in own if bool(np.isfinite(ds[name]).any())]
-    if not valued:
-        raise StatisticError(f"no metric of {', '.join(own) or 'this experiment'} has a finite value to draw")
-    return valued
-
-
 def main_metric(ds: xr.Dataset, metric: str | None) -> str:
     """Return the metric that was asked for, or the one to look at first; an error if it has no value to draw."""
-    known = metrics_of(ds)
     if metric is None:
-        own = own_metrics(ds)
-        return "test_loss" if "test_loss" in own else own[0]
-    if metric not in known:
+        return usual_metric(ds)
+    if metric not in (known := metrics_of(ds)):
         raise NotFoundError(f"no metric {metric!r}; {choices(metric, known)}")
     if not bool(np.isfinite(ds[metric]).any()):
         raise StatisticError(f"{metric}: no value is finite, so there is nothing to draw")

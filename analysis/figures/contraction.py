@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from trajstore.analysis.contraction import contraction, lyapunov
+from trajstore.analysis.contracting import contraction, lyapunov
 from trajstore.analysis.figures import order_colour, style
 from trajstore.analysis.figures._panels import Drawn, Given, Orders, Seeds, interval, panels, titled
 

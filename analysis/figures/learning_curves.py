@@ -22,7 +22,6 @@ from trajstore.analysis.figures._panels import (
     log_axis,
     main_metric,
     named,
-    own_metrics,
     panels,
     recorded,
     seed_panels,
@@ -32,6 +31,7 @@ from trajstore.analysis.figures._panels import (
     step_axis,
     titled,
 )
+from trajstore.analysis.windows import own_metrics
 
 __all__ = ["draw"]
 

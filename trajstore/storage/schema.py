@@ -122,6 +122,8 @@ class Schema:
     def about(self, metric: str) -> str:
         """Say what a metric is."""
         if metric in self.late:
+            if self.made_by == "problem":
+                return "computed from the stored state, after the step was recorded"
             return "as the loop gave it, after the step was recorded"
         return about(metric, self.metrics[metric], self.made_by)
 

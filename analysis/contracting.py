@@ -16,9 +16,11 @@ import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import quantile, standard_error
 from trajstore.analysis.rounding import of_size
+from trajstore.analysis.states import distance, norm, signs
 
 from trajstore.batches import generator
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
+from trajstore.experiment import Experiment
 from trajstore.operators.sgd import SGD
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.quadratic import Quadratic
@@ -31,13 +33,15 @@ __all__ = ["contraction", "lemma_factor", "limit_bound", "lyapunov", "uniform_fa
 _APART = {torch.float64: 1e-6, torch.float32: 1e-2}
 """How far two neighbours are from each other, relative to the norm of the parameters, by their precision."""
 _LEAST = 50
+_CERTAIN = 50
+"""How many times its rounding a distance must be, for a factor of it to be known to a hundredth."""
 
 
 def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 100, random_seed: int = 0) -> xr.Dataset:
     """Return the factors of random pairs of stored iterates, along ``pair``; both of a pair are of one seed.
 
-    ``factor`` is that of the parameters' distance (NaN where that is rounding), ``loss_factor`` that of L(x) + L(y),
-    Appendix G's pseudo-metric of the training loss. The batch is one of the seed's own, at a random index.
+    ``factor`` is that of the parameters' distance, NaN where rounding would be seen in it; ``loss_factor`` that of
+    L(x) + L(y), Appendix G's pseudo-metric of the training loss. The batch is one of the seed's own, at a random index.
     """
     revived, schema = revive(stored), stored.schema
     if order not in schema.orders:
@@ -46,7 +50,7 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
         raise ConfigurationError(f"pairs is {pairs}; it must be at least 1")
     _refuse_more_than_parameters(revived)
     there = stored.commits().snapshots[schema.orders.index(order)]
-    rng, found = generator(random_seed, "noise"), []
+    rng, found = generator(random_seed, "analysis"), []
     for k in rng.integers(len(schema.seeds), size=pairs).tolist():
         seed, steps = schema.seeds[k], np.array(schema.snapshots)[there[k]]
         if len(steps) < 2:
@@ -59,16 +63,16 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
         x, y = revived.states(order, seed, [first, second])
         batch = revived.batches(seed)[index]
         x_after, y_after = (revived.apply(state, batch, index) for state in (x, y))
-        before, after = _distance(x, y), _distance(x_after, y_after)
-        if before <= float(of_size(np.array([_norm(x.params)]), schema.layout.dtype)[0]):
-            before = np.nan  # two iterates that differ by rounding: what becomes of that says nothing
+        before, after = distance(x, y), distance(x_after, y_after)
+        if before < _CERTAIN * float(of_size(np.array([norm(x.params)]), schema.layout.dtype)[0]):
+            before = np.nan  # iterates so near each other that rounding would be seen in the factor
         losses = [_loss(revived, state) for state in (x, y, x_after, y_after)]
         found.append(
             (seed, first, second, index, before, _ratio(after, before), _ratio(sum(losses[2:]), sum(losses[:2])))
         )
     names = ("seed", "step", "other_step", "batch", "distance", "factor", "loss_factor")
     columns = {name: ("pair", np.array(column)) for name, column in zip(names, zip(*found, strict=True), strict=True)}
-    k = uniform_factor(stored)
+    k = _uniform_factor(revived.experiment)
     attrs = {"experiment": stored.name, "order": order, "random_seed": random_seed}
     return xr.Dataset(columns, attrs=attrs if k is None else attrs | {"uniform_factor": k})
 
@@ -87,12 +91,12 @@ def lyapunov(
         raise StatisticError(f"{count} steps are too few for an exponent; ask for {2 * _LEAST} or more")
     _refuse_more_than_parameters(revived)
     here, batches = _start(revived, chosen), revived.batches(chosen)
-    size = _APART[next(iter(here.params.values())).dtype] * max(1.0, _norm(here.params))
-    there = _moved(here, _signs(here, chosen), size)
+    size = _APART[next(iter(here.params.values())).dtype] * max(1.0, norm(here.params))
+    there = _moved(here, signs(here.params, generator(chosen, "analysis")), size)
     growth = np.empty(count)
     for n in range(1, count + 1):
         here, there = (revived.apply(state, batches[n], n) for state in (here, there))
-        apart = _distance(here, there)
+        apart = distance(here, there)
         if not 0 < apart < np.inf:
             raise StatisticError(
                 f"experiment {stored.name!r}, seed {chosen}: at step {n} neighbours are {apart} apart, so the products "
@@ -121,7 +125,10 @@ def uniform_factor(stored: StoredExperiment) -> float | None:
 
     Known for plain SGD on the quadratic and on least squares: the largest ‖I − hH‖ of a single example.
     """
-    experiment = revive(stored).experiment
+    return _uniform_factor(revive(stored).experiment)
+
+
+def _uniform_factor(experiment: Experiment) -> float | None:
     problem, operator = experiment.problem, experiment.operator
     if not isinstance(operator, SGD) or operator != SGD(operator.lr):
         return None
@@ -138,15 +145,15 @@ def uniform_factor(stored: StoredExperiment) -> float | None:
 
 def limit_bound(stored: StoredExperiment, seed: int, steps: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return C kⁿ with C = D / (1 − k), D the longest first step from θ₀ under the batches of the seed."""
-    k = uniform_factor(stored)
+    revived = revive(stored)
+    k = _uniform_factor(revived.experiment)
     if k is None:
         raise StatisticError(
             f"experiment {stored.name!r}: no k < 1 is known by which every batch map contracts, so "
             "Theorem 2.2 gives no bound"
         )
-    revived = revive(stored)
     start, batches = _start(revived, seed), revived.batches(seed)
-    longest = max(_distance(start, revived.apply(start, batches[i], i)) for i in range(1, stored.schema.steps + 1))
+    longest = max(distance(start, revived.apply(start, batches[i], i)) for i in range(1, stored.schema.steps + 1))
     return np.asarray(longest / (1 - k) * k ** np.asarray(steps, dtype=np.float64))
 
 
@@ -171,27 +178,16 @@ def _start(revived: Revived, seed: int) -> State:
     return revived.start(schema.init_seeds[schema.seeds.index(seed)])
 
 
-def _signs(state: State, seed: int) -> Tensors:
-    rng = generator(seed, "start")
-    return {name: torch.from_numpy(rng.choice([-1.0, 1.0], p.shape)).to(p) for name, p in state.params.items()}
-
-
 def _moved(state: State, direction: Tensors, length: float) -> State:
-    scale = length / _norm(direction)
+    scale = length / norm(direction)
     return state._replace(params={name: p + scale * direction[name] for name, p in state.params.items()})
 
 
-def _distance(x: State, y: State) -> float:
-    return _norm({name: p.double() - y.params[name].double() for name, p in x.params.items()})
-
-
-def _norm(tensors: Tensors) -> float:
-    return float(np.sqrt(sum(float(t.double().square().sum()) for t in tensors.values())))
-
-
 def _loss(revived: Revived, state: State) -> float:
+    if "train_loss" not in revived.live.examples:
+        return np.nan
     with torch.no_grad():
-        return float(revived.live.evaluate(state.params, state.buffers).get("train_loss", torch.tensor(np.nan)))
+        return float(revived.train_loss(state.params, state.buffers))
 
 
 def _ratio(after: float, before: float) -> float:
