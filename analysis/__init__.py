@@ -32,6 +32,7 @@ from trajstore.streaming import PerLayer
 if TYPE_CHECKING:
     from trajstore.analysis.afterwards import compute
     from trajstore.analysis.contracting import contraction, limit_bound, lyapunov
+    from trajstore.analysis.probing import outputs
 
 __all__ = [
     "Distance",
@@ -49,6 +50,7 @@ __all__ = [
     "level_variance",
     "limit_bound",
     "lyapunov",
+    "outputs",
     "resets",
     "rolling_mean",
     "rolling_variance",
@@ -63,5 +65,11 @@ __all__ = [
 # These compute with torch, which a table of a metric does without.
 __getattr__ = lazily(
     __name__,
-    {"compute": "afterwards", "contraction": "contracting", "limit_bound": "contracting", "lyapunov": "contracting"},
+    {
+        "compute": "afterwards",
+        "contraction": "contracting",
+        "limit_bound": "contracting",
+        "lyapunov": "contracting",
+        "outputs": "probing",
+    },
 )

@@ -24,7 +24,8 @@ from trajstore.experiment import Experiment
 from trajstore.operators.sgd import SGD
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.quadratic import Quadratic
-from trajstore.reviving import Revived, revive
+from trajstore.recipe import Recipe, Source
+from trajstore.reviving import revive
 from trajstore.state import State, Tensors
 from trajstore.store import StoredExperiment
 
@@ -77,29 +78,27 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
     return xr.Dataset(columns, attrs=attrs if k is None else attrs | {"uniform_factor": k})
 
 
-def lyapunov(
-    stored: StoredExperiment, seed: int | None = None, steps: int | None = None, level: float = 0.95
-) -> xr.Dataset:
+def lyapunov(source: Source, seed: int | None = None, steps: int | None = None, level: float = 0.95) -> xr.Dataset:
     """Return the exponent of the products along the forward iterates of a seed, with an interval.
 
     The logarithm of how the distance of two neighbours grows at each step, averaged; they are pulled together again
     after each. ``rate`` is the factor a step, exp(exponent): backward iterates approach their limit by it.
     """
-    revived, schema = revive(stored), stored.schema
-    chosen, count = schema.seeds[0] if seed is None else seed, steps or schema.steps
+    recipe = Recipe.of(source)
+    chosen, count = recipe.schema.seeds[0] if seed is None else seed, steps or recipe.schema.steps
     if count < 2 * _LEAST:
         raise StatisticError(f"{count} steps are too few for an exponent; ask for {2 * _LEAST} or more")
-    _refuse_more_than_parameters(revived)
-    here, batches = _start(revived, chosen), revived.batches(chosen)
+    _refuse_more_than_parameters(recipe)
+    here, batches = recipe.start(chosen), recipe.batches(chosen)
     size = _APART[next(iter(here.params.values())).dtype] * max(1.0, norm(here.params))
     there = _moved(here, signs(here.params, generator(chosen, "analysis")), size)
     growth = np.empty(count)
     for n in range(1, count + 1):
-        here, there = (revived.apply(state, batches[n], n) for state in (here, there))
+        here, there = (recipe.apply(state, batches[n], n) for state in (here, there))
         apart = distance(here, there)
         if not 0 < apart < np.inf:
             raise StatisticError(
-                f"experiment {stored.name!r}, seed {chosen}: at step {n} neighbours are {apart} apart, so the products "
+                f"experiment {recipe.name!r}, seed {chosen}: at step {n} neighbours are {apart} apart, so the products "
                 "have no exponent that could be seen"
             )
         growth[n - 1] = np.log(apart / size)
@@ -108,7 +107,7 @@ def lyapunov(
     mean, reach = float(settled.mean()), quantile(level) * float(standard_error(settled - settled.mean()))
     fields = {"exponent": mean, "exponent_low": mean - reach, "exponent_high": mean + reach}
     rates = {name.replace("exponent", "rate"): float(np.exp(value)) for name, value in fields.items()}
-    return xr.Dataset(fields | rates, attrs={"experiment": stored.name, "seed": chosen, "steps": count, "level": level})
+    return xr.Dataset(fields | rates, attrs={"experiment": recipe.name, "seed": chosen, "steps": count, "level": level})
 
 
 def lemma_factor(lr: float, m: float, M: float) -> float:
@@ -120,12 +119,12 @@ def lemma_factor(lr: float, m: float, M: float) -> float:
     return float(np.sqrt(max(0.0, 1 - 2 * lr * m + lr**2 * M**2)))
 
 
-def uniform_factor(stored: StoredExperiment) -> float | None:
+def uniform_factor(source: Source) -> float | None:
     """Return the factor by which every batch map contracts at the least, or None where it is not known or not below 1.
 
     Known for plain SGD on the quadratic and on least squares: the largest ‖I − hH‖ of a single example.
     """
-    return _uniform_factor(revive(stored).experiment)
+    return _uniform_factor(Recipe.of(source).experiment)
 
 
 def _uniform_factor(experiment: Experiment) -> float | None:
@@ -143,39 +142,35 @@ def _uniform_factor(experiment: Experiment) -> float | None:
     return factor if factor < 1 else None
 
 
-def limit_bound(stored: StoredExperiment, seed: int, steps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return C kⁿ with C = D / (1 − k), D the longest first step from θ₀ under the batches of the seed."""
-    revived = revive(stored)
-    k = _uniform_factor(revived.experiment)
+def limit_bound(source: Source, seed: int, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return C kⁿ with C = D / (1 − k), D the longest first step from θ₀ under the batches of the seed.
+
+    It is above the distance of the n-th backward iterate to the limit, and to every later iterate.
+    """
+    recipe = Recipe.of(source)
+    k = _uniform_factor(recipe.experiment)
     if k is None:
         raise StatisticError(
-            f"experiment {stored.name!r}: no k < 1 is known by which every batch map contracts, so "
+            f"experiment {recipe.name!r}: no k < 1 is known by which every batch map contracts, so "
             "Theorem 2.2 gives no bound"
         )
-    start, batches = _start(revived, seed), revived.batches(seed)
-    longest = max(distance(start, revived.apply(start, batches[i], i)) for i in range(1, stored.schema.steps + 1))
+    start, batches = recipe.start(seed), recipe.batches(seed)
+    longest = max(distance(start, recipe.apply(start, batches[i], i)) for i in range(1, recipe.schema.steps + 1))
     return np.asarray(longest / (1 - k) * k ** np.asarray(steps, dtype=np.float64))
 
 
-def _refuse_more_than_parameters(revived: Revived) -> None:
+def _refuse_more_than_parameters(recipe: Recipe) -> None:
     """Refuse operators that change more than the parameters: distances of these alone would not be those of states."""
-    schema = revived.stored.schema
-    state = revived.start(schema.init_seeds[0])
-    after = revived.apply(state, revived.batches(schema.seeds[0])[1], 1)
+    seed = recipe.schema.seeds[0]
+    state = recipe.start(seed)
+    after = recipe.apply(state, recipe.batches(seed)[1], 1)
     changed = [name for name, buffer in state.buffers.items() if not torch.equal(buffer, after.buffers[name])]
     if state.memory or changed:
         what = f"an optimizer's memory ({', '.join(state.memory)})" if state.memory else f"buffers ({changed[0]}, …)"
         raise StatisticError(
-            f"experiment {revived.stored.name!r}: a step changes {what} besides the parameters, and what it does to "
+            f"experiment {recipe.name!r}: a step changes {what} besides the parameters, and what it does to "
             "distances of parameters alone is no contraction factor"
         )
-
-
-def _start(revived: Revived, seed: int) -> State:
-    schema = revived.stored.schema
-    if seed not in schema.seeds:
-        raise NotFoundError(f"experiment {revived.stored.name!r} has no seed {seed}")
-    return revived.start(schema.init_seeds[schema.seeds.index(seed)])
 
 
 def _moved(state: State, direction: Tensors, length: float) -> State:
@@ -183,11 +178,11 @@ def _moved(state: State, direction: Tensors, length: float) -> State:
     return state._replace(params={name: p + scale * direction[name] for name, p in state.params.items()})
 
 
-def _loss(revived: Revived, state: State) -> float:
-    if "train_loss" not in revived.live.examples:
+def _loss(recipe: Recipe, state: State) -> float:
+    if "train_loss" not in recipe.live.examples:
         return np.nan
     with torch.no_grad():
-        return float(revived.train_loss(state.params, state.buffers))
+        return float(recipe.train_loss(state.params, state.buffers))
 
 
 def _ratio(after: float, before: float) -> float:

@@ -5,6 +5,7 @@
 ``parameters``          all parameters: distances of successive iterates are exact, others come from the sketch
 ``layer:0.weight``      the parameters whose names match a glob, from the stored states: all distances are exact
 ``sum:train_loss``      L(x) + L(y), the pseudo-metric of the paper's Appendix G: only a loss of 0 is a point
+``outputs``             what the model says of a few examples (`analysis.outputs`), from the stored states
 ======================  =====================================================================================
 """
 
@@ -20,9 +21,9 @@ from trajstore.analysis.windows import SLABS, Window, metrics_of, stored_window,
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 
-__all__ = ["LAYER", "PARAMETERS", "SUM", "Path", "embedded", "path_of", "paths_of"]
+__all__ = ["LAYER", "OUTPUTS", "PARAMETERS", "SUM", "Path", "embedded", "path_of", "paths_of"]
 
-PARAMETERS, LAYER, SUM = "parameters", "layer:", "sum:"
+PARAMETERS, OUTPUTS, LAYER, SUM = "parameters", "outputs", "layer:", "sum:"
 _EMBEDDED, _NOTHING = 256, 1e-12
 """So many iterates have all their distances taken; a coordinate with less of the variance is rounding."""
 
@@ -55,8 +56,10 @@ def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tupl
     if space.startswith(LAYER):
         return _of_layer(ds, space, window, least)
     metric = space.removeprefix(SUM)
+    if space == OUTPUTS and OUTPUTS not in metrics_of(ds):
+        return _of_outputs(ds, window, least)
     if metric not in metrics_of(ds):
-        raise NotFoundError(f"no metric {space!r}; {choices(metric, [*metrics_of(ds), PARAMETERS])}")
+        raise NotFoundError(f"no metric {space!r}; {choices(metric, [*metrics_of(ds), PARAMETERS, OUTPUTS])}")
     seen = window_of(ds, metric, window, least)
     together = space.startswith(SUM)
     return seen, [[path_of(seen.steps, values, together) for values in rows] for rows in seen.values]
@@ -104,6 +107,30 @@ def _of_layer(ds: xr.Dataset, space: str, window: int | None, least: int) -> tup
         ]
         for i in range(moves.shape[0])
     ]
+
+
+def _of_outputs(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
+    from trajstore.analysis.probing import outputs_of_slabs
+
+    seen = ds.sel(snapshot=stored_window(ds, OUTPUTS, window, least))
+    steps, every = seen["snapshot"].values.astype(np.int64), -(-seen.sizes["snapshot"] // _EMBEDDED)
+    coords = {dim: np.atleast_1d(ds[dim].values) for dim in SLABS}
+    rows: list[list[Path]] = [[] for _ in coords["order"]]
+    for (i, _), states in outputs_of_slabs(seen):
+        points, moves, norms = [], [], []
+        before: Floats | None = None
+        for n, one in enumerate(states):
+            assert one is not None  # the window is of stored states
+            here = one.ravel() / np.sqrt(len(one))
+            if before is not None:
+                moves.append(float(np.linalg.norm(here - before)))
+            if n % every == 0:
+                points.append(here)
+            norms.append(float(np.linalg.norm(here)))
+            before = here
+        path = Path(steps, np.array(points), np.array(moves), of_moves(np.array(norms), ds["params"].dtype))
+        rows[i].append(path)
+    return Window(OUTPUTS, steps, np.array([[path.moves for path in row] for row in rows]), coords), rows
 
 
 def embedded(distances: Floats) -> Floats:

@@ -131,7 +131,7 @@ def analyze(
     analysis: AnalysisName,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="A metric, 'parameters', 'layer:GLOB' or 'sum:METRIC'; `law` takes several."),
+        typer.Option(help="A metric, 'parameters', 'layer:GLOB', 'outputs' or 'sum:METRIC'; `law` takes several."),
     ] = None,
     window: Annotated[int | None, typer.Option(help="Recorded steps at the end; by default the last half.")] = None,
     kind: Annotated[str | None, typer.Option(help="Of variance: level, tail or step.")] = None,

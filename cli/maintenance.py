@@ -63,7 +63,8 @@ def verify(
 
 def _replayed(store: Store, exp: str | None) -> tuple[list[tuple[str, Replayed]], list[str]]:
     """Replay an experiment, or all that can be; return what came of it, and of which experiments nothing can come."""
-    from trajstore.replaying import replay, why_not
+    from trajstore.recipe import why_not
+    from trajstore.replaying import replay
 
     if exp is not None:
         return [(exp, slab) for slab in replay(store[exp])], []

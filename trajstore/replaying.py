@@ -17,15 +17,15 @@ from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import Plan, ready
 from trajstore.engine.walk import Slab, walk
 from trajstore.errors import ConfigurationError, ConflictError
-from trajstore.experiment import Experiment
 from trajstore.flattening import schema_of
 from trajstore.observing import Observer, parameters_of
 from trajstore.planning import run_seeds
+from trajstore.recipe import experiment_of, why_not
 from trajstore.storage.segment import Observation
 from trajstore.storage.writer import Ledger
 from trajstore.store import StoredExperiment
 
-__all__ = ["Replayed", "experiment_of", "replay", "why_not"]
+__all__ = ["Replayed", "replay"]
 
 Tell = Callable[[int, str], None]
 
@@ -48,12 +48,6 @@ class Replayed:
         if self.differs_from is None:
             return f"{slab} came out the same, bit for bit"
         return f"{slab}, different from step {self.differs_from} on, by at most {self.off:.1e} of the parameters' norm"
-
-
-def why_not(stored: StoredExperiment) -> str | None:
-    """Say why an experiment can never be computed again, if it cannot: it has no recipe."""
-    how = {"loop": "was recorded by a training loop", "import": "was imported"}.get(stored.schema.made_by)
-    return how and f"experiment {stored.name!r} {how}, and how to compute it is not stored: it cannot be replayed"
 
 
 def replay(stored: StoredExperiment) -> Iterator[Replayed]:
@@ -98,17 +92,6 @@ def _compare(told: Replayed, stored: Observation, again: Observation) -> None:
         left, right = (state[0].astype(np.float64) for state in (stored.snapshot, again.snapshot))
         norm = float(np.linalg.norm(left))
         told.off = max(told.off, float(np.linalg.norm(left - right)) / (norm or 1.0))
-
-
-def experiment_of(stored: StoredExperiment) -> Experiment:
-    """Return the experiment that was recorded."""
-    try:
-        experiment = Experiment.of(stored.config)
-    except ConfigurationError as error:
-        raise ConfigurationError(
-            f"experiment {stored.name!r} cannot be replayed: its problem cannot be made from what is stored ({error})"
-        ) from None
-    return experiment
 
 
 def _plan(stored: StoredExperiment) -> Plan:

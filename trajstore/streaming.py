@@ -31,7 +31,7 @@ from trajstore.storage.layout import Entry
 
 __all__ = ["Block", "Need", "PerLayer", "Statistic", "streamed"]
 
-_TILE = 32_768
+_TILE = 131_072
 """Numbers that are worked on at a time: as float64, with a scratch as large, they stay in a core's own cache."""
 _SQUARE = 8_192
 """Numbers that are turned at a time."""

@@ -34,6 +34,8 @@ from trajstore.errors import StatisticError
 
 __all__ = ["draw"]
 
+_CONTRACTING = ("least-squares", "quadratic")
+"""Problems whose maps may be known to contract; to ask takes torch, which other figures do without."""
 _LEAST = 3
 """Stored states of a slab; with fewer there is no path to draw."""
 
@@ -51,7 +53,8 @@ def draw(
 
     States that are not stored are compared by their sketch, and the label says so. The title of a panel has the verdict
     of `analysis.convergence` over `window` recorded steps, by default the last half, and the rate, the factor a step by
-    which moves shrink, where that is not 1; the dashed line has this rate. `axes` are one a seed.
+    which moves shrink, where that is not 1; the dashed line has this rate. Where every batch map is known to contract
+    by k < 1, a dotted line is Theorem 2.2's bound C kⁿ of backward iterates. `axes` are one a seed.
     """
     ds = selected(ds, seed, order)
     far, label = _distances(ds, metric)
@@ -69,6 +72,8 @@ def draw(
                 if found is not None:
                     said.append(f"{name}: {_said(found)}")
                     _rate(ax, curve, found)
+                if name == "backward" and metric == PARAMETERS:
+                    _bound(ax, ds, one, curve)
             titled(ax, *said)
         if spans_decades(far):
             log_axis(made.flat)
@@ -125,6 +130,20 @@ def _said(found: xr.Dataset) -> str:
         return "diverged"
     rests = float(found["rest_from"])
     return f"{verdict}, at rest from step {rests:.0f}" if verdict == "point" and np.isfinite(rests) else str(verdict)
+
+
+def _bound(ax: Axes, ds: xr.Dataset, seed: int, curve: xr.DataArray) -> None:
+    """Draw what Theorem 2.2 says of the distances, where it says something, as far down as they go."""
+    config = ds.attrs.get("trajstore", {}).get("config", {})
+    if config.get("problem", {}).get("family") not in _CONTRACTING:
+        return
+    from trajstore.analysis.contracting import limit_bound, uniform_factor
+
+    if uniform_factor(ds) is None:
+        return
+    bound = limit_bound(ds, seed, curve["step"].values)
+    shown = bound >= float(curve.where(curve > 0).min())
+    ax.plot(curve["step"].values[shown], bound[shown], ":", linewidth=1.0, color="black", label="bound $C k^n$")
 
 
 def _rate(ax: Axes, curve: xr.DataArray, found: xr.Dataset) -> None:

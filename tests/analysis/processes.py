@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import xarray as xr
 from scipy.signal import lfilter
 from trajstore.analysis.rounding import of_moves
 from trajstore.analysis.spaces import Path
@@ -76,3 +77,45 @@ class LeastSquares:
             length = float(np.linalg.norm(vector))
             total, vector = total + np.log(length), vector / length
         return total / steps
+
+
+def runs_of(forward, backward):
+    """A dataset with a seed a row."""
+    values = np.stack([forward, backward])
+    here = np.ones(values.shape, dtype=bool)
+    dims = ("order", "seed", "step")
+    return xr.Dataset(
+        {"loss": (dims, values), "measured": (dims, here.astype(int), {"flag_meanings": "loss"})},
+        {"order": ["forward", "backward"], "seed": np.arange(values.shape[1]), "step": np.arange(values.shape[2]),
+         "recorded": (dims, here)},
+    )  # fmt: skip
+
+
+def iterate_pairs(rng, n, seeds, h=0.05):
+    """Forward and backward iterates of the quadratic from θ₀ = 1, of the same noise."""
+    noise = rng.standard_normal((seeds, n))
+    weights = h * (1 - h) ** np.arange(n)
+    start = (1 - h) ** n
+    return (start + noise @ weights[::-1])[:, None], (start + noise @ weights)[:, None]
+
+
+KNOWN = {
+    "quadratic, forward": ("distribution", lambda rng: quadratic(rng, 0.1, 4_000, "forward")),
+    "quadratic, forward, h = 0.05": ("distribution", lambda rng: quadratic(rng, 0.05, 8_000, "forward")),
+    "quadratic, backward": ("point", lambda rng: quadratic(rng, 0.05, 800, "backward")),
+    "quadratic, backward, h = 0.01": ("point", lambda rng: quadratic(rng, 0.01, 1_000, "backward")),
+    "quadratic, backward, at rest": ("point", lambda rng: quadratic(rng, 0.1, 4_000, "backward")),
+    "two constants, forward": ("distribution", lambda rng: two_constants(rng, 2_000, "forward")),
+    "two constants, backward": ("point", lambda rng: two_constants(rng, 200, "backward")),
+    "least squares, forward": ("distribution", lambda rng: LeastSquares(0.1).iterates(rng, 8_000, "forward")),
+    "least squares, backward": ("point", lambda rng: LeastSquares(0.05).iterates(rng, 1_000, "backward")),
+    "ridge, backward": (
+        "point", lambda rng: LeastSquares(h=0.05, ridge=0.5).iterates(rng, 1_000, "backward")
+    ),
+    "interpolating, forward": ("point", lambda rng: LeastSquares(0.05, noise=0).iterates(rng, 1_000, "forward")),
+    "a drift": ("drifting", lambda rng: 0.05 * np.arange(2_001) + quadratic(rng, 0.1, 2_000, "forward")),
+    "a drift ever faster": (
+        "drifting", lambda rng: 1e-4 * np.arange(2_001) ** 2 + quadratic(rng, 0.1, 2_000, "forward")
+    ),
+}  # fmt: skip
+"""Processes, the verdict on their last half, and what makes one."""

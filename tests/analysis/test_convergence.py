@@ -11,31 +11,8 @@ from trajstore.analysis import convergence, variance
 from trajstore.analysis.convergence import judge
 from trajstore.analysis.spaces import embedded
 
-from tests.analysis.processes import LeastSquares, last_half, quadratic, two_constants
+from tests.analysis.processes import KNOWN, last_half, quadratic
 from trajstore.errors import NotFoundError, StatisticError
-
-
-def ridge(rng):
-    return LeastSquares(h=0.05, ridge=0.5).iterates(rng, 1_000, "backward")
-
-
-KNOWN = {
-    "quadratic, forward": ("distribution", lambda rng: quadratic(rng, 0.1, 4_000, "forward")),
-    "quadratic, forward, h = 0.05": ("distribution", lambda rng: quadratic(rng, 0.05, 8_000, "forward")),
-    "quadratic, backward": ("point", lambda rng: quadratic(rng, 0.05, 800, "backward")),
-    "quadratic, backward, h = 0.01": ("point", lambda rng: quadratic(rng, 0.01, 1_000, "backward")),
-    "quadratic, backward, at rest": ("point", lambda rng: quadratic(rng, 0.1, 4_000, "backward")),
-    "two constants, forward": ("distribution", lambda rng: two_constants(rng, 2_000, "forward")),
-    "two constants, backward": ("point", lambda rng: two_constants(rng, 200, "backward")),
-    "least squares, forward": ("distribution", lambda rng: LeastSquares(0.1).iterates(rng, 8_000, "forward")),
-    "least squares, backward": ("point", lambda rng: LeastSquares(0.05).iterates(rng, 1_000, "backward")),
-    "ridge, backward": ("point", ridge),
-    "interpolating, forward": ("point", lambda rng: LeastSquares(0.05, noise=0).iterates(rng, 1_000, "forward")),
-    "a drift": ("drifting", lambda rng: 0.05 * np.arange(2_001) + quadratic(rng, 0.1, 2_000, "forward")),
-    "a drift ever faster": (
-        "drifting", lambda rng: 1e-4 * np.arange(2_001) ** 2 + quadratic(rng, 0.1, 2_000, "forward")
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -15,6 +15,7 @@ from trajstore.analysis.figures._panels import interval, number
 from trajstore.analysis.figures.learning_curves import draw as learning_curves
 
 import trajstore as ts
+from tests.conftest import SMALL_NET
 from trajstore import analysis
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 
@@ -130,6 +131,20 @@ def test_rolling_variance_draws_the_statistic_of_each_seed_and_order(runs):
     assert figure.axes[0].get_ylabel() == "tail variance of train loss\nover 40 recorded steps"
     written = interval(*(float(ratio[name]) for name in ("ratio", "low", "high")))
     assert f"forward/backward {' '.join(written.split())}" in plain(figure.axes[0])
+
+
+def test_the_bound_of_the_theorem_lies_over_the_distances_of_backward_where_there_is_one(runs, record):
+    """Maps of the quadratic contract by 0.95 = 1 − 0.1 · 0.5."""
+    far = runs.traj.distances(to="last").compute()
+    for ax, seed in zip(draw("distances", runs).figure.axes, (0, 1, 2), strict=True):
+        bound = lines(ax)["bound $C k^n$"]
+        steps, heights = bound.get_xdata(), bound.get_ydata()
+        assert len(steps) > 100
+        assert np.exp(np.diff(np.log(heights))) == pytest.approx(0.95)
+        assert (heights >= far.sel(order="backward", seed=seed, snapshot=steps)).all()
+    rows = record({**SMALL_NET, "name": "rows", "problem": {"family": "least-squares"}, "steps": 60}).dataset()
+    for ds in (runs.sel(order=["forward"]), rows):
+        assert all("bound $C k^n$" not in lines(ax) for ax in draw("distances", ds).axes)
 
 
 def test_distances_are_those_of_the_stored_states_and_the_rate_is_the_one_that_was_fitted(runs):

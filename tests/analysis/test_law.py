@@ -8,17 +8,8 @@ from trajstore.analysis import law
 from trajstore.analysis.law import adjusted, disjoint_test, swap_test
 
 import trajstore as ts
+from tests.analysis.processes import iterate_pairs
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
-
-H = 0.05
-
-
-def pairs(rng, n, seeds):
-    """Forward and backward iterates of the quadratic from θ₀ = 1, of the same noise."""
-    noise = rng.standard_normal((seeds, n))
-    weights = H * (1 - H) ** np.arange(n)
-    start = (1 - H) ** n
-    return (start + noise @ weights[::-1])[:, None], (start + noise @ weights)[:, None]
 
 
 @pytest.mark.parametrize("n", [5, 20, 60])
@@ -26,7 +17,7 @@ def test_equal_laws_are_rejected_as_often_as_the_level_says(n):
     rng = np.random.default_rng(n)
     swapped, apart = [], []
     for _ in range(2_000):
-        forward, backward = pairs(rng, n, 40)
+        forward, backward = iterate_pairs(rng, n, 40)
         swapped.append(swap_test(forward, backward, 199, rng) <= 0.05)
         apart.append(disjoint_test(forward, backward, 199, rng) <= 0.05)
     assert 0.03 <= np.mean(swapped) <= 0.07
@@ -37,7 +28,7 @@ def test_equal_laws_are_rejected_as_often_as_the_level_says(n):
 def test_a_shift_of_half_a_deviation_is_seen(n):
     rng, seen = np.random.default_rng(n), []
     for _ in range(100):
-        forward, backward = pairs(rng, n, 100)
+        forward, backward = iterate_pairs(rng, n, 100)
         seen.append(swap_test(forward, backward + 0.5 * forward.std(), 199, rng) <= 0.05)
     assert np.mean(seen) >= 0.85
 
@@ -45,7 +36,7 @@ def test_a_shift_of_half_a_deviation_is_seen(n):
 def test_a_smaller_spread_is_seen():
     rng, seen = np.random.default_rng(0), []
     for _ in range(50):
-        forward, backward = pairs(rng, 60, 200)
+        forward, backward = iterate_pairs(rng, 60, 200)
         seen.append(swap_test(forward, backward.mean() + 0.6 * (backward - backward.mean()), 199, rng) <= 0.05)
     assert np.mean(seen) >= 0.85
 
@@ -55,7 +46,7 @@ def test_unpaired_tests_would_have_no_size():
     from scipy.stats import ks_2samp
 
     rng = np.random.default_rng(0)
-    p = [ks_2samp(*(side[:, 0] for side in pairs(rng, 5, 100))).pvalue for _ in range(200)]
+    p = [ks_2samp(*(side[:, 0] for side in iterate_pairs(rng, 5, 100))).pvalue for _ in range(200)]
     assert np.mean(np.array(p) <= 0.05) < 0.005
 
 

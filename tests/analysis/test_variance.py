@@ -15,7 +15,7 @@ from trajstore.analysis import (
     variance_ratio,
 )
 
-from tests.analysis.processes import ar1
+from tests.analysis.processes import ar1, runs_of
 from trajstore.errors import NotFoundError, StatisticError
 
 
@@ -122,18 +122,6 @@ def test_steps_that_were_chosen_by_a_metric_give_no_variance(record):
         StatisticError, match=r"uneven distances where test_loss changes most, .* would be wrong; record them evenly"
     ):
         tail_variance(ds, "test_loss", window=20)
-
-
-def runs_of(forward, backward):
-    """A dataset with a seed a row."""
-    values = np.stack([forward, backward])
-    here = np.ones(values.shape, dtype=bool)
-    dims = ("order", "seed", "step")
-    return xr.Dataset(
-        {"loss": (dims, values), "measured": (dims, here.astype(int), {"flag_meanings": "loss"})},
-        {"order": ["forward", "backward"], "seed": np.arange(values.shape[1]), "step": np.arange(values.shape[2]),
-         "recorded": (dims, here)},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

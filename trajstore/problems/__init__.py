@@ -22,7 +22,10 @@ from trajstore.state import Tensors
 if TYPE_CHECKING:
     from trajstore.problems._module import ModuleProblem
 
-__all__ = ["Batches", "DType", "LiveProblem", "ModuleProblem", "Problem", "torch_dtype"]
+__all__ = ["PROBES", "Batches", "DType", "LiveProblem", "ModuleProblem", "Predicts", "Problem", "torch_dtype"]
+
+PROBES = 256
+"""Examples that outputs are asked of."""
 
 DType = Literal["float32", "float64"]
 
@@ -77,6 +80,14 @@ class NamesOfModule(Protocol):
     @property
     def transient(self) -> frozenset[str]:
         """Buffers that `state_dict` leaves out."""
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """What a live problem may add: what its model says of a few fixed examples, the probe."""
+
+    def outputs(self, params: Tensors, buffers: Tensors) -> Tensor:
+        """Return the outputs on the first `PROBES` test examples, or training examples: (example, …)."""
 
 
 class Problem(Protocol):

@@ -28,7 +28,7 @@ from trajstore.batches import Sampling, draws
 from trajstore.errors import ConfigurationError, TrajstoreError
 from trajstore.noise import keyed_uniform
 from trajstore.operators import Batch
-from trajstore.problems import Batches, DType, LiveProblem, torch_dtype
+from trajstore.problems import PROBES, Batches, DType, LiveProblem, torch_dtype
 from trajstore.problems._streams import RowBatches
 from trajstore.state import Tensors
 
@@ -145,6 +145,11 @@ class _Live:
             for name, score in self._scores.items()
             for split, (x, y) in self._splits.items()
         }
+
+    def outputs(self, params: Tensors, buffers: Tensors) -> Tensor:
+        self._module.eval()
+        x, _ = self._splits.get("test", self._splits["train"])
+        return self._call(params, buffers, x[:PROBES])
 
     def _mean(self, score: Score, params: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self._device)

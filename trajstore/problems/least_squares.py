@@ -18,7 +18,7 @@ from torch import Tensor
 from trajstore.batches import Sampling, draws, generator
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Batch
-from trajstore.problems import Batches, DType, LiveProblem, Problem, torch_dtype
+from trajstore.problems import PROBES, Batches, DType, LiveProblem, Problem, torch_dtype
 from trajstore.problems._streams import RowBatches, normal_start
 from trajstore.state import Tensors
 
@@ -86,6 +86,9 @@ class _Live:
 
     def evaluate(self, params: Tensors, buffers: Tensors) -> Tensors:
         return {"train_loss": self._loss(params["theta"].double(), self._X.double(), self._y.double())}
+
+    def outputs(self, params: Tensors, buffers: Tensors) -> Tensor:
+        return self._X[:PROBES] @ params["theta"]
 
     def _loss(self, theta: Tensor, X: Tensor, y: Tensor) -> Tensor:
         loss = 0.5 * (X @ theta - y).square().mean()

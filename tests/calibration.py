@@ -1,0 +1,143 @@
+"""How often the intervals, verdicts and tests of the analysis are right, on processes whose answer is known.
+
+    python -m tests.calibration [ratios] [rates] [verdicts] [resets] [law]
+
+The tests assert bounds on a part of these; here are the numbers that `docs/analysis.md` has.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from trajstore.analysis import resets, variance_ratio
+from trajstore.analysis.convergence import judge
+from trajstore.analysis.law import adjusted, disjoint_test, swap_test
+from trajstore.analysis.rates import fit_rate
+
+from tests.analysis.processes import KNOWN, LeastSquares, ar1, iterate_pairs, last_half, path, quadratic, runs_of
+
+
+def ratios(runs: int) -> None:
+    """Intervals of variance ratios at 95%: how many are given, and how many of these hold the true ratio, 9."""
+    print(f"{'process':40} {'steps':>6} {'given':>6} {'hold':>6}")
+    cases = [(phi, steps, kind) for phi, steps in ((0, 1_000), (0.9, 1_000), (0.99, 1_000), (0.99, 20_000))
+             for kind in ("level", "tail", "step")]  # fmt: skip
+    for phi, steps, kind in cases:
+        forward, backward = (ar1(phi, steps, runs, 10 + k) for k in range(2))
+        _ratio(f"AR(1), φ = {phi}, {kind}", 3 * forward, backward, kind)
+    for steps in (1_000, 2_000, 4_000):
+        forward, backward = (ar1(0.9, steps, runs, 20 + k) ** 2 / 2 for k in range(2))
+        _ratio("θ²/2 of the quadratic, h = 0.1, level", 9 * forward, 3 * backward, "level")
+
+
+def _ratio(name: str, forward: np.ndarray, backward: np.ndarray, kind: str) -> None:
+    steps = forward.shape[1]
+    found = variance_ratio(runs_of(forward, backward), "loss", steps, kind)  # type: ignore[arg-type]
+    given = (found["why"] == "").values
+    held = ((found["low"] <= 9) & (found["high"] >= 9)).values[given]
+    print(f"{name:40} {steps:6} {given.mean():6.0%} {held.mean() if given.any() else np.nan:6.0%}", flush=True)
+
+
+def rates(runs: int) -> None:
+    """Intervals of rates at 95%: how many hold the true rate, those of ordinary least squares for comparison."""
+    print(f"{'moves':40} {'steps':>6} {'hold':>6} {'ordinary':>9}")
+    rng = np.random.default_rng(1)
+    for h, steps in ((0.1, 150), (0.05, 400), (0.01, 2_000)):
+        approaches = (path(quadratic(rng, h, steps, "backward")).moves for _ in range(runs))
+        _rate(f"quadratic, backward, h = {h}", 1 - h, approaches)
+    for walk, noise in ((0.3, 1.0), (0.1, 1.0), (0.05, 1.0), (1.0, 0.1)):
+        _rate(f"a walk of {walk} in noise of {noise}", np.exp(-0.05), (_walk(rng, walk, noise) for _ in range(runs)))
+    problem = LeastSquares(h=0.05)
+    expected = float(np.exp(problem.lyapunov(np.random.default_rng(1))))
+    products = (path(problem.iterates(rng, 900, "backward")).moves[100:] for _ in range(runs))
+    _rate("least squares, backward", expected, products)
+
+
+def _walk(rng: np.random.Generator, step: float, noise: float) -> np.ndarray:
+    logarithms = np.cumsum(-0.05 + step * rng.standard_normal(400))
+    return np.exp(logarithms + noise * rng.standard_normal(400))
+
+
+def _rate(name: str, true: float, moves: Iterable[np.ndarray]) -> None:
+    held, ordinary = [], []
+    for some in moves:
+        rate = fit_rate(some)
+        held.append(rate is not None and rate.low <= true <= rate.high)
+        some = some[some > 0]
+        x = np.arange(len(some)) - (len(some) - 1) / 2
+        slope = x @ np.log(some) / (x @ x)
+        rest = np.log(some) - np.log(some).mean() - slope * x
+        ordinary.append(abs(slope - np.log(true)) <= 1.96 * np.sqrt(rest @ rest / (len(x) - 2) / (x @ x)))
+    print(f"{name:40} {len(some):6} {np.mean(held):6.0%} {np.mean(ordinary):9.0%}", flush=True)
+
+
+def verdicts(runs: int) -> None:
+    """Verdicts: how many are right, and how many definite ones are wrong."""
+    print(f"{'process':40} {'verdict':>13} {'right':>6} {'wrong':>6}")
+    for name, (right, process) in KNOWN.items():
+        rng = np.random.default_rng(1)
+        found = Counter(judge(last_half(process(rng))).verdict for _ in range(runs))
+        wrong = runs - found[right] - found["undecided"]
+        print(f"{name:40} {right:>13} {found[right] / runs:6.0%} {wrong / runs:6.1%}", flush=True)
+
+
+def leg_changes(runs: int) -> None:
+    """Levels before and after a reset that changes nothing: how many are told apart at 95%."""
+    print(f"{'process':40} {'steps':>6} {'given':>6} {'apart':>6}")
+    for phi, steps in ((0.5, 1_000), (0.9, 4_000), (0.99, 40_000)):
+        ds = runs_of(ar1(phi, steps, runs, 30), ar1(phi, steps, runs, 31))
+        half = (ds["step"] >= steps // 2).broadcast_like(ds["loss"]).transpose(*ds["loss"].dims)
+        found = resets(ds.assign(leg=half.astype(int)), "loss")
+        given = np.isfinite(found["difference_low"].values)
+        apart = (found["difference_low"].values > 0) | (found["difference_high"].values < 0)
+        print(f"AR(1), φ = {phi:<30} {steps:6} {given.mean():6.0%} {apart[given].mean():6.0%}", flush=True)
+
+
+def law(runs: int) -> None:
+    """Law tests at 5%, 100 seeds, backward shifted by so many deviations: how often they reject."""
+    tests = (1, 3, 10, 30)
+    print("   n  shift   swap  disjoint   after Holm, of metrics × steps: " + "".join(f"{m:>6}" for m in tests))
+    for n in (5, 20, 60):
+        for shift in (0.0, 0.25, 0.5, 1.0):
+            rng, p = np.random.default_rng(n), np.empty((runs, 2))
+            for row in p:
+                forward, backward = iterate_pairs(rng, n, 100)
+                backward = backward + shift * backward.std()
+                row[:] = [test(forward, backward, 1_999, rng) for test in (swap_test, disjoint_test)]
+            swap, disjoint = (p <= 0.05).mean(0)
+            after = "".join(f"{_after_holm(rng, p, m):6.0%}" for m in tests)
+            print(f"{n:4} {shift:6} {swap:6.0%} {disjoint:9.0%} {'':35}{after}", flush=True)
+
+
+def _after_holm(rng: np.random.Generator, p: np.ndarray, tests: int) -> float:
+    """Return how often either is rejected, among others whose p-values are uniform."""
+    others = rng.uniform(size=(len(p), 2 * (tests - 1)))
+    found = [adjusted(np.append(mine, rest))[:2].min() <= 0.05 for mine, rest in zip(p, others, strict=True)]
+    return float(np.mean(found))
+
+
+PARTS: Mapping[str, tuple[Callable[[int], None], int]] = {
+    "ratios": (ratios, 500),
+    "rates": (rates, 500),
+    "verdicts": (verdicts, 200),
+    "resets": (leg_changes, 200),
+    "law": (law, 500),
+}
+"""Name → what prints it, and of how many runs."""
+
+
+def main() -> None:
+    """Print what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="by default all")
+    for name in parser.parse_args().parts or PARTS:
+        show, runs = PARTS[name]
+        print(f"\n{' '.join(str(show.__doc__).split())} {runs} runs each.\n")
+        show(runs)
+
+
+if __name__ == "__main__":
+    main()

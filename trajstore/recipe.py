@@ -1,0 +1,135 @@
+"""Recipe: an experiment's problem and operators as functions again, from what is stored with its iterates.
+
+A stored experiment has its recipe, and so has a dataset of it, in its attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trajstore.engine.reference import gradient_of
+from trajstore.errors import ConfigurationError, NotFoundError
+from trajstore.experiment import Experiment
+from trajstore.measures import maker_of
+from trajstore.operators import Batch, Gradient
+from trajstore.problems import Batches, LiveProblem, Predicts
+from trajstore.state import Memory, State, Tensors, beginning
+from trajstore.storage.schema import Schema
+from trajstore.store import StoredExperiment
+
+__all__ = ["Recipe", "Source", "experiment_of", "why_not"]
+
+Source = StoredExperiment | xr.Dataset
+"""What has a recipe."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment that can compute again, on the CPU."""
+
+    name: str
+    schema: Schema
+    experiment: Experiment
+    live: LiveProblem
+
+    @classmethod
+    def of(cls, source: Source) -> Recipe:
+        """Make a problem and its operators from their configuration; refuse where that is not stored."""
+        if (reason := why_not(source)) is not None:
+            raise ConfigurationError(f"{reason.partition(':')[0]}: nothing can be computed with it afterwards")
+        name, attributes = _attributes(source)
+        experiment, schema = experiment_of(source), Schema.from_json(attributes["schema"])
+        return cls(name, schema, experiment, experiment.problem.build(torch.device("cpu")))
+
+    @cached_property
+    def _gradient(self) -> Gradient:
+        return gradient_of(self.live)
+
+    def start(self, seed: int) -> State:
+        """Return θ₀ of a seed of the experiment."""
+        params, buffers = self.live.initial(self.schema.init_seeds[self._place(seed)])
+        return beginning(params, buffers, self.experiment.operator.memory(params))
+
+    def batches(self, seed: int) -> Batches:
+        """Return the batch stream of a seed of the experiment."""
+        return self.live.batches(self.schema.data_seeds[self._place(seed)])
+
+    def apply(self, state: State, batch: Batch, index: int) -> State:
+        """Return T_index(state)."""
+        with torch.no_grad():
+            return self.experiment.operator.apply(self._gradient, state, batch, torch.tensor(index))
+
+    def gradient(self, state: State, batch: Batch) -> Tensors:
+        """Return the gradient of the loss on a batch."""
+        return self._gradient(state.params, state.buffers, batch)[0]
+
+    def train_loss(self, params: Tensors, buffers: Tensors) -> Tensor:
+        """Return the loss over all training examples."""
+        values = self.live.evaluate(params, buffers)
+        if "train_loss" not in values:
+            raise ConfigurationError(f"experiment {self.name!r}: its problem has no train_loss")
+        return values["train_loss"]
+
+    def outputs(self, state: State) -> NDArray[np.float64]:
+        """Return what the model says of the probe, (example, output)."""
+        if not isinstance(self.live, Predicts):
+            raise ConfigurationError(f"experiment {self.name!r}: its problem has no outputs")
+        with torch.no_grad():
+            outputs = self.live.outputs(state.params, state.buffers)
+        return np.asarray(outputs.reshape(len(outputs), -1).double().numpy())
+
+    def state(self, params: NDArray[Any], counters: NDArray[np.int64]) -> State:
+        """Return a state from the vectors that are stored of it."""
+        vectors = {"params": params, "counters": counters}
+        parts: dict[str, Tensors] = {"parameter": {}, "buffer": {}, "memory": {}, "position": {}}
+        for e in self.schema.layout.entries:
+            flat = torch.from_numpy(np.ascontiguousarray(vectors[e.array][e.part]))
+            parts[e.role][e.name] = flat.reshape(e.shape).to(getattr(torch, e.dtype))
+        memory: Memory = {}
+        for name, tensor in parts["memory"].items():
+            slot, _, parameter = name.partition("/")
+            memory.setdefault(slot, {})[parameter] = tensor
+        return State(parts["parameter"], parts["buffer"], memory, parts["position"]["position"])
+
+    def _place(self, seed: int) -> int:
+        if seed not in self.schema.seeds:
+            raise NotFoundError(f"experiment {self.name!r} has no seed {seed}")
+        return self.schema.seeds.index(seed)
+
+
+def why_not(source: Source) -> str | None:
+    """Say why an experiment can never be computed again, if it cannot: it has no recipe."""
+    name, attributes = _attributes(source)
+    how = {"loop": "was recorded by a training loop", "import": "was imported"}.get(maker_of(attributes["config"]))
+    return how and f"experiment {name!r} {how}, and how to compute it is not stored: it cannot be replayed"
+
+
+def experiment_of(source: Source) -> Experiment:
+    """Return the experiment that was recorded."""
+    name, attributes = _attributes(source)
+    try:
+        return Experiment.of(attributes["config"])
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"experiment {name!r} cannot be replayed: its problem cannot be made from what is stored ({error})"
+        ) from None
+
+
+def _attributes(source: Source) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(source, StoredExperiment):
+        return source.name, source.attributes
+    if "trajstore" not in source.attrs:
+        raise ConfigurationError(
+            "this dataset does not say how it was made: it is no experiment's, or its attributes were dropped on the "
+            "way (keep them by xr.set_options(keep_attrs=True))"
+        )
+    return str(source.attrs.get("experiment", "")), source.attrs["trajstore"]
