@@ -66,8 +66,8 @@ class Window:
 
 def metrics_of(ds: xr.Dataset) -> list[str]:
     """Return the names of the metrics of a dataset."""
-    late = [str(name) for name, variable in ds.data_vars.items() if "late" in variable.attrs]
-    return [*str(ds["measured"].attrs.get("flag_meanings", "")).split(), *late]
+    flagged = _flagged(ds)
+    return [*flagged, *(str(name) for name, v in ds.data_vars.items() if "late" in v.attrs and name not in flagged)]
 
 
 def own_metrics(ds: xr.Dataset) -> list[str]:
@@ -189,8 +189,13 @@ def _measured(ds: xr.Dataset, metric: str, there: NDArray[np.bool_]) -> NDArray[
 
 def _known(ds: xr.Dataset, metric: str) -> xr.DataArray:
     """Return where a metric has a value, be it NaN because training diverged."""
-    names = str(ds["measured"].attrs.get("flag_meanings", "")).split()
-    return ds["measured"] >> names.index(metric) & 1 > 0 if metric in names else ds[metric].notnull()
+    flagged = _flagged(ds)
+    return ds["measured"] >> flagged.index(metric) & 1 > 0 if metric in flagged else ds[metric].notnull()
+
+
+def _flagged(ds: xr.Dataset) -> list[str]:
+    """Return the metrics that have a bit of their own."""
+    return str(ds["measured"].attrs.get("flag_meanings", "")).split()
 
 
 def ends_early(steps: NDArray[Any]) -> bool:

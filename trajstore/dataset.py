@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["dataset", "datatree", "opened"]
 
 _TASK_BYTES = 16 * 2**20
+_BITS = 63
+"""Of `measured`, besides the sign."""
 
 
 def dataset(experiment: StoredExperiment) -> xr.Dataset:
@@ -66,8 +68,10 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
         mask = (("order", "seed", "step"), late[spec.name][0]) if spec.name in late else None
         mask = mask or next((mask for mask in masks.values() if {*mask[0]} <= {*spec.dims}), None)
         encoding = {"preferred_chunks": _chunks(experiment, spec)}
-        data = indexing.LazilyIndexedArray(_Committed.of(experiment, spec, mask))
-        attributes = dict(array_of(experiment.group, spec.name).attrs)
+        source, attributes = _Committed.of(experiment, spec, mask), dict(array_of(experiment.group, spec.name).attrs)
+        if spec.name == "measured" and late:
+            source, attributes = _with_late(source, attributes, {name: known for name, (known, _) in late.items()})
+        data = indexing.LazilyIndexedArray(source)
         variables[spec.name] = xr.Variable(spec.dims, data, attributes, encoding)
     labels = {
         name: (dim, np.array(values.tolist()) if name == "order" else values, {"description": what})
@@ -77,6 +81,18 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
     adaptive = {"adaptive": metric} if metric else {}
     attrs = {"trajstore": experiment.attributes, "experiment": experiment.name, **adaptive}
     return xr.Dataset(variables, {**labels, **masks}, attrs)
+
+
+def _with_late(
+    measured: _Committed, attributes: Mapping[str, Any], late: Mapping[str, NDArray[np.bool_]]
+) -> tuple[_Committed, dict[str, Any]]:
+    """Give late metrics bits behind the others', as long as there are any."""
+    names = str(attributes["flag_meanings"]).split()
+    added = dict(zip(range(len(names), _BITS), late.items(), strict=False))
+    bits = sum((known.astype(np.int64) << bit for bit, (_, known) in added.items()), np.int64(0))
+    names += [name for name, _ in added.values()]
+    flags = {"flag_masks": [1 << bit for bit in range(len(names))], "flag_meanings": " ".join(names)}
+    return replace(measured, added=np.asarray(bits)), {**attributes, **flags}
 
 
 def _chunks(experiment: StoredExperiment, spec: ArraySpec) -> Mapping[str, int]:
@@ -99,6 +115,8 @@ class _Committed(BackendArray):
     fill: float | int
     there: NDArray[np.bool_] | None
     """Along all its dimensions, with length 1 where it makes no difference; None where all of it counts."""
+    added: NDArray[np.int64] | None = None
+    """Bits that are not stored in it."""
 
     @classmethod
     def of(
@@ -121,8 +139,12 @@ class _Committed(BackendArray):
             for part, n in zip(key, self.shape, strict=True)
         )
         found: NDArray[Any] = np.asarray(self.source[where])
-        if self.there is None:
-            return found
+        if self.there is not None:
+            found = self._counted(found, where)
+        return found if self.added is None else found | self.added[where]
+
+    def _counted(self, found: NDArray[Any], where: tuple[slice | int, ...]) -> NDArray[Any]:
+        assert self.there is not None
         counts = self.there[
             tuple(
                 part if n > 1 else 0 if isinstance(part, int | np.integer) else slice(None)

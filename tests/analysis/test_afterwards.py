@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from trajstore.analysis import afterwards
+from trajstore.analysis import afterwards, variance
 from trajstore.analysis.afterwards import compute
 
 import trajstore as ts
@@ -157,3 +157,19 @@ def test_one_series_does_not_mix_numbers_of_samples(stored):
     with pytest.raises(ConfigurationError, match="was computed with 8 samples, and one series cannot mix them"):
         compute(again, "hessian_trace", every=10, samples=16)
     assert compute(again, "hessian_trace", every=10, samples=8) == 2 * 2 * 4
+
+
+def test_what_was_measured_and_is_no_number_is_not_what_was_not_measured(stored, monkeypatch):
+    """A NaN is told as such; only what is missing can be had by going on."""
+    broken = afterwards.StateMetric(lambda revived, at: (np.nan if at.step == 50 else at.step**0.5, 1), sampled=False)
+    monkeypatch.setattr(afterwards, "METRICS", {"sharpness": broken})
+    compute(stored, "sharpness", every=5)
+    ds = ts.open(stored.store.place.address)["lsq"].dataset()
+    assert ds["measured"].attrs["flag_meanings"].split()[-2:] == ["sharpness_samples", "sharpness"]
+    bit = ds["measured"].attrs["flag_masks"][-1]
+    assert ds["step"].values[((ds["measured"] & bit) > 0).any(("order", "seed")).values].tolist() == [*range(0, 61, 5)]
+    found = variance(ds, "sharpness", window=8)
+    assert set(found["why"].values.ravel()) == {"diverged"}
+    assert np.isnan(found["variance"].values).all()
+    one = variance(ds.sel(order="forward", seed=1, step=slice(0, 45)), "sharpness", window=8)
+    assert np.isfinite(one["variance"].values).all()
