@@ -63,18 +63,23 @@ def trajstore(
     return run
 
 
-def record_half(experiment: ts.Experiment, store: Path, iterates: int = 40) -> None:
-    """Record until so many iterates are there, and interrupt."""
+def stop_after(amount: int) -> Callable[[int, str], None]:
+    """Return what interrupts a recording once more than so much progress was told."""
     done = 0
 
-    def stop(more: int, where: str) -> None:
+    def tell(more: int, where: str) -> None:
         nonlocal done
         done += more
-        if done > iterates:
+        if done > amount:
             raise KeyboardInterrupt
 
+    return tell
+
+
+def record_half(experiment: ts.Experiment, store: Path) -> None:
+    """Record 40 iterates, and interrupt."""
     with pytest.raises(KeyboardInterrupt):
-        ts.run(experiment, store, engine="reference", durability="none", progress=stop)
+        ts.run(experiment, store, engine="reference", durability="none", progress=stop_after(40))
 
 
 def last_of(engine: Engine, leg: Leg, step: int) -> Iterate:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import trajstore as ts
-from tests.conftest import SMALL_NET
+from tests.conftest import SMALL_NET, stop_after
 from trajstore.errors import ConflictError
 from trajstore.storage import writer
 
@@ -32,18 +32,6 @@ def contents(store: Path) -> dict[str, bytes]:
         for f in store.rglob("*")
         if f.is_file() and "resume" not in f.parts and f.name != "zarr.json"
     }
-
-
-def stop_after(applications: int):
-    done = 0
-
-    def tell(more: int, where: str) -> None:
-        nonlocal done
-        done += more
-        if done > applications:
-            raise KeyboardInterrupt
-
-    return tell
 
 
 @pytest.fixture(autouse=True)

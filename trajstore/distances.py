@@ -41,11 +41,32 @@ Squares = tuple[NDArray[np.float64], ...]
 """Sums of squares over parameters, one an iterate, in pieces: joining them at each merge would copy all of them."""
 
 
-@dataclass(frozen=True)
-class Norm:
-    """‖θ_n‖ at every snapshot."""
+class _Root:
+    """What is a root of a sum of squares, at every snapshot."""
 
     dims = ("snapshot",)
+
+    def finish(self, total: NDArray[np.float64], parameters: int) -> NDArray[np.float64]:
+        """Take the root."""
+        return np.sqrt(total)
+
+
+class _RootOfEach(_Root):
+    """What is that of each iterate by itself."""
+
+    def merge(self, earlier: Squares, later: Squares) -> Squares:
+        """One after the other."""
+        return earlier + later
+
+    def close(self, part: Squares) -> NDArray[np.float64]:
+        """One sum an iterate."""
+        return np.concatenate(part)
+
+
+@dataclass(frozen=True)
+class Norm(_RootOfEach):
+    """‖θ_n‖ at every snapshot."""
+
     name = "norm"
 
     @property
@@ -61,25 +82,12 @@ class Norm:
         """Sum squares over parameters."""
         return (np.vecdot(block.values, block.values),)
 
-    def merge(self, earlier: Squares, later: Squares) -> Squares:
-        """One after the other."""
-        return earlier + later
-
-    def close(self, part: Squares) -> NDArray[np.float64]:
-        """One sum an iterate."""
-        return np.concatenate(part)
-
-    def finish(self, total: NDArray[np.float64], parameters: int) -> NDArray[np.float64]:
-        """Take the root."""
-        return np.sqrt(total)
-
 
 @dataclass(frozen=True)
-class Distance:
+class Distance(_RootOfEach):
     """‖θ_n − θ_m‖ at every snapshot n, for one m of the slab."""
 
     to: int | Literal["start", "last"]
-    dims = ("snapshot",)
 
     @property
     def name(self) -> str:
@@ -117,18 +125,6 @@ class Distance:
         difference = np.subtract(block.values, block.reference, out=block.scratch)
         return (np.vecdot(difference, difference),)
 
-    def merge(self, earlier: Squares, later: Squares) -> Squares:
-        """One after the other."""
-        return earlier + later
-
-    def close(self, part: Squares) -> NDArray[np.float64]:
-        """One sum an iterate."""
-        return np.concatenate(part)
-
-    def finish(self, total: NDArray[np.float64], parameters: int) -> NDArray[np.float64]:
-        """Take the root."""
-        return np.sqrt(total)
-
 
 @dataclass(frozen=True)
 class Run:
@@ -140,10 +136,9 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Successive:
+class Successive(_Root):
     """‖θ_n − θ_m‖ at every snapshot n, for the stored iterate m before it."""
 
-    dims = ("snapshot",)
     name = "distance_to_previous"
 
     @property
@@ -169,7 +164,3 @@ class Successive:
     def close(self, part: Run) -> NDArray[np.float64]:
         """One sum an iterate; there is nothing before the first."""
         return np.concatenate([[np.nan], *part.gaps])
-
-    def finish(self, total: NDArray[np.float64], parameters: int) -> NDArray[np.float64]:
-        """Take the root."""
-        return np.sqrt(total)
