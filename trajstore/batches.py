@@ -21,7 +21,7 @@ Sampling = Literal["iid", "shuffle"]
 Draw = Callable[[int], NDArray[np.int64]]
 
 # One number per purpose keeps streams of one seed independent. Part of what a recorded seed means: never reuse.
-PURPOSES = {"examples": 1, "shuffle": 2, "noise": 3, "start": 4, "problem": 5, "analysis": 6}
+PURPOSES = {"examples": 1, "shuffle": 2, "noise": 3, "start": 4, "problem": 5, "analysis": 6, "images": 7}
 
 
 def generator(seed: int, purpose: str, i: int = 0) -> np.random.Generator:

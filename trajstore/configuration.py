@@ -20,14 +20,19 @@ from trajstore.families import family, family_name
 
 __all__ = ["build", "check_fields", "describe", "differences", "merge"]
 
-_PACKAGES = {"problem": "trajstore.problems", "operator": "trajstore.operators", "schedule": "trajstore.schedules"}
-_DOES = {"problem": "build", "operator": "apply", "schedule": "factor"}
-_EXAMPLE = {"problem": "regression", "operator": "sgd", "schedule": "cosine"}
+_PACKAGES = {
+    "problem": "trajstore.problems",
+    "operator": "trajstore.operators",
+    "schedule": "trajstore.schedules",
+    "images": "trajstore.images",
+}
+_DOES = {"problem": "build", "operator": "apply", "schedule": "factor", "images": "load"}
+_EXAMPLE = {"problem": "regression", "operator": "sgd", "schedule": "cosine", "images": "shapes"}
 _FACTORY = "trajstore.problems.factory"
 
 
 def build(kind: str, table: Any) -> Any:  # noqa: ANN401
-    """Build the declaration of a kind (problem, operator, schedule) from its table, or from a family's name."""
+    """Build the declaration of a kind (problem, operator, schedule, images) from its table, or from a family's name."""
     if callable(getattr(table, _DOES[kind], None)):
         return table  # already a declaration
     if isinstance(table, str):

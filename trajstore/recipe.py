@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trajstore.engine.reference import gradient_of
-from trajstore.errors import ConfigurationError, NotFoundError
+from trajstore.errors import ConfigurationError, ConflictError, NotFoundError
 from trajstore.experiment import Experiment
 from trajstore.measures import maker_of
 from trajstore.operators import Batch, Gradient
-from trajstore.problems import Batches, LiveProblem, Predicts
+from trajstore.problems import Batches, KnowsItsData, LiveProblem, Predicts
 from trajstore.state import Memory, State, Tensors, beginning
 from trajstore.storage.schema import Schema
 from trajstore.store import StoredExperiment
 
-__all__ = ["Recipe", "Source", "experiment_of", "why_not"]
+__all__ = ["Recipe", "Source", "digest_of", "experiment_of", "refuse_other_data", "why_not"]
 
 Source = StoredExperiment | xr.Dataset
 """What has a recipe."""
@@ -48,7 +48,9 @@ class Recipe:
             raise ConfigurationError(f"{reason.partition(':')[0]}: nothing can be computed with it afterwards")
         name, attributes = _attributes(source)
         experiment, schema = experiment_of(source), Schema.from_json(attributes["schema"])
-        return cls(name, schema, experiment, experiment.problem.build(torch.device("cpu")))
+        live = experiment.problem.build(torch.device("cpu"))
+        refuse_other_data(source, live)
+        return cls(name, schema, experiment, live)
 
     @cached_property
     def _gradient(self) -> Gradient:
@@ -122,6 +124,24 @@ def experiment_of(source: Source) -> Experiment:
         raise ConfigurationError(
             f"experiment {name!r} cannot be replayed: its problem cannot be made from what is stored ({error})"
         ) from None
+
+
+def digest_of(live: LiveProblem) -> dict[str, str]:
+    """Return what a fill says of the data it was computed with, where these are files."""
+    digest = live.data if isinstance(live, KnowsItsData) else None
+    return {"data": digest} if digest else {}
+
+
+def refuse_other_data(source: Source, live: LiveProblem) -> None:
+    """Refuse to go on with data that are not those of what was recorded before."""
+    name, attributes = _attributes(source)
+    here = digest_of(live).get("data")
+    before = {fill["data"] for fill in attributes["fills"] if "data" in fill}
+    if here is not None and before - {here}:
+        raise ConflictError(
+            f"experiment {name!r} was recorded with other data, of digest {min(before)[:12]}…, and those that are read "
+            f"now have {here[:12]}…; put the same files in their place"
+        )
 
 
 def _attributes(source: Source) -> tuple[str, Mapping[str, Any]]:

@@ -30,6 +30,7 @@ from trajstore.flattening import schema_of
 from trajstore.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.problems import LiveProblem
 from trajstore.provenance import provenance
+from trajstore.recipe import digest_of, refuse_other_data
 from trajstore.storage.declaring import declare, grow
 from trajstore.storage.place import Durability
 from trajstore.storage.reader import Commits
@@ -102,6 +103,7 @@ def run(
     ]
     if not any(missing):
         return store[experiment.name]
+    refuse_other_data(stored, live)
     plan = _stored_plan(stored, wishes) or plan or plan_for(experiment, live, wishes)
     plan, fit = afford(plan, experiment, live, schema, wishes)
     packs = list(_waves(plan, experiment, missing, fit))
@@ -110,7 +112,7 @@ def run(
         return [(str(order), experiment.seeds[position]) for order, position in slabs]
 
     if scheduler is not None or plan.workers:
-        origin = {"plan": plan.to_json(), **provenance(where)}
+        origin = {"plan": plan.to_json(), **provenance(where), **digest_of(live)}
         job = Job(uuid.uuid4().hex, experiment, store.place.address, durability, replace(plan, threads=1), where.type)
         on_workers = connected_to(scheduler) if scheduler else connected(plan.workers)
         with noted(stored, named([slab for slabs in missing for slab in slabs]), origin) as note, on_workers as client:
@@ -122,7 +124,7 @@ def run(
         warnings.warn(f"experiment {experiment.name!r}: {plan}", SlowPlanWarning, stacklevel=2)
     if progress is not None:
         computing = _Metered(computing, progress, schema.seeds)
-    origin = {"plan": plan.to_json(), **provenance(where)}
+    origin = {"plan": plan.to_json(), **provenance(where), **digest_of(live)}
     for slabs in packs:
         with noted(stored, named(slabs), origin) as note:
             note.update(fill_here(stored, experiment, slabs, computing, where)._asdict())

@@ -20,7 +20,7 @@ from trajstore.errors import ConfigurationError, ConflictError
 from trajstore.flattening import schema_of
 from trajstore.observing import Observer, parameters_of
 from trajstore.planning import run_seeds
-from trajstore.recipe import experiment_of, why_not
+from trajstore.recipe import experiment_of, refuse_other_data, why_not
 from trajstore.storage.segment import Observation
 from trajstore.storage.writer import Ledger
 from trajstore.store import StoredExperiment
@@ -56,6 +56,7 @@ def replay(stored: StoredExperiment) -> Iterator[Replayed]:
         raise ConfigurationError(f"{reason}; `trajstore verify` without --replay checks what is stored")
     experiment = experiment_of(stored)
     live = experiment.problem.build(torch.device("cpu"))
+    refuse_other_data(stored, live)
     schema = stored.schema
     if schema_of(experiment, live) != replace(schema, late=()):
         raise ConflictError(f"experiment {stored.name!r}: its problem is another one by now; it cannot be replayed")

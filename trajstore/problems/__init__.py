@@ -22,7 +22,17 @@ from trajstore.state import Tensors
 if TYPE_CHECKING:
     from trajstore.problems._module import ModuleProblem
 
-__all__ = ["PROBES", "Batches", "DType", "LiveProblem", "ModuleProblem", "Predicts", "Problem", "torch_dtype"]
+__all__ = [
+    "PROBES",
+    "Batches",
+    "DType",
+    "KnowsItsData",
+    "LiveProblem",
+    "ModuleProblem",
+    "Predicts",
+    "Problem",
+    "torch_dtype",
+]
 
 PROBES = 256
 """Examples that outputs are asked of."""
@@ -88,6 +98,15 @@ class Predicts(Protocol):
 
     def outputs(self, params: Tensors, buffers: Tensors) -> Tensor:
         """Return the outputs on the first `PROBES` test examples, or training examples: (example, …)."""
+
+
+@runtime_checkable
+class KnowsItsData(Protocol):
+    """What a live problem may add, where its data are read from files that may come to be others."""
+
+    @property
+    def data(self) -> str | None:
+        """A digest of them."""
 
 
 class Problem(Protocol):

@@ -63,6 +63,8 @@ class ModuleProblem:
     metrics: Mapping[str, Score] = field(default_factory=dict)
     eval_batch: int = 1000
     dtype: DType | None = None
+    data: str | None = None
+    """A digest of the data, for the record of where a recording comes from."""
 
     def __post_init__(self) -> None:
         for name, pair in self.splits.items():
@@ -97,6 +99,7 @@ class _Live:
     def __init__(self, family: ModuleProblem, device: torch.device) -> None:
         self._family = family
         self._device = device
+        self.data = family.data
         self._splits = {k: (self._cast(x), self._cast(y)) for k, (x, y) in family.splits.items()}
         self._scores: dict[str, Score] = {"loss": family.loss, **family.metrics}
         self.examples: dict[str, int | None] = {
