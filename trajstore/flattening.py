@@ -10,6 +10,7 @@ import torch
 from trajstore.errors import ConfigurationError
 from trajstore.experiment import Experiment
 from trajstore.measures import MEASURES
+from trajstore.operators import ChecksBatches
 from trajstore.problems import LiveProblem, NamesOfModule
 from trajstore.state import State, beginning
 from trajstore.storage.layout import Entry, Layout, Role
@@ -64,6 +65,8 @@ def schema_of(experiment: Experiment, live: LiveProblem) -> Schema:
         for role, name, t in tensors_of(start, experiment.record.optimizer_state)
     ]
     layout, stream = Layout.of(entries, tied), live.batches(experiment.seeds[0])
+    if isinstance(experiment.operator, ChecksBatches):
+        experiment.operator.check(stream.batch_size)
     if taken := [name for name in live.examples if name in MEASURES]:
         raise ConfigurationError(f"metric {taken[0]!r}: every experiment has one of that name ({MEASURES[taken[0]]})")
     metrics = {**live.examples, **dict.fromkeys(MEASURES), "batch_loss": stream.batch_size or None}

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from trajstore.engine import Iterate, Work
 from trajstore.operators import Batch, Gradient, Operator
@@ -66,14 +68,36 @@ class ReferenceEngine:
         return Iterate(step, state, numbers)
 
 
-def gradient_of(problem: LiveProblem) -> Gradient:
-    """Return the gradient of a problem's loss on a batch, by plain autograd, and the buffers after it."""
+@dataclass(frozen=True)
+class _Gradient:
+    """Plain autograd."""
 
-    def gradient(params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
-        with torch.enable_grad():
-            leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-            loss, after = problem.loss(leaves, buffers, batch)
-            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    problem: LiveProblem
+
+    def __call__(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
+        leaves, gradients, after = self._of(params, buffers, batch)
         return dict(zip(leaves, gradients, strict=True)), {name: b.detach() for name, b in after.items()}
 
-    return gradient
+    def along(self, params: Tensors, buffers: Tensors, batch: Batch, direction: Tensors) -> Tensors:
+        leaves, gradients, _ = self._of(params, buffers, batch, create_graph=True)
+        with torch.enable_grad():
+            # Where a gradient is constant, only the zeros depend on the leaves, and autograd wants something that does.
+            of_each = [(p * 0 + g * direction[n]).sum() for (n, p), g in zip(leaves.items(), gradients, strict=True)]
+            slope = torch.stack(of_each).sum()
+            bent = torch.autograd.grad(slope, list(leaves.values()), materialize_grads=True)
+        return dict(zip(leaves, bent, strict=True))
+
+    def _of(
+        self, params: Tensors, buffers: Tensors, batch: Batch, create_graph: bool = False
+    ) -> tuple[Tensors, tuple[Tensor, ...], Tensors]:
+        with torch.enable_grad():
+            leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+            loss, after = self.problem.loss(leaves, buffers, batch)
+            at = list(leaves.values())
+            gradients = torch.autograd.grad(loss, at, materialize_grads=True, create_graph=create_graph)
+        return leaves, gradients, after
+
+
+def gradient_of(problem: LiveProblem) -> Gradient:
+    """Return the gradient of a problem's loss on a batch, by plain autograd, and the buffers after it."""
+    return _Gradient(problem)

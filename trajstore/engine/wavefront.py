@@ -197,15 +197,32 @@ class WavefrontEngine:
         return [{name: column[k] for name, column in columns.items()} for k in range(len(states))]
 
 
-def tick_of(problem: LiveProblem, operator: Operator, lanes: int) -> Tick:
-    """Return the tick of a problem and an operator: vectorised over the lanes, or plain for one lane."""
+@dataclass(frozen=True)
+class _Gradient:
+    """The gradient as a function that can be vectorised and compiled."""
 
-    def gradient(params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
+    problem: LiveProblem
+
+    def __call__(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
         def loss(p: Tensors) -> tuple[Tensor, Tensors]:
-            return problem.loss(p, buffers, batch)
+            return self.problem.loss(p, buffers, batch)
 
         gradients, after = torch.func.grad(loss, has_aux=True)(params)
         return gradients, after
+
+    def along(self, params: Tensors, buffers: Tensors, batch: Batch, direction: Tensors) -> Tensors:
+        def slope(p: Tensors) -> Tensor:
+            gradients, _ = self(p, buffers, batch)
+            return torch.stack([(g * direction[name]).sum() for name, g in gradients.items()]).sum()
+
+        bent: Tensors = torch.func.grad(slope)(params)
+        return bent
+
+
+def tick_of(problem: LiveProblem, operator: Operator, lanes: int) -> Tick:
+    """Return the tick of a problem and an operator: vectorised over the lanes, or plain for one lane."""
+
+    gradient = _Gradient(problem)
 
     def apply(state: State, batch: Batch, index: Tensor) -> State:
         return operator.apply(gradient, state, batch, index)

@@ -8,7 +8,7 @@ law at each n; ``by="index"`` ties them to the batch index.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from trajstore.errors import ConfigurationError
 from trajstore.schedules import Schedule
 from trajstore.state import Memory, State, Tensors
 
-__all__ = ["Batch", "By", "Gradient", "Operator", "applications", "learning_rate", "require_range"]
+__all__ = ["Batch", "By", "ChecksBatches", "Gradient", "Operator", "applications", "learning_rate", "require_range"]
 
 Batch = tuple[Tensor, ...]
 By = Literal["position", "index"]
@@ -31,6 +31,9 @@ class Gradient(Protocol):
     def __call__(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
         """Return (gradients by parameter name, new buffers)."""
 
+    def along(self, params: Tensors, buffers: Tensors, batch: Batch, direction: Tensors) -> Tensors:
+        """Return the Hessian of the batch loss times a direction."""
+
 
 class Operator(Protocol):
     """T_i, for every i."""
@@ -40,6 +43,14 @@ class Operator(Protocol):
 
     def apply(self, gradient: Gradient, state: State, batch: Batch, index: Tensor) -> State:
         """Return T_index(state)."""
+
+
+@runtime_checkable
+class ChecksBatches(Protocol):
+    """What an operator may add that cannot take every batch size."""
+
+    def check(self, batch_size: int) -> None:
+        """Raise a ConfigurationError if it cannot take batches of so many examples."""
 
 
 def applications(by: By, state: State, index: Tensor) -> Tensor:

@@ -1,0 +1,233 @@
+"""The second-order expansions of the paper's Appendices C and D, in float64 on smooth networks.
+
+What they leave out is of order h³: errors at smaller and smaller h tell the order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import trajstore as ts
+from trajstore.engine import Work
+from trajstore.engine.compilers import missing_for_compiling
+from trajstore.engine.compiling import compiled
+from trajstore.engine.reference import ReferenceEngine, gradient_of
+from trajstore.engine.wavefront import WavefrontEngine, eager, tick_of
+from trajstore.errors import ConfigurationError
+from trajstore.operators.order_mean import OrderMean
+from trajstore.operators.order_regularized import OrderRegularized
+from trajstore.operators.sgd import SGD
+from trajstore.orders import Leg
+from trajstore.problems import ModuleProblem
+from trajstore.state import beginning
+
+STEPS = [0.05 / 2**k for k in range(6)]
+
+
+class Net:
+    """A random smooth network and batches for it; vectors are dicts of tensors."""
+
+    def __init__(self, seed, batches, batch_size=3):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = (torch.randn(batches * batch_size, n, generator=generator, dtype=torch.float64) for n in (3, 2))
+        self.batches = [(x[k::batches], y[k::batches]) for k in range(batches)]
+        self.whole = tuple(torch.cat([b[j] for b in self.batches]) for j in range(2))
+        self.problem = ModuleProblem(
+            lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)),
+            nn.functional.mse_loss, train=(x, y), batch_size=batches * batch_size, dtype="float64",
+        )  # fmt: skip
+        live = self.problem.build(torch.device("cpu"))
+        self.start = live.initial(seed)[0]
+        self.gradient = gradient_of(live)
+
+    def field(self, batch, at=None):
+        """V = −∇L."""
+        gradients, _ = self.gradient(at or self.start, {}, batch)
+        return {name: -g for name, g in gradients.items()}
+
+    def bent(self, i, j):
+        """V'_i V_j: two signs, so it is H_i ∇L_j."""
+        direction, _ = self.gradient(self.start, {}, self.batches[j])
+        return self.gradient.along(self.start, {}, self.batches[i], direction)
+
+    def composed(self, order, h):
+        """Apply T_order[0] first."""
+        theta = self.start
+        for i in order:
+            theta = plus(theta, h, self.field(self.batches[i], theta))
+        return theta
+
+
+def plus(a, scale, b):
+    return {name: a[name] + scale * b[name] for name in a}
+
+
+def total(vectors):
+    vectors = list(vectors)
+    return {name: sum(v[name] for v in vectors) for name in vectors[0]}
+
+
+def gap(a, b):
+    return float(torch.sqrt(sum(((a[name] - b[name]) ** 2).sum() for name in a)))
+
+
+def order_of(error):
+    """The exponent by which an error falls with h."""
+    return np.polyfit(np.log(STEPS), np.log([error(h) for h in STEPS]), 1)[0]
+
+
+@pytest.mark.parametrize(("seed", "n"), [(0, 2), (1, 3), (2, 4), (3, 5), (4, 6)])
+def test_lemma_c1_composition_to_second_order(seed, n):
+    """T_1 ⋯ T_n = 1 + hΣV + h² Σ_{u<v} V'_uV_v + O(h³): the last is applied first."""
+    net = Net(seed, n)
+    first = total(net.field(b) for b in net.batches)
+    second = total(net.bent(u, v) for u in range(n) for v in range(u + 1, n))
+
+    def error(h):
+        return gap(net.composed(range(n - 1, -1, -1), h), plus(plus(net.start, h, first), h**2, second))
+
+    assert order_of(error) == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize(("seed", "n"), [(0, 2), (1, 4), (2, 6)])
+def test_theorem_c2_backward_is_forward_and_the_brackets(seed, n):
+    net = Net(seed, n)
+    pairs = [(u, v) for u in range(n) for v in range(u + 1, n)]
+    brackets = plus(total(net.bent(u, v) for u, v in pairs), -1, total(net.bent(v, u) for u, v in pairs))
+
+    def error(h):
+        return gap(net.composed(range(n - 1, -1, -1), h), plus(net.composed(range(n), h), h**2, brackets))
+
+    assert order_of(error) == pytest.approx(3, abs=0.1)
+    without = order_of(lambda h: gap(net.composed(range(n - 1, -1, -1), h), net.composed(range(n), h)))
+    assert without == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize(("seed", "c"), [(0, 2), (1, 3), (2, 4)])
+def test_d1_small_batches_are_a_large_one_and_a_term_with_i_after_j(seed, c):
+    """The paper prints i < j, which belongs to the reversed order: with it the error is of order 2."""
+    net = Net(seed, c)
+    large = net.field(net.whole)
+
+    def error(h, pairs):
+        term = total(net.bent(i, j) for i, j in pairs)
+        return gap(net.composed(range(c), h / c), plus(plus(net.start, h, large), (h / c) ** 2, term))
+
+    pairs = [(i, j) for i in range(c) for j in range(i)]
+    assert order_of(lambda h: error(h, pairs)) == pytest.approx(3, abs=0.1)
+    assert order_of(lambda h: error(h, [(j, i) for i, j in pairs])) == pytest.approx(2, abs=0.1)
+
+
+def parts_of(net, c):
+    """The batches of a net as the parts of one batch."""
+    return tuple(torch.cat([b[j] for b in net.batches]) for j in range(2))
+
+
+def stepped(net, operator, h, batch):
+    with torch.no_grad():
+        state = beginning(net.start, {}, operator(h).memory(net.start))
+        return operator(h).apply(net.gradient, state, batch, torch.tensor(1)).params
+
+
+@pytest.mark.parametrize("c", [2, 3, 4])
+def test_the_mean_over_orders_is_the_mean_over_orders(c):
+    net = Net(c, c)
+    found = stepped(net, lambda h: OrderMean(h, c), 0.1, parts_of(net, c))
+    orders = list(permutations(range(c)))
+    expected = plus(net.start, 0, net.start)
+    expected = {n: sum(net.composed(o, 0.1 / c)[n] for o in orders) / len(orders) for n in expected}
+    assert gap(found, expected) < 1e-14
+
+
+@pytest.mark.parametrize("c", [2, 3, 4])
+def test_d2_the_mean_over_orders_prefers_none_to_second_order(c):
+    net = Net(10 + c, c)
+    large = net.field(net.whole)
+    term = total(net.bent(i, j) for i in range(c) for j in range(c) if i != j)
+
+    def error(h):
+        mean = stepped(net, lambda h: OrderMean(h, c), h, parts_of(net, c))
+        return gap(mean, plus(plus(net.start, h, large), 0.5 * (h / c) ** 2, term))
+
+    assert order_of(error) == pytest.approx(3, abs=0.1)
+
+    def of_operators(h):
+        mean = stepped(net, lambda h: OrderMean(h, c), h, parts_of(net, c))
+        return gap(mean, stepped(net, lambda h: OrderRegularized(h, c, 0.5 / c**2), h, parts_of(net, c)))
+
+    assert order_of(of_operators) == pytest.approx(3, abs=0.1)
+
+
+def test_the_regularized_step_is_what_it_says():
+    net, h, strength = Net(5, 3), 0.1, 2.0
+    term = total(net.bent(i, j) for i in range(3) for j in range(3) if i != j)
+    expected = plus(plus(net.start, h, net.field(net.whole)), strength * h**2, term)
+    found = stepped(net, lambda h: OrderRegularized(h, 3, strength), h, parts_of(net, 3))
+    assert gap(found, expected) < 1e-14
+    plain = stepped(net, lambda h: OrderRegularized(h, 3, 0.0), h, parts_of(net, 3))
+    assert gap(plain, stepped(net, SGD, h, parts_of(net, 3))) < 1e-15
+
+
+def test_many_parts_have_orders_drawn_for_each_index():
+    net = Net(6, 6)
+    batch, operator = parts_of(net, 6), OrderMean(0.1, 6, samples=400)
+    state = beginning(net.start, {}, {})
+    with torch.no_grad():
+        one, again, other = (operator.apply(net.gradient, state, batch, torch.tensor(i)).params for i in (1, 1, 2))
+    assert gap(one, again) == 0
+    assert gap(one, other) > 0
+    exact = {n: torch.zeros_like(p) for n, p in net.start.items()}
+    for order in permutations(range(6)):
+        exact = plus(exact, 1 / 720, net.composed(order, 0.1 / 6))
+    spread = gap(net.composed(range(6), 0.1 / 6), exact)
+    assert gap(one, exact) < 0.2 * spread
+
+
+OPERATORS = {
+    "mean of 2": OrderMean(0.05, 2), "mean of 3": OrderMean(0.05, 3), "mean of 6, sampled": OrderMean(0.05, 6, 3),
+    "regularized": OrderRegularized(0.05, 3, 2.0),
+}  # fmt: skip
+
+
+def ends(engine):
+    works = [Work(0, Leg(kind), engine.start(0), [4]) for kind in ("forward", "backward")]
+    return [iterate.state for _, (_, iterate) in sorted(enumerate(engine.run(works)), key=lambda found: found[1][0])]
+
+
+def every_engine_agrees(operator, advance_of):
+    net = Net(7, 1, batch_size=24)
+    problem = replace(net.problem, batch_size=6).build(torch.device("cpu"))
+    wave = WavefrontEngine(problem, operator, [(0, 0)], 3, advance_of(tick_of(problem, operator, 3)))
+    for plain, waved in zip(ends(ReferenceEngine(problem, operator, [(0, 0)])), ends(wave), strict=True):
+        assert gap(plain.params, waved.params) < 1e-13
+        assert int(waved.position) == 4
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_engine_computes_them(name):
+    every_engine_agrees(OPERATORS[name], eager)
+
+
+@pytest.mark.skipif(missing_for_compiling("cpu") is not None, reason="there is no compiler")
+def test_products_with_hessians_can_be_compiled():
+    every_engine_agrees(OPERATORS["regularized"], compiled)
+
+
+def test_batches_that_cannot_be_cut_are_refused_before_anything_is_recorded(tmp_path):
+    def asked(problem, operator):
+        return ts.Experiment.of({"name": "n", "steps": 2, "problem": problem, "operator": operator})
+
+    rows = {"family": "least-squares", "batch_size": 8}
+    with pytest.raises(ConfigurationError, match=r"parts is 3 and does not divide the batch size 8; .* is 9"):
+        ts.run(asked(rows, {"family": "order-mean", "lr": 0.1, "parts": 3}), tmp_path / "s.zarr")
+    with pytest.raises(ConfigurationError, match="batches of this problem hold no examples"):
+        ts.run(asked("quadratic", {"family": "order-regularized", "lr": 0.1}), tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
+    with pytest.raises(ConfigurationError, match="parts is 1 and samples 16; parts must be at least 2"):
+        OrderMean(0.1, 1)

@@ -1,0 +1,66 @@
+"""A large step, and what small steps in every order would add to it, as strong as wanted: D.2.1 of the paper.
+
+θ − h∇L_B(θ) + λ Σ_{i≠j} V'_iV_j(θ) with V_i = −∇L_i on the parts of the batch, λ in units of h². No matrix is formed:
+the sum is Σ_i H_i (G − g_i), with the gradients g_i of the parts, their sum G, and one product with the Hessian H_i of
+each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from trajstore.errors import ConfigurationError
+from trajstore.operators import Batch, By, Gradient, Operator, applications, learning_rate, require_range
+from trajstore.operators._parts import check_parts, cut
+from trajstore.schedules import Schedule
+from trajstore.schedules.constant import Constant
+from trajstore.state import Memory, State, Tensors
+
+__all__ = ["FAMILY", "OrderRegularized"]
+
+
+@dataclass(frozen=True)
+class OrderRegularized:
+    """With strength 1/(2c²) it is the mean over orders (`order-mean`) up to O(h³)."""
+
+    lr: float
+    """h."""
+    parts: int = 2
+    """c; it must divide the batch size."""
+    strength: float = 1.0
+    """λ / h²."""
+    schedule: Schedule = field(default_factory=Constant)
+    by: By = "position"
+
+    def __post_init__(self) -> None:
+        require_range("order-regularized", "lr", self.lr, 0.0)
+        require_range("order-regularized", "strength", self.strength, 0.0)
+        if self.parts < 2:
+            raise ConfigurationError(f"operator order-regularized: parts is {self.parts}; it must be at least 2")
+
+    def memory(self, params: Tensors) -> Memory:
+        """Return nothing: it has none."""
+        return {}
+
+    def check(self, batch_size: int) -> None:
+        """Refuse a batch that it cannot cut."""
+        check_parts("order-regularized", self.parts, batch_size)
+
+    def apply(self, gradient: Gradient, state: State, batch: Batch, index: Tensor) -> State:
+        """Return T_index(state)."""
+        k = applications(self.by, state, index)
+        whole, buffers = gradient(state.params, state.buffers, batch)
+        parts = cut(batch, self.parts)
+        each = [gradient(state.params, state.buffers, part)[0] for part in parts]
+        others = [{name: sum(g[name] for g in each) - mine[name] for name in mine} for mine in each]
+        bent = [gradient.along(state.params, state.buffers, p, v) for p, v in zip(parts, others, strict=True)]
+        params = {}
+        for name, p in state.params.items():
+            lr = learning_rate(self.lr, self.schedule, k, p)
+            params[name] = p - lr * whole[name] + self.strength * lr * lr * sum(b[name] for b in bent)
+        return State(params, buffers, {}, state.position + 1)
+
+
+FAMILY: type[Operator] = OrderRegularized
