@@ -21,7 +21,7 @@ from trajstore.analysis.states import distance, norm, signs
 from trajstore.batches import generator
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 from trajstore.experiment import Experiment
-from trajstore.operators.sgd import SGD
+from trajstore.operators.sgd import SGD, is_plain
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.quadratic import Quadratic
 from trajstore.recipe import Recipe, Source
@@ -129,7 +129,7 @@ def uniform_factor(source: Source) -> float | None:
 
 def _uniform_factor(experiment: Experiment) -> float | None:
     problem, operator = experiment.problem, experiment.operator
-    if not isinstance(operator, SGD) or operator != SGD(operator.lr):
+    if not isinstance(operator, SGD) or not is_plain(operator):
         return None
     if isinstance(problem, Quadratic):
         curvatures = np.array(problem.spectrum)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 import trajstore as ts
-from trajstore.engine import Work
+from tests.conftest import stop_after
+from trajstore.engine import Work, bracket
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.compiling import compiled
 from trajstore.engine.reference import ReferenceEngine, gradient_of
@@ -217,6 +219,96 @@ def test_every_engine_computes_them(name):
 @pytest.mark.skipif(missing_for_compiling("cpu") is not None, reason="there is no compiler")
 def test_products_with_hessians_can_be_compiled():
     every_engine_agrees(OPERATORS["regularized"], compiled)
+
+
+def recorded(tmp_path, problem, lr, orders, steps=6, engine="reference", **more):
+    table = {"name": "b", "problem": problem, "operator": {"family": "sgd", "lr": lr}, "steps": steps, "orders": orders}
+    return ts.run(ts.Experiment.of({**table, **more}), tmp_path / f"{uuid4().hex}.zarr", engine=engine).dataset()
+
+
+def small_net(batch_size=2, **more):
+    net = Net(8, 1, batch_size=10)
+    return replace(net.problem, batch_size=batch_size, **more)
+
+
+def test_corollary_c4_the_recursion_is_the_double_sum(tmp_path):
+    problem = small_net()
+    ds = recorded(tmp_path, problem, 0.1, ["forward", "bracket"])
+    live, net = problem.build(torch.device("cpu")), Net(0, 1)
+    net.gradient, net.start = gradient_of(live), live.initial(0)[0]
+    for n in range(1, 7):
+        net.batches = [live.batches(0)[i] for i in range(1, n + 1)]
+        pairs = [(u, v) for u in range(n) for v in range(u + 1, n)]
+        zero = {name: torch.zeros_like(p) for name, p in net.start.items()}
+        sums = [total([zero, *(net.bent(*pair) for pair in some)]) for some in (pairs, [(v, u) for u, v in pairs])]
+        forward = ds.traj.state_dict(order="forward", seed=0, step=n)
+        expected = plus(forward, 0.1**2, plus(sums[0], -1, sums[1]))
+        assert gap(ds.traj.state_dict(order="bracket", seed=0, step=n), expected) < 1e-10
+
+
+def test_the_bracket_is_near_backward_to_third_order(tmp_path):
+    errors = []
+    for h in STEPS[:4]:
+        ds = recorded(tmp_path, small_net(), h, ["backward", "bracket"])
+        errors.append(gap(*(ds.traj.state_dict(order=order, seed=0, step=6) for order in ("backward", "bracket"))))
+    assert np.polyfit(np.log(STEPS[:4]), np.log(errors), 1)[0] == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize("sampling", ["iid", "shuffle"])
+def test_examples_drawn_often_are_weighted(tmp_path, monkeypatch, sampling):
+    """One product with the Hessian of distinct examples is the sum over the earlier batches."""
+    problem = small_net(batch_size=5, sampling=sampling)
+    ds = recorded(tmp_path, problem, 0.1, ["bracket"], steps=8)
+    monkeypatch.setattr(bracket, "_is_a_mean", lambda *_: False)
+    plain = recorded(tmp_path, problem, 0.1, ["bracket"], steps=8)
+    assert float(np.abs(ds["params"] - plain["params"]).max()) < 1e-14
+
+
+def test_a_loss_that_looks_at_the_batch_as_a_whole_is_not_taken_apart():
+    live = small_net(4).build(torch.device("cpu"))
+    state = beginning(*live.initial(0), {})
+    assert bracket._is_a_mean(live, live.batches(0)[1], state)
+    normed = small_net(4, module=lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    together = small_net(4, loss=lambda out, y: (out - y).square().mean().sqrt())
+    for problem in (normed, together):
+        live = problem.build(torch.device("cpu"))
+        assert not bracket._is_a_mean(live, live.batches(0)[1], beginning(*live.initial(0), {}))
+
+
+def test_brackets_can_begin_anywhere_and_every_engine_computes_them(tmp_path):
+    orders = ["forward", "bracket", "bracket/4", "forward+bracket@3", "backward/3", "bracket/2?train_loss"]
+    plain, waved = (
+        recorded(tmp_path, small_net(), 0.1, orders, steps=10, seeds=[0, 1], engine=engine)
+        for engine in ("reference", "wavefront")
+    )
+    assert float(np.abs(plain["params"] - waved["params"]).max()) < 1e-13
+    # A leg that has begun anew has made one step like any other, and then differs.
+    first, anew = (plain["params"].sel(order=order, seed=1) for order in ("bracket", "bracket/4"))
+    assert np.array_equal(first.sel(snapshot=slice(4)), anew.sel(snapshot=slice(4)))
+    assert float(np.abs(first.values - anew.values)[:, 6].max()) > 1e-6
+    later, forward = (plain["params"].sel(order=order, seed=1) for order in ("forward+bracket@3", "forward"))
+    assert np.array_equal(later.sel(snapshot=slice(4)), forward.sel(snapshot=slice(4)))
+    assert 0 < float(np.abs(later.values - forward.values)[:, 6].max()) < 0.1
+
+
+def test_a_bracket_goes_on_where_it_was_stopped(tmp_path):
+    experiment = ts.Experiment.of(
+        {"name": "b", "problem": small_net(), "operator": {"family": "sgd", "lr": 0.1}, "steps": 12,
+         "orders": ["bracket/5", "forward"]}
+    )  # fmt: skip
+    whole = ts.run(experiment, tmp_path / "whole.zarr", engine="reference").dataset()
+    with pytest.raises(KeyboardInterrupt):
+        ts.run(experiment, tmp_path / "s.zarr", engine="reference", progress=stop_after(50))
+    gone_on = ts.run(experiment, tmp_path / "s.zarr", engine="reference", resume=True).dataset()
+    assert whole["params"].equals(gone_on["params"])
+
+
+def test_brackets_are_of_plain_sgd(tmp_path):
+    with pytest.raises(ConfigurationError, match="order 'bracket': bracket legs are defined for SGD with a constant"):
+        recorded(tmp_path, "quadratic", 0.1, ["bracket"], operator={"family": "sgd", "lr": 0.1, "momentum": 0.9})
+    ds = recorded(tmp_path, "quadratic", 0.01, ["backward", "bracket"], steps=10)
+    far = np.abs(ds["params"].sel(order="backward") - ds["params"].sel(order="bracket"))
+    assert float(far.max()) < 1e-3  # noise is no examples: the sum over batches
 
 
 def test_batches_that_cannot_be_cut_are_refused_before_anything_is_recorded(tmp_path):

@@ -24,6 +24,7 @@ from trajstore.engine.refining import Wanted
 from trajstore.errors import ConfigurationError, choices
 from trajstore.grids import coarse, every, exactly, log_then_every
 from trajstore.operators import Operator
+from trajstore.operators.sgd import is_plain
 from trajstore.orders import Order
 from trajstore.problems import LiveProblem, Problem
 from trajstore.storage.codecs import Codec
@@ -117,6 +118,11 @@ class Experiment:
             raise ConfigurationError(f"record: adaptive is {self.record.adaptive!r}, no metric of the problem; {there}")
         for order in self.orders:
             order.check(self.steps, list(self.metrics) if order.metrics else [])
+            if any(leg.kind == "bracket" for leg in order.legs) and not is_plain(self.operator):
+                raise ConfigurationError(
+                    f"order {str(order)!r}: bracket legs are defined for SGD with a constant learning rate and nothing "
+                    "else"
+                )
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> Experiment:

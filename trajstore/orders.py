@@ -1,6 +1,7 @@
 """Orders: how operators compose into the iterate at step n, as labels, legs and chains.
 
-A label is a list of legs joined by ``+``. A leg is a kind (``forward``, ``backward``), where it starts
+A label is a list of legs joined by ``+``. A leg is a kind (``forward``, ``backward``, or ``bracket``, which is near
+backward for small learning rates and costs hardly more than forward), where it starts
 (``@1000``; the first leg starts at 0), and, for backward legs, a window: ``/100`` begins a new leg every 100
 steps, ``/100?train_loss`` only where that metric is lower than it was where the present leg started.
 
@@ -16,14 +17,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from trajstore.errors import OrderError, choices
 
 __all__ = ["KINDS", "Kind", "Leg", "Order"]
 
-Kind = Literal["forward", "backward"]
-KINDS: tuple[Kind, ...] = ("forward", "backward")
+Kind = Literal["forward", "backward", "bracket"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _LEG = re.compile(r"(?P<kind>[^/@?]*)(?:/(?P<window>[^@?]*)(?:\?(?P<metric>[^@]*))?)?(?:@(?P<start>.*))?", re.DOTALL)
 
@@ -43,13 +44,15 @@ class Leg:
         return f"{self.kind}{window}{metric}" + (f"@{self.start}" if self.start else "")
 
     def chain(self, n: int) -> range:
-        """Return the operator indices behind the iterate at step n, first applied first."""
+        """Return the operator indices behind the iterate at step n, first applied first; near it, for a bracket leg."""
         return range(self.start + 1, n + 1) if self.kind == "forward" else range(n, self.start, -1)
 
     def applications(self, wanted: Sequence[int], last: int) -> int:
         """Count the operator applications for the wanted steps, all above step `last` where forward stands."""
         if self.kind == "forward":
             return max(wanted, default=last) - last
+        if self.kind == "bracket":  # a step, a gradient and two products with Hessians, each as much as two gradients
+            return 6 * (max(wanted, default=last) - last)
         return sum(n - self.start for n in wanted)
 
 
@@ -117,10 +120,10 @@ def _parse_leg(label: str, part: str, at: int) -> Leg:
     assert match is not None  # every group may be empty or missing
     kind = next((k for k in KINDS if k == match["kind"]), None)
     if kind is None:
-        hint = choices(match["kind"], KINDS) if match["kind"] else "a leg is 'forward' or 'backward'"
+        hint = choices(match["kind"], KINDS) if match["kind"] else "a leg is 'forward', 'backward' or 'bracket'"
         raise _wrong(label, at, match["kind"] or part, hint)
     if kind == "forward" and match["window"] is not None:
-        raise _wrong(label, at, part, "only backward legs have windows; a forward leg started anew goes on unchanged")
+        raise _wrong(label, at, part, "only legs that start anew have windows; a forward leg would go on unchanged")
     if match["metric"] is not None and not re.fullmatch(r"train_\w+", match["metric"]):
         where = at + match.start("metric")
         raise _wrong(label, where, match["metric"], "a reset may depend on a training metric only, as in '?train_loss'")

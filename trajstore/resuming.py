@@ -19,7 +19,7 @@ def pack(progress: Progress) -> bytes:
     """Return progress as bytes."""
     kind, start = progress.way[-1]
     # A forward leg goes on from where it stands, a first leg from θ₀: neither needs the state where it started.
-    anchor = progress.anchor if kind == "backward" and start > 0 else progress.anchor._replace(state=_NOTHING)
+    anchor = progress.anchor if kind != "forward" and start > 0 else progress.anchor._replace(state=_NOTHING)
     return trees.pack({"way": progress.way, "last": _plain(progress.last), "anchor": _plain(anchor)})
 
 

@@ -90,7 +90,7 @@ def _pieces(
     most: int,
     missing: Callable[[Stretch, int], bool],
 ) -> Iterator[Sequence[int]]:
-    if stretch.leg.kind == "forward":
+    if stretch.leg.kind != "backward":
         for wanted, run in groupby(here, lambda step: missing(stretch, segment_of(step))):
             if wanted:
                 yield list(run)

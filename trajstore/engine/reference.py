@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trajstore.engine import Iterate, Work
+from trajstore.engine.bracket import Brackets
 from trajstore.operators import Batch, Gradient, Operator
 from trajstore.problems import Batches, LiveProblem
 from trajstore.state import State, Tensors, beginning
@@ -32,6 +33,7 @@ class ReferenceEngine:
         self._gradient = gradient_of(problem)
         self._init_seeds = [init for init, _ in seeds]
         self._batches = [problem.batches(data) for _, data in seeds]
+        self._brackets: Brackets | None = None
 
     def start(self, seed: int) -> Iterate:
         """Return θ₀ of a seed."""
@@ -42,6 +44,12 @@ class ReferenceEngine:
         """Yield (position of the work, iterate), one work after the other."""
         for k, (seed, leg, last, steps) in enumerate(works):
             state, done = last.state, last.step
+            if leg.kind == "bracket":
+                self._brackets = self._brackets or Brackets(
+                    self._problem, self._operator, self._gradient, self._batches
+                )
+                yield from ((k, self._measure(seed, n, state)) for n, state in self._brackets.run(works[k]))
+                continue
             for n in steps:
                 if leg.kind == "forward":
                     iterate = self._measure(seed, n, self._compose(range(done + 1, n + 1), state, self._batches[seed]))

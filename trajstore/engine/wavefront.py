@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trajstore.engine import Iterate, Work
+from trajstore.engine.bracket import Brackets
 from trajstore.operators import Batch, Operator
 from trajstore.problems import LiveProblem
 from trajstore.problems._streams import stacked
@@ -101,6 +102,7 @@ class WavefrontEngine:
         self._lanes = lanes
         self._advance = advance
         self._wave: _Wave | None = None
+        self._brackets: Brackets | None = None
 
     def start(self, seed: int) -> Iterate:
         """Return θ₀ of a seed."""
@@ -110,7 +112,17 @@ class WavefrontEngine:
         return Iterate(0, state, metrics)
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
-        """Yield (position of the work, iterate) as chains end."""
+        """Yield (position of the work, iterate) as chains end, and then the steps of bracket legs."""
+        yield from self._chained(works)
+        for k, work in enumerate(works):
+            if work.leg.kind == "bracket":
+                self._brackets = self._brackets or Brackets(
+                    self._problem, self._operator, _Gradient(self._problem), self._streams
+                )
+                for n, state in self._brackets.run(work):
+                    yield from self._shown([_Shown(k, work.seed, n, state)])
+
+    def _chained(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
         queue = _chains(works)
         waiting = next(queue, None)
         if waiting is None:

@@ -13,7 +13,7 @@ from trajstore.schedules import Schedule
 from trajstore.schedules.constant import Constant
 from trajstore.state import Memory, State
 
-__all__ = ["FAMILY", "SGD"]
+__all__ = ["FAMILY", "SGD", "is_plain"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class SGD:
     def _undamped_at_first(self, state: State, like: Tensor) -> Tensor:
         # torch fills its buffer with the whole first gradient and dampens only the later ones.
         return torch.where(state.position == 0, 1.0, 1.0 - self.dampening).to(like.dtype)
+
+
+def is_plain(operator: Operator) -> bool:
+    """Tell whether an operator is a gradient step with a constant learning rate and nothing else."""
+    return isinstance(operator, SGD) and operator == SGD(operator.lr, by=operator.by)
 
 
 FAMILY: type[Operator] = SGD
