@@ -6,6 +6,7 @@ a stream that no recording uses, the same whenever a metric is computed again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from trajstore.batches import generator
 from trajstore.computing import compute_late
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 from trajstore.operators import Batch
+from trajstore.problems import Draws
 from trajstore.reviving import Revived, revive
 from trajstore.state import State, Tensors
 from trajstore.store import StoredExperiment
@@ -184,6 +186,8 @@ def compute(
     if threads is not None and threads < 1:
         raise ConfigurationError(f"threads is {threads}; it must be at least 1")
     revived, schema, wanted = revive(stored), stored.schema, METRICS[metric]
+    if isinstance(revived.live, Draws) and revived.live.draws:
+        threads = 1
     counted = f"{metric}_samples"
     if wanted.sampled and counted in schema.late:
         known, values = stored.late()[counted]
@@ -193,10 +197,15 @@ def compute(
                 f"mix them; ask for {other[0]:.0f}"
             )
 
+    own, building = threading.local(), threading.Lock()
+
     def measure(order: str, seed: int, step: int) -> dict[str, float]:
-        (state,) = revived.states(order, seed, [step])
+        if not hasattr(own, "revived"):
+            with building:  # a module is built under torch's one generator
+                own.revived = revived.again()
+        (state,) = own.revived.states(order, seed, [step])
         data_seed = schema.data_seeds[schema.seeds.index(seed)]
-        value, taken = wanted.measure(revived, At(state, data_seed, step, samples))
+        value, taken = wanted.measure(own.revived, At(state, data_seed, step, samples))
         return {counted: float(taken), metric: value}
 
     return compute_late(stored, [counted, metric], measure, every, threads, progress)

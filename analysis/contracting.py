@@ -21,7 +21,8 @@ from trajstore.analysis.states import distance, norm, signs
 from trajstore.batches import generator
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 from trajstore.experiment import Experiment
-from trajstore.operators.sgd import SGD, is_plain
+from trajstore.operators.sgd import is_plain
+from trajstore.problems import Problem
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.quadratic import Quadratic
 from trajstore.recipe import Recipe, Source
@@ -31,8 +32,6 @@ from trajstore.store import StoredExperiment
 
 __all__ = ["contraction", "lemma_factor", "limit_bound", "lyapunov", "uniform_factor"]
 
-_APART = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""How far two neighbours are from each other, relative to the norm of the parameters, by their precision."""
 _LEAST = 50
 _CERTAIN = 50
 """How many times its rounding a distance must be, for a factor of it to be known to a hundredth."""
@@ -61,7 +60,9 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
             )
         first, second = sorted(rng.choice(steps, 2, replace=False).tolist())
         index = int(rng.integers(1, schema.steps + 1))
-        x, y = revived.states(order, seed, [first, second])
+        # One map for both: where the learning rate goes by position, the two would have one each.
+        position = torch.tensor(index - 1)
+        x, y = (state._replace(position=position) for state in revived.states(order, seed, [first, second]))
         batch = revived.batches(seed)[index]
         x_after, y_after = (revived.apply(state, batch, index) for state in (x, y))
         before, after = distance(x, y), distance(x_after, y_after)
@@ -73,36 +74,35 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
         )
     names = ("seed", "step", "other_step", "batch", "distance", "factor", "loss_factor")
     columns = {name: ("pair", np.array(column)) for name, column in zip(names, zip(*found, strict=True), strict=True)}
-    k = _uniform_factor(revived.experiment)
     attrs = {"experiment": stored.name, "order": order, "random_seed": random_seed}
-    return xr.Dataset(columns, attrs=attrs if k is None else attrs | {"uniform_factor": k})
+    return xr.Dataset(columns, attrs=attrs | _known_factors(revived.experiment))
 
 
 def lyapunov(source: Source, seed: int | None = None, steps: int | None = None, level: float = 0.95) -> xr.Dataset:
     """Return the exponent of the products along the forward iterates of a seed, with an interval.
 
-    The logarithm of how the distance of two neighbours grows at each step, averaged; they are pulled together again
-    after each. ``rate`` is the factor a step, exp(exponent): backward iterates approach their limit by it.
+    The logarithm of how an infinitely small difference grows at each step, averaged. ``rate`` is the factor a step,
+    exp(exponent): backward iterates approach their limit by it. Without `seed` it is the first, of a dataset that of
+    those which are selected.
     """
     recipe = Recipe.of(source)
-    chosen, count = recipe.schema.seeds[0] if seed is None else seed, steps or recipe.schema.steps
+    known = recipe.schema.seeds if isinstance(source, StoredExperiment) else np.atleast_1d(source["seed"].values)
+    chosen, count = int(known[0]) if seed is None else seed, recipe.schema.steps if steps is None else steps
     if count < 2 * _LEAST:
         raise StatisticError(f"{count} steps are too few for an exponent; ask for {2 * _LEAST} or more")
     _refuse_more_than_parameters(recipe)
     here, batches = recipe.start(chosen), recipe.batches(chosen)
-    size = _APART[next(iter(here.params.values())).dtype] * max(1.0, norm(here.params))
-    there = _moved(here, signs(here.params, generator(chosen, "analysis")), size)
+    tangent = _unit(signs(here.params, generator(chosen, "analysis")))
     growth = np.empty(count)
     for n in range(1, count + 1):
-        here, there = (recipe.apply(state, batches[n], n) for state in (here, there))
-        apart = distance(here, there)
-        if not 0 < apart < np.inf:
+        here, moved = recipe.pushed(here, tangent, batches[n], n)
+        size = norm(moved)
+        if not 0 < size < np.inf:
             raise StatisticError(
-                f"experiment {recipe.name!r}, seed {chosen}: at step {n} neighbours are {apart} apart, so the products "
-                "have no exponent that could be seen"
+                f"experiment {recipe.name!r}, seed {chosen}: at step {n} a difference grows {size} times, so the "
+                "products have no exponent"
             )
-        growth[n - 1] = np.log(apart / size)
-        there = _moved(here, {name: there.params[name] - p for name, p in here.params.items()}, size)
+        growth[n - 1], tangent = np.log(size), _unit(moved)
     settled = growth[count // 4 :]
     mean, reach = float(settled.mean()), quantile(level) * float(standard_error(settled - settled.mean()))
     fields = {"exponent": mean, "exponent_low": mean - reach, "exponent_high": mean + reach}
@@ -124,31 +124,39 @@ def uniform_factor(source: Source) -> float | None:
 
     Known for plain SGD on the quadratic and on least squares: the largest ‖I − hH‖ of a single example.
     """
-    return _uniform_factor(Recipe.of(source).experiment)
+    return _known_factors(Recipe.of(source).experiment).get("uniform_factor")
 
 
-def _uniform_factor(experiment: Experiment) -> float | None:
-    problem, operator = experiment.problem, experiment.operator
-    if not isinstance(operator, SGD) or not is_plain(operator):
-        return None
+def _known_factors(experiment: Experiment) -> dict[str, float]:
+    """Return the factors below 1 that are known: ``uniform_factor``, and ``lemma_factor``, which is no smaller."""
+    operator, curvatures = experiment.operator, _curvatures(experiment.problem)
+    if curvatures is None or not is_plain(operator):
+        return {}
+    factors = {
+        "uniform_factor": float(np.abs(1 - operator.lr * curvatures).max()),
+        "lemma_factor": lemma_factor(operator.lr, float(curvatures.min()), float(curvatures.max())),
+    }
+    return {name: factor for name, factor in factors.items() if factor < 1}
+
+
+def _curvatures(problem: Problem) -> NDArray[np.float64] | None:
+    """Return the eigenvalues of the Hessians of all single examples, where they are known."""
     if isinstance(problem, Quadratic):
-        curvatures = np.array(problem.spectrum)
-    elif isinstance(problem, LeastSquares):
+        return np.array(problem.spectrum)
+    if isinstance(problem, LeastSquares):
         rows = (problem.data[0] ** 2).sum(1)
-        curvatures = problem.ridge + np.append(rows, 0.0 if problem.d > 1 else rows)
-    else:
-        return None
-    factor = float(np.abs(1 - operator.lr * curvatures).max())
-    return factor if factor < 1 else None
+        return np.asarray(problem.ridge + np.append(rows, 0.0 if problem.d > 1 else rows))
+    return None
 
 
 def limit_bound(source: Source, seed: int, steps: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return C kⁿ with C = D / (1 − k), D the longest first step from θ₀ under the batches of the seed.
 
-    It is above the distance of the n-th backward iterate to the limit, and to every later iterate.
+    It is above the distance of the n-th backward iterate to every later one that is recorded, and to the limit of all
+    where no later batch makes a longer first step.
     """
     recipe = Recipe.of(source)
-    k = _uniform_factor(recipe.experiment)
+    k = _known_factors(recipe.experiment).get("uniform_factor")
     if k is None:
         raise StatisticError(
             f"experiment {recipe.name!r}: no k < 1 is known by which every batch map contracts, so "
@@ -173,9 +181,9 @@ def _refuse_more_than_parameters(recipe: Recipe) -> None:
         )
 
 
-def _moved(state: State, direction: Tensors, length: float) -> State:
-    scale = length / norm(direction)
-    return state._replace(params={name: p + scale * direction[name] for name, p in state.params.items()})
+def _unit(direction: Tensors) -> Tensors:
+    size = norm(direction)
+    return {name: d / size for name, d in direction.items()}
 
 
 def _loss(recipe: Recipe, state: State) -> float:

@@ -78,6 +78,9 @@ class Evidence:
     """How much of the logarithm of the moves a geometric rate explains."""
     bend: float = np.nan
     """By how many standard errors the rate's logarithm differs between the halves of the window."""
+    halves: float = np.nan
+    """By how many standard errors the means of its two halves differ, along the direction in which it varies most: of
+    what is stationary, two or less (Geweke)."""
     drift: float = np.nan
     """How far a fitted line goes over the window, in standard deviations about it, and its interval."""
     drift_low: float = np.nan
@@ -122,7 +125,8 @@ def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
     drift, error = _drift(path.points)
     reach = quantile(rule.level) * error
     found |= {"drift": drift, "drift_low": max(0.0, drift - reach), "drift_high": drift + reach}
-    found |= {"effective": _effective(path.points), **_of(rate)}
+    along = _principal(path.points)
+    found |= {"effective": effective_size(along), "halves": _halves(along), **_of(rate)}
     return Evidence(*_verdict(found, rate, rule), **found)
 
 
@@ -211,9 +215,16 @@ def _drift(points: Floats) -> tuple[float, float]:
     return (n - 1) * float(np.sqrt((slope**2).sum() / spread)), (n - 1) * float(np.sqrt((errors**2).sum() / spread))
 
 
-def _effective(points: Floats) -> float:
-    """Return how many independent iterates they are worth, along the direction in which they vary most."""
+def _principal(points: Floats) -> Floats:
+    """Return them along the direction in which they vary most."""
     centred = points - points.mean(0)
     if points.shape[1] > 1:
         centred = centred @ np.linalg.svd(centred, full_matrices=False)[2][0][:, None]
-    return effective_size(centred[:, 0])
+    return np.asarray(centred[:, 0])
+
+
+def _halves(along: Floats) -> float:
+    """Return by how many standard errors the means of the halves differ."""
+    halves = np.array_split(along, 2)
+    error = float(np.hypot(*(standard_error(half - half.mean()) for half in halves)))
+    return float((halves[1].mean() - halves[0].mean()) / error) if error else np.nan

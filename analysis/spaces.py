@@ -68,8 +68,8 @@ def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tupl
 def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
     if "sketch" not in ds:
         raise StatisticError("this dataset has no sketches; select steps and slabs of it, not variables")
-    seen = window_of(ds, "step_distance", window, least)
-    norms = window_of(ds, "param_norm", len(seen), least).values
+    seen = window_of(ds, "step_distance", window, least, called=PARAMETERS)
+    norms = window_of(ds, "param_norm", len(seen), least, called=PARAMETERS).values
     points = with_slabs(ds["sketch"].sel(step=seen.steps)).values.astype(np.float64)
     moves = seen.values[..., 1:]
     if seen.gap != _recorded_gap(ds):  # the distances that were recorded are those to iterates in between

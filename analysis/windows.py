@@ -21,6 +21,7 @@ __all__ = [
     "Window",
     "ends_early",
     "measured_steps",
+    "measured_where",
     "metrics_of",
     "own_metrics",
     "resets_within",
@@ -71,9 +72,9 @@ def metrics_of(ds: xr.Dataset) -> list[str]:
 
 
 def own_metrics(ds: xr.Dataset) -> list[str]:
-    """Return the metrics that are the experiment's own, or what there is, without those that have no value anywhere."""
+    """Return the metrics that were recorded of the problem, or what there is, without those without any value."""
     known = metrics_of(ds)
-    own = [name for name in known if name not in MEASURES] or known
+    own = [name for name in known if name not in MEASURES and "late" not in ds[name].attrs] or known
     valued = [name for name in own if bool(np.isfinite(ds[name]).any())]
     if not valued:
         raise StatisticError(f"no metric of {', '.join(own) or 'this experiment'} has a finite value")
@@ -91,29 +92,36 @@ def with_slabs(variable: xr.DataArray) -> xr.DataArray:
     return variable.expand_dims([dim for dim in SLABS if dim not in variable.dims]).transpose(*SLABS, ...)
 
 
-def window_of(ds: xr.Dataset, metric: str, window: int | Literal["all"] | None = None, least: int = 3) -> Window:
+def window_of(
+    ds: xr.Dataset,
+    metric: str,
+    window: int | Literal["all"] | None = None,
+    least: int = 3,
+    called: str | None = None,
+) -> Window:
     """Return the last `window` steps at which a metric was measured, or by default the last half of all of them.
 
-    `least` is how many steps a statistic takes at the least.
+    `least` is how many steps a statistic takes at the least, `called` what an error calls it, by default the metric.
     """
+    what = called or metric
     if isinstance(window, int) and window < least:
         raise StatisticError(f"window is {window}; this statistic needs at least {least} steps")
-    recorded, known = _masks(ds, metric)
-    steps = _measured(ds, metric, recorded & known)
+    recorded, known = _masks(ds, metric, what)
+    steps = _measured(ds, what, recorded & known)
     steps = steps[: len(steps) - ends_early(ds["step"].values[steps])]
     asked = max(least, len(steps) // 2 if window is None else len(steps) if window == "all" else window)
     if len(steps) < asked:
-        raise StatisticError(f"{metric}: it was measured at {len(steps)} steps, fewer than the window of {asked}")
+        raise StatisticError(f"{what}: it was measured at {len(steps)} steps, fewer than the window of {asked}")
     tail = steps[-asked:]
     labels = ds["step"].values[tail]
-    _refuse_uneven(ds, metric, labels)
+    _refuse_uneven(ds, what, labels)
     coords = {dim: np.atleast_1d(ds[dim].values) for dim in SLABS}
     for there, lack in ((recorded, "has no step"), (known, "was not measured at step")):
         missing = ~there[:, :, tail]
         if missing.any():
             order, seed, step = next(zip(*np.nonzero(missing), strict=True))
             raise StatisticError(
-                f"{metric}: order {str(coords['order'][order])!r}, seed {coords['seed'][seed]} {lack} {labels[step]}; "
+                f"{what}: order {str(coords['order'][order])!r}, seed {coords['seed'][seed]} {lack} {labels[step]}; "
                 "finish the recording, or select the slabs that are complete"
             )
     values = with_slabs(ds[metric].isel(step=tail)).values.astype(np.float64)
@@ -158,24 +166,28 @@ def measured_steps(ds: xr.Dataset, metric: str) -> tuple[NDArray[np.int64], NDAr
 
     Both are (order, seed, step); values are NaN where there are none, and where training diverged.
     """
-    recorded, known = _masks(ds, metric)
+    recorded, known = _masks(ds, metric, metric)
     there = recorded & known
     places = _measured(ds, metric, there)
     values = with_slabs(ds[metric].isel(step=places)).values.astype(np.float64)
     return places, np.where(there[..., places], values, np.nan), there[..., places]
 
 
-def _masks(ds: xr.Dataset, metric: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _masks(ds: xr.Dataset, metric: str, what: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which steps were recorded, and where the metric was measured, both (order, seed, step)."""
     if not {"measured", "recorded"} <= set(ds.variables):
         raise StatisticError(
-            f"{metric}: this dataset does not say at which steps it was measured; select steps and slabs, not variables"
+            f"{what}: this dataset does not say at which steps it was measured; select steps and slabs, not variables"
         )
     if metric not in metrics_of(ds) or metric not in ds:
+        if what != metric:
+            raise StatisticError(
+                f"{what}: this dataset does not have {metric!r}; select steps and slabs, not variables"
+            )
         raise NotFoundError(f"no metric {metric!r}; {choices(metric, metrics_of(ds))}")
     if "step" not in ds[metric].dims:
-        raise StatisticError(f"{metric}: one step was selected, and a statistic over time needs several")
-    return with_slabs(ds["recorded"]).values, with_slabs(_known(ds, metric)).values
+        raise StatisticError(f"{what}: one step was selected, and a statistic over time needs several")
+    return with_slabs(ds["recorded"]).values, with_slabs(measured_where(ds, metric)).values
 
 
 def _measured(ds: xr.Dataset, metric: str, there: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -187,7 +199,7 @@ def _measured(ds: xr.Dataset, metric: str, there: NDArray[np.bool_]) -> NDArray[
     return places
 
 
-def _known(ds: xr.Dataset, metric: str) -> xr.DataArray:
+def measured_where(ds: xr.Dataset, metric: str) -> xr.DataArray:
     """Return where a metric has a value, be it NaN because training diverged."""
     flagged = _flagged(ds)
     return ds["measured"] >> flagged.index(metric) & 1 > 0 if metric in flagged else ds[metric].notnull()

@@ -11,7 +11,7 @@ import typer
 from trajstore.cli.console import print_json, print_table, say
 from trajstore.cli.options import JSON, AnalysisName, ExperimentName, StorePath
 
-from trajstore.errors import ConfigurationError, NotFoundError, choices
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -86,7 +86,7 @@ def _law(stored: StoredExperiment, metrics: Sequence[str] = ("parameters",), ste
 def _contraction(stored: StoredExperiment, order: str | None = None, pairs: int = 100) -> list[Table]:
     import numpy as np
     import xarray as xr
-    from trajstore.analysis import contraction, lyapunov
+    from trajstore.analysis import contraction
 
     names = stored.schema.orders
     order = order or ("forward" if "forward" in names else names[0])
@@ -102,17 +102,25 @@ def _contraction(stored: StoredExperiment, order: str | None = None, pairs: int 
     summary = xr.Dataset(
         {name: ("space", column) for name, column in numbers.items()}, {"space": list(factors)}, found.attrs
     )
-    known = found.attrs.get("uniform_factor")
+    known, lemma = (found.attrs.get(name) for name in ("uniform_factor", "lemma_factor"))
     proven = f"; every map contracts by {known:.4g}" if known else ""
-    exponents = xr.concat(
-        [lyapunov(stored, seed) for seed in stored.schema.seeds], "seed", combine_attrs="drop_conflicts"
-    )
-    exponents = exponents.assign_coords(seed=list(stored.schema.seeds))
-    pair = {"exponent": ("exponent_low", "exponent_high"), "rate": ("rate_low", "rate_high")}
-    return [
-        Table(f"factors of {pairs} pairs of {order} iterates under one batch{proven}", summary, tuple(numbers), {}),
-        Table("Lyapunov exponent of the products, along forward iterates", exponents, ("exponent", "rate"), pair),
-    ]
+    proven += f", by Lemma 2.5 by {lemma:.4g}" if lemma else ""
+    title = f"factors of {pairs} pairs of {order} iterates under one batch{proven}"
+    return [Table(title, summary, tuple(numbers), {}), _exponents(stored)]
+
+
+def _exponents(stored: StoredExperiment) -> Table:
+    import xarray as xr
+    from trajstore.analysis import lyapunov
+
+    title, seeds = "Lyapunov exponent of the products, along forward iterates", list(stored.schema.seeds)
+    try:
+        each = [lyapunov(stored, seed) for seed in seeds]
+    except StatisticError as error:  # the factors have been found all the same
+        return Table(f"{title}: {error}", xr.Dataset(), (), {})
+    exponents = xr.concat(each, "seed", combine_attrs="drop_conflicts").assign_coords(seed=seeds)
+    pairs = {"exponent": ("exponent_low", "exponent_high"), "rate": ("rate_low", "rate_high")}
+    return Table(title, exponents, ("exponent", "rate"), pairs)
 
 
 ANALYSES: Mapping[str, Callable[..., list[Table]]] = {
@@ -131,7 +139,9 @@ def analyze(
     analysis: AnalysisName,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="A metric, 'parameters', 'layer:GLOB', 'outputs' or 'sum:METRIC'; `law` takes several."),
+        typer.Option(
+            help="A metric; convergence takes parameters, layer:GLOB, outputs and sum:METRIC too, and law several."
+        ),
     ] = None,
     window: Annotated[int | None, typer.Option(help="Recorded steps at the end; by default the last half.")] = None,
     kind: Annotated[str | None, typer.Option(help="Of variance: level, tail or step.")] = None,
@@ -165,7 +175,9 @@ def analyze(
     for k, table in enumerate(tables):
         if k:
             say("")
-        say(f"{table.title}\n")
+        say(f"{table.title}\n" if table.shown else table.title)
+        if not table.shown:
+            continue
         rows = _rows(table.result)
         labels = [name for name in rows[0] if name in table.result.coords]
         columns = [*labels, *table.shown]
@@ -180,12 +192,16 @@ def _cell(row: Mapping[str, Any], column: str, table: Table) -> Any:  # noqa: AN
         return "–"
     if column not in table.intervals:
         return value
+    from trajstore.analysis.writing import interval
+
     low, high = (row[name] for name in table.intervals[column])
-    return f"{value:.4g}" if low != low else f"{value:.4g} [{low:.4g}, {high:.4g}]"
+    return f"{value:.4g}" if low != low else interval(value, low, high).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _rows(result: xr.Dataset) -> list[dict[str, Any]]:
     """Return a dataset as one row for each combination of its labels."""
+    if not result.data_vars:
+        return []
     dims = list(result.dims)
     frame = result.to_dataframe().reset_index()
     if dims == ["reset"]:

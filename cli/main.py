@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -49,6 +50,8 @@ app.command("unlock")(maintenance.unlock)
 
 def main() -> None:
     """Run a command; every foreseeable failure is one line on standard error."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: problems of one's own lie there
     warnings.showwarning = lambda message, *_, **__: typer.echo(f"trajstore: {message}", err=True)
     try:
         code = typer.main.get_command(app).main(prog_name="trajstore", standalone_mode=False) or 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -147,8 +146,6 @@ def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
     from trajstore.experiment import Experiment
     from trajstore.problems.factory import call
 
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
     problem = changes.get("problem", {})
     arguments = problem.get("arguments", {}) if isinstance(problem, dict) else {}
     made = call(reference, arguments)

@@ -52,8 +52,13 @@ def rates(runs: int) -> None:
         _rate(f"a walk of {walk} in noise of {noise}", np.exp(-0.05), (_walk(rng, walk, noise) for _ in range(runs)))
     problem = LeastSquares(h=0.05)
     expected = float(np.exp(problem.lyapunov(np.random.default_rng(1))))
-    products = (path(problem.iterates(rng, 900, "backward")).moves[100:] for _ in range(runs))
-    _rate("least squares, backward", expected, products)
+    for steps in (200, 400, 800):
+        products = (path(problem.iterates(rng, 100 + steps, "backward")).moves[100:] for _ in range(runs))
+        _rate("least squares, backward", expected, products)
+    ridge = LeastSquares(h=0.05, ridge=0.5)
+    expected = float(np.exp(ridge.lyapunov(np.random.default_rng(1))))
+    products = (path(ridge.iterates(rng, 300, "backward")).moves[100:] for _ in range(runs))
+    _rate("ridge, backward", expected, products)
 
 
 def _walk(rng: np.random.Generator, step: float, noise: float) -> np.ndarray:

@@ -69,7 +69,7 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
         mask = mask or next((mask for mask in masks.values() if {*mask[0]} <= {*spec.dims}), None)
         encoding = {"preferred_chunks": _chunks(experiment, spec)}
         source, attributes = _Committed.of(experiment, spec, mask), dict(array_of(experiment.group, spec.name).attrs)
-        if spec.name == "measured" and late:
+        if spec.name == "measured" and late and len(schema.metrics) < _BITS:
             source, attributes = _with_late(source, attributes, {name: known for name, (known, _) in late.items()})
         data = indexing.LazilyIndexedArray(source)
         variables[spec.name] = xr.Variable(spec.dims, data, attributes, encoding)

@@ -16,7 +16,9 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trajstore.configuration import differences
 from trajstore.engine.reference import gradient_of
+from trajstore.engine.wavefront import functional_gradient
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError
 from trajstore.experiment import Experiment
 from trajstore.measures import maker_of
@@ -70,6 +72,20 @@ class Recipe:
         with torch.no_grad():
             return self.experiment.operator.apply(self._gradient, state, batch, torch.tensor(index))
 
+    def pushed(self, state: State, tangent: Tensors, batch: Batch, index: int) -> tuple[State, Tensors]:
+        """Return T_index(state), and what becomes of an infinitely small difference of the parameters."""
+        gradient, i = functional_gradient(self.live), torch.tensor(index)
+
+        def step(params: Tensors) -> tuple[Tensors, State]:
+            after = self.experiment.operator.apply(gradient, state._replace(params=params), batch, i)
+            return after.params, after
+
+        # Twice backwards instead of once forwards: not all that torch can do backwards it can do forwards.
+        _, pull, after = torch.func.vjp(step, state.params, has_aux=True)  # type: ignore[misc]
+        push = torch.func.vjp(lambda cotangent: pull(cotangent)[0], tangent)[1]
+        (moved,) = push(tangent)
+        return after, moved
+
     def gradient(self, state: State, batch: Batch) -> Tensors:
         """Return the gradient of the loss on a batch."""
         return self._gradient(state.params, state.buffers, batch)[0]
@@ -86,7 +102,12 @@ class Recipe:
         if not isinstance(self.live, Predicts):
             raise ConfigurationError(f"experiment {self.name!r}: its problem has no outputs")
         with torch.no_grad():
-            outputs = self.live.outputs(state.params, state.buffers)
+            outputs: Any = self.live.outputs(state.params, state.buffers)
+        if not isinstance(outputs, Tensor):
+            raise ConfigurationError(
+                f"experiment {self.name!r}: its module gives a {type(outputs).__name__}, and outputs are those of one "
+                "that gives a tensor"
+            )
         return np.asarray(outputs.reshape(len(outputs), -1).double().numpy())
 
     def state(self, params: NDArray[Any], counters: NDArray[np.int64]) -> State:
@@ -118,12 +139,22 @@ def why_not(source: Source) -> str | None:
 def experiment_of(source: Source) -> Experiment:
     """Return the experiment that was recorded."""
     name, attributes = _attributes(source)
+    config = attributes["config"]
+    # A factory's table also tells what the function made then; what it makes now is compared with that.
+    problem = {key: value for key, value in config["problem"].items() if key != "made"}
     try:
-        return Experiment.of(attributes["config"])
+        experiment = Experiment.of({**config, "problem": problem})
+        made = experiment.config()["problem"]
     except ConfigurationError as error:
         raise ConfigurationError(
             f"experiment {name!r} cannot be replayed: its problem cannot be made from what is stored ({error})"
         ) from None
+    if other := differences(config["problem"], made):
+        raise ConflictError(
+            f"experiment {name!r} was recorded with another problem than the one there is by now; what differs is "
+            f"{other[0][:200]}"
+        )
+    return experiment
 
 
 def digest_of(live: LiveProblem) -> dict[str, str]:

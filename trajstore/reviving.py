@@ -7,11 +7,12 @@ was recorded with.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from numpy.typing import NDArray
 
@@ -29,6 +30,10 @@ class Revived(Recipe):
     """A recipe, and the states that came of it."""
 
     stored: StoredExperiment
+
+    def again(self) -> Revived:
+        """Return another one with a problem of its own, for another thread: modules cannot be called by two at once."""
+        return replace(self, live=self.experiment.problem.build(torch.device("cpu")))
 
     # Looked up once: a metric is asked of thousands of states.
     @cached_property
@@ -62,6 +67,10 @@ class Revived(Recipe):
 
 def revive(stored: StoredExperiment) -> Revived:
     """Make an experiment compute again; refuse one whose recipe or memory is not stored."""
+    if not isinstance(stored, StoredExperiment):
+        raise ConfigurationError(
+            f"this takes the stored experiment, store['NAME'], and not a {type(stored).__name__} of it"
+        )
     recipe = Recipe.of(stored)
     memory = recipe.start(recipe.schema.seeds[0]).memory
     if memory and not any(e.role == "memory" for e in recipe.schema.layout.entries):

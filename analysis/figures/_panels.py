@@ -19,7 +19,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 from trajstore.analysis.figures import order_colour, style
-from trajstore.analysis.windows import SLABS, metrics_of, usual_metric
+from trajstore.analysis.windows import SLABS, measured_where, metrics_of, usual_metric
 
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 
@@ -29,11 +29,9 @@ __all__ = [
     "Orders",
     "Panels",
     "Seeds",
-    "interval",
     "log_axis",
     "main_metric",
     "named",
-    "number",
     "panels",
     "recorded",
     "refuse_empty",
@@ -63,7 +61,6 @@ _LETTERS = 17.5
 """Letters of a title to the inch."""
 _HANDLE = 8
 """Letters as wide as what stands before a label in a legend."""
-_TOGETHER = "\N{NO-BREAK SPACE}"
 _HIGHEST = 1e200
 """Values beyond are not drawn: an axis of them would overflow."""
 _SHOWN = 0.8
@@ -184,7 +181,9 @@ def selected(ds: xr.Dataset, seed: Seeds = None, order: Orders = None) -> xr.Dat
         wanted = np.atleast_1d(np.asarray(asked)).tolist()
         for one in wanted:
             if one not in known:
-                raise NotFoundError(f"no {dim} {one!r}; {choices(str(one), map(str, known))}")
+                # The seed with the most similar digits is of no help.
+                there = choices(one, known) if dim == "order" else f"there is {', '.join(map(str, known))}"
+                raise NotFoundError(f"no {dim} {one!r}; {there}")
         ds = ds.sel({dim: wanted})
     if not bool(ds["recorded"].any()):
         raise StatisticError(
@@ -225,8 +224,8 @@ def named(metric: str) -> str:
 
 
 def recorded(ds: xr.Dataset, metric: str, order: str, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the recorded steps of a slab and a metric's values there, as far as they can be drawn."""
-    here = ds["recorded"].sel(order=order, seed=seed).values
+    """Return the steps of a slab at which a metric was measured and its values, as far as they can be drawn."""
+    here = (ds["recorded"] & measured_where(ds, metric)).sel(order=order, seed=seed).values
     values = ds[metric].sel(order=order, seed=seed).values[here]
     return ds["step"].values[here], np.where(np.abs(values) < _HIGHEST, values, np.nan)
 
@@ -236,34 +235,6 @@ def refuse_empty(found: xr.DataArray, what: str) -> xr.DataArray:
     if not bool(np.isfinite(found).any()):
         raise StatisticError(f"{what}: every slab has diverged, so there is nothing to draw; select what came before")
     return found
-
-
-def interval(value: float, low: float, high: float) -> str:
-    """Write a number with as many digits as its interval tells, so that no line breaks in it.
-
-    >>> print(interval(0.94987, 0.9491, 0.9507), interval(12.34, 8.1, 17.3), interval(294.1, np.nan, np.nan), sep="; ")
-    0.9499 [0.9491, 0.9507]; 12.3 [8.1, 17.3]; 290
-    """
-    if not np.isfinite([low, high]).all():
-        return number(value)
-    # Two digits of the interval's width, and no more than a label can hold.
-    digits = int(np.clip(1 - np.floor(np.log10(max(high - low, 1e-300))), 0, 7))
-    if max(abs(value), high) >= 1e4 or digits > 5:
-        return f"{number(value)}{_TOGETHER}[{number(low)},{_TOGETHER}{number(high)}]"
-    return f"{value:.{digits}f}{_TOGETHER}[{low:.{digits}f},{_TOGETHER}{high:.{digits}f}]"
-
-
-def number(value: float) -> str:
-    """Write a number with two digits.
-
-    >>> number(294.1), number(0.00123), number(3.6e19), number(-1e-7)
-    ('290', '0.0012', '3.6e19', '-1e-7')
-    """
-    short = f"{value:.2g}"
-    if "e" not in short or 1e-4 <= abs(value) < 1e4:
-        return f"{float(short):g}"
-    mantissa, exponent = short.split("e")
-    return f"{mantissa}e{int(exponent)}"
 
 
 def spans_decades(values: ArrayLike) -> bool:

@@ -7,7 +7,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from trajstore.analysis.contracting import contraction, lyapunov
 from trajstore.analysis.figures import order_colour, style
-from trajstore.analysis.figures._panels import Drawn, Given, Orders, Seeds, interval, panels, titled
+from trajstore.analysis.figures._panels import Drawn, Given, Orders, Seeds, panels, titled
+from trajstore.analysis.writing import interval
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 from trajstore.store import StoredExperiment

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 from trajstore.analysis.convergence import convergence
 from trajstore.analysis.figures import style
 from trajstore.analysis.figures._panels import (
@@ -14,7 +15,6 @@ from trajstore.analysis.figures._panels import (
     Given,
     Orders,
     Seeds,
-    interval,
     log_axis,
     main_metric,
     named,
@@ -27,8 +27,9 @@ from trajstore.analysis.figures._panels import (
     step_axis,
     titled,
 )
-from trajstore.analysis.spaces import PARAMETERS
-from trajstore.analysis.windows import measured_steps
+from trajstore.analysis.spaces import LAYER, OUTPUTS, PARAMETERS
+from trajstore.analysis.windows import measured_steps, metrics_of
+from trajstore.analysis.writing import interval
 
 from trajstore.errors import StatisticError
 
@@ -49,12 +50,12 @@ def draw(
     order: Orders = None,
     axes: Given = None,
 ) -> Drawn:
-    """Draw how far each iterate is from the last one: stored states, or the values of a metric.
+    """Draw how far each iterate is from the last one: stored states, one layer, outputs, or the values of a metric.
 
-    States that are not stored are compared by their sketch, and the label says so. The title of a panel has the verdict
-    of `analysis.convergence` over `window` recorded steps, by default the last half, and the rate, the factor a step by
-    which moves shrink, where that is not 1; the dashed line has this rate. Where every batch map is known to contract
-    by k < 1, a dotted line is Theorem 2.2's bound C kⁿ of backward iterates. `axes` are one a seed.
+    Where no slab has three stored states they are compared by their sketch, and the label says so. The title of a panel
+    has the verdict of `analysis.convergence` over `window` recorded steps, by default the last half, and the rate, the
+    factor a step by which moves shrink, where that is not 1; the dashed line has this rate. Where every batch map is
+    known to contract by k < 1, a dotted line is Theorem 2.2's bound C kⁿ of backward iterates. `axes` are one a seed.
     """
     ds = selected(ds, seed, order)
     far, label = _distances(ds, metric)
@@ -64,13 +65,16 @@ def draw(
     with style():
         made = seed_panels(seeds, axes, height=1.75 + 0.28 * ds.sizes["order"])  # a line or two of title each
         for ax, one in zip(made.flat, seeds, strict=False):
-            said = [f"seed {one}{where}"]
+            said = [f"seed {one}{f', on {where}:' if where else ''}"]
             for name in ds["order"].values.tolist():
                 curve = far.sel(order=name, seed=one).dropna("step")
                 ax.plot(curve["step"], curve, label=name, **slab_style(ds, name))
                 found = verdict(name, one)
-                if found is not None:
-                    said.append(f"{name}: {_said(found)}")
+                if found is None:
+                    said += [f"{name}: not finished"] if _unfinished(ds, name, one) else []
+                else:
+                    own = _steps(found)
+                    said.append(f"{name}: {_said(found)}{'' if own == where else f' ({own})'}")
                     _rate(ax, curve, found)
                 if name == "backward" and metric == PARAMETERS:
                     _bound(ax, ds, one, curve)
@@ -85,41 +89,93 @@ def draw(
 
 def _distances(ds: xr.Dataset, metric: str) -> tuple[xr.DataArray, str]:
     """Return distances to the last iterate, (order, seed, step), and what to call them."""
-    if metric != PARAMETERS:
-        main_metric(ds, metric)
-        places, values, _ = measured_steps(ds, metric)
-        coords = {"order": ds["order"].values, "seed": ds["seed"].values, "step": ds["step"].values[places]}
-        there = ds["recorded"].transpose("order", "seed", "step").values[..., places]
-        last = there.shape[-1] - 1 - there[..., ::-1].argmax(-1)  # NaN if it diverged: then nothing is near it
-        far = np.abs(values - np.take_along_axis(values, last[..., None], -1))
-        return xr.DataArray(far, coords, ("order", "seed", "step")), f"|{named(metric)} − that of\nthe last iterate|"
-    if bool((ds["stored"].sum("snapshot") >= _LEAST).where(ds["recorded"].any("step"), True).all()):
-        return ds.traj.distances(to="last").compute().rename(snapshot="step"), "distance to the\nlast stored state"
+    if metric == PARAMETERS or metric.startswith(LAYER):
+        return _of_states(ds, metric)
+    if metric == OUTPUTS and metric not in metrics_of(ds):
+        return _of_outputs(ds)
+    main_metric(ds, metric)
+    places, values, _ = measured_steps(ds, metric)
+    there = ds["recorded"].transpose("order", "seed", "step").values[..., places]
+    # NaN if the last one diverged: then nothing is near it
+    far = np.abs(values - _last(values, there))
+    coords = {"order": ds["order"].values, "seed": ds["seed"].values, "step": ds["step"].values[places]}
+    return xr.DataArray(far, coords, ("order", "seed", "step")), f"|{named(metric)} − that of\nthe last iterate|"
+
+
+def _of_states(ds: xr.Dataset, metric: str) -> tuple[xr.DataArray, str]:
+    layers = metric.removeprefix(LAYER) if metric.startswith(LAYER) else None
+    enough = ds["stored"].sum("snapshot") >= _LEAST
+    if bool(enough.any()):
+        far = ds.traj.distances(to="last", layers=layers).compute().rename(snapshot="step")
+        return far.where(enough), f"distance{f' of {layers}' if layers else ''} to the\nlast stored state"
+    if layers:
+        raise StatisticError(f"{metric}: no slab has {_LEAST} stored states, and sketches know of no layers")
     far = ds.traj.sketch_distances(to="last").compute()
     return far, f"distance to the last iterate,\n{sketched(far.attrs['relative_error'])}"
 
 
-def _verdicts(ds: xr.Dataset, metric: str, window: int | None) -> tuple[Callable[[str, int], xr.Dataset | None], str]:
-    """Return what finds the verdict on a slab, None where too little is recorded for any, and on which steps it is.
+def _of_outputs(ds: xr.Dataset) -> tuple[xr.DataArray, str]:
+    from trajstore.analysis.probing import outputs
 
-    What has been at rest for long shows no rate there: it is then looked at from the beginning.
+    found = outputs(ds).rename(snapshot="step")
+    there = found.notnull().all(("example", "output")).values
+    gap = found.copy(data=found.values - _last(found.values, there))
+    far = (gap**2).sum("output").mean("example") ** 0.5
+    return far.where(there), "distance of outputs to those\nof the last stored state"
+
+
+def _last(values: NDArray[np.float64], there: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the last values of each slab that are there, along (order, seed, step, …)."""
+    last = there.shape[2] - 1 - there[..., ::-1].argmax(-1)
+    return np.take_along_axis(values, last.reshape(*last.shape, *[1] * (values.ndim - 2)), axis=2)
+
+
+def _verdicts(ds: xr.Dataset, metric: str, window: int | None) -> tuple[Callable[[str, int], xr.Dataset | None], str]:
+    """Return what finds the verdict on a slab, None where too little is recorded for any, and on which steps they are.
+
+    What has been at rest for long shows no rate there: it is then looked at from the beginning. Where a slab is not
+    finished, each of the others is looked at by itself.
     """
     try:
         found = convergence(ds, metric, window)
     except StatisticError:
         if window is not None:
             raise
-        return (lambda order, seed: None), ""
+        return (lambda order, seed: _verdict(ds.sel(order=[order], seed=[seed]), metric)), ""
     early = window is None and bool((found["rate"].isnull() & (found["verdict"] == "point")).any())
-    whole = convergence(ds, metric, 2 * found.attrs["window"]) if early else found
+    whole = _or_none(ds, metric, 2 * found.attrs["window"]) if early else None
 
     def of(order: str, seed: int) -> xr.Dataset:
         one = found.sel(order=order, seed=seed)
+        if whole is None:
+            return one
         other = whole.sel(order=order, seed=seed)
         rests = one["verdict"].item() == other["verdict"].item() == "point" and not np.isfinite(one["rate"])
         return other if rests else one
 
-    return of, f", on steps {found.attrs['from_step']}–{found.attrs['to_step']}:"
+    return of, _steps(found)
+
+
+def _verdict(slab: xr.Dataset, metric: str) -> xr.Dataset | None:
+    found = _or_none(slab, metric, None)
+    return None if found is None else found.isel(order=0, seed=0)
+
+
+def _or_none(ds: xr.Dataset, metric: str, window: int | None) -> xr.Dataset | None:
+    try:
+        return convergence(ds, metric, window)
+    except StatisticError:
+        return None
+
+
+def _steps(found: xr.Dataset) -> str:
+    return f"steps {found.attrs['from_step']}–{found.attrs['to_step']}"
+
+
+def _unfinished(ds: xr.Dataset, order: str, seed: int) -> bool:
+    """Tell whether a slab has fewer steps than another."""
+    counts = ds["recorded"].sum("step")
+    return bool(counts.sel(order=order, seed=seed) < counts.max())
 
 
 def _said(found: xr.Dataset) -> str:
@@ -135,7 +191,7 @@ def _said(found: xr.Dataset) -> str:
 def _bound(ax: Axes, ds: xr.Dataset, seed: int, curve: xr.DataArray) -> None:
     """Draw what Theorem 2.2 says of the distances, where it says something, as far down as they go."""
     config = ds.attrs.get("trajstore", {}).get("config", {})
-    if config.get("problem", {}).get("family") not in _CONTRACTING:
+    if config.get("problem", {}).get("family") not in _CONTRACTING or len(curve) < _LEAST:
         return
     from trajstore.analysis.contracting import limit_bound, uniform_factor
 
@@ -143,6 +199,8 @@ def _bound(ax: Axes, ds: xr.Dataset, seed: int, curve: xr.DataArray) -> None:
         return
     bound = limit_bound(ds, seed, curve["step"].values)
     shown = bound >= float(curve.where(curve > 0).min())
+    if shown.sum() < _LEAST:
+        return
     ax.plot(curve["step"].values[shown], bound[shown], ":", linewidth=1.0, color="black", label="bound $C k^n$")
 
 

@@ -13,7 +13,6 @@ from trajstore.analysis.figures._panels import (
     Seeds,
     main_metric,
     named,
-    number,
     panels,
     selected,
     titled,
@@ -21,6 +20,7 @@ from trajstore.analysis.figures._panels import (
 from trajstore.analysis.law import law
 from trajstore.analysis.spaces import PARAMETERS
 from trajstore.analysis.windows import measured_steps
+from trajstore.analysis.writing import number
 
 from trajstore.errors import NotFoundError, StatisticError
 

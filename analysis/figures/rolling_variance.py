@@ -10,7 +10,6 @@ from trajstore.analysis.figures._panels import (
     Given,
     Orders,
     Seeds,
-    interval,
     log_axis,
     main_metric,
     named,
@@ -24,6 +23,7 @@ from trajstore.analysis.figures._panels import (
 )
 from trajstore.analysis.variance import Kind, rolling_variance, variance_ratio
 from trajstore.analysis.windows import measured_steps
+from trajstore.analysis.writing import interval
 
 from trajstore.errors import StatisticError
 

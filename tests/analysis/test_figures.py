@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from trajstore.analysis.figures import draw, figure_names, order_colour, style
-from trajstore.analysis.figures._panels import interval, number
 from trajstore.analysis.figures.learning_curves import draw as learning_curves
+from trajstore.analysis.writing import interval, number
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
@@ -145,6 +145,57 @@ def test_the_bound_of_the_theorem_lies_over_the_distances_of_backward_where_ther
     rows = record({**SMALL_NET, "name": "rows", "problem": {"family": "least-squares"}, "steps": 60}).dataset()
     for ds in (runs.sel(order=["forward"]), rows):
         assert all("bound $C k^n$" not in lines(ax) for ax in draw("distances", ds).axes)
+
+
+def test_layers_and_outputs_have_distances_too(runs, record):
+    ds = record({**SMALL_NET, "steps": 60}).dataset()
+    far = ds.traj.distances(to="last", layers="2.*").compute()
+    said = analysis.outputs(ds)
+    expected = ((said - said.isel(snapshot=-1)) ** 2).sum("output").mean("example") ** 0.5
+    for metric, values in (("layer:2.*", far), ("outputs", expected)):
+        for ax, seed in zip(draw("distances", ds, metric=metric).axes, (0, 1), strict=True):
+            assert lines(ax)["backward"].get_ydata() == pytest.approx(values.sel(order="backward", seed=seed).values)
+    with pytest.raises(StatisticError, match="no slab has 3 stored states, and sketches know of no layers"):
+        draw("distances", without_states(ds), metric="layer:2.*")
+
+
+def test_a_slab_that_is_not_finished_takes_nothing_off_the_others(runs):
+    """The others keep their exact distances and their verdicts; it says that it is not finished."""
+    at, late = {"order": "backward", "seed": 1}, runs["step"] > 1
+    here = (runs["order"] == at["order"]) & (runs["seed"] == at["seed"])
+    half = runs.assign_coords(
+        recorded=runs["recorded"] & ~(here & late), stored=runs["stored"] & ~(here & (runs["snapshot"] > 1))
+    )
+    left, middle, _ = draw("distances", half).axes
+    whole = runs.traj.distances(to="last").compute()
+    assert np.array_equal(lines(left)["backward"].get_ydata(), whole.sel(order="backward", seed=0))
+    assert "backward: point, rate" in plain(left)
+    assert "(steps 101–200)" in plain(left)
+    assert "backward: not finished" in plain(middle)
+    assert "forward:" in plain(middle)
+    assert not len(lines(middle)["backward"].get_ydata())
+
+
+def test_what_rests_early_in_a_short_run_is_drawn(record):
+    ds = record("quadratic", steps=60, seeds=[0], operator={"lr": 0.9}).dataset()
+    assert "backward: point, at rest from step 2" in plain(draw("distances", ds).axes[0])
+
+
+def test_another_window_is_said_beside_what_it_is_of(record):
+    (ax,) = draw("distances", record("quadratic", steps=800, seeds=[0]).dataset()).axes
+    assert plain(ax).startswith("seed 0, on steps 401–800:")
+    assert "(steps 1–800)" in plain(ax)
+
+
+def test_metrics_that_were_computed_afterwards_are_drawn_where_they_are(record):
+    stored = record({**SMALL_NET, "steps": 20})
+    analysis.compute(stored, "gradient_norm", every=5)
+    ds = stored.store["net"].dataset()
+    for ax in draw("learning-curves", ds, metric="gradient_norm").axes:
+        line = lines(ax)["backward"]
+        assert line.get_xdata().tolist() == [0, 5, 10, 15, 20]
+        assert np.isfinite(line.get_ydata()).all()
+    assert len(draw("learning-curves", ds).axes) == 4  # the problem's own two metrics, for two seeds
 
 
 def test_distances_are_those_of_the_stored_states_and_the_rate_is_the_one_that_was_fitted(runs):

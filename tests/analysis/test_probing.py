@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from trajstore.analysis import convergence, outputs
+from trajstore.analysis import compute, convergence, outputs
+from trajstore.analysis.afterwards import METRICS, At
 
 import trajstore as ts
 from tests.conftest import SMALL_NET, record_half
-from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
+from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, StatisticError
+from trajstore.problems import factory
 from trajstore.problems.least_squares import LeastSquares
+from trajstore.replaying import replay
+from trajstore.reviving import revive
 
 ROWS = {
     "name": "rows", "problem": {"family": "least-squares", "n": 30, "d": 4, "ridge": 0.5},
@@ -72,6 +80,67 @@ def test_running_statistics_are_those_of_the_state_and_the_probe_is_of_the_test_
     assert found == pytest.approx(expected.numpy(), abs=1e-6)
 
 
+MINE = """
+import torch, trajstore as ts
+from torch import nn
+
+def problem(shift=0.0):
+    x = torch.linspace(-1, 1, 8)[:, None]
+    net = lambda: nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 1))
+    return ts.ModuleProblem(net, nn.functional.mse_loss, train=(x, x**2 + shift), batch_size=4)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A problem of a user's own, in a file."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    factory._call.cache_clear()
+    table = {"name": "mine", "problem": {"family": "factory", "function": "mine:problem"}, "steps": 60}
+    return ts.run(ts.Experiment.of({**table, "operator": {"family": "sgd", "lr": 0.05}}), tmp_path / "s.zarr")
+
+
+def test_a_problem_from_a_file_computes_again_as_long_as_it_is_the_same(mine, tmp_path):
+    ds = mine.dataset()
+    module = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 1)).eval()
+    module.load_state_dict(ds.traj.state_dict(order="backward", seed=0, step=40))
+    expected = module(torch.linspace(-1, 1, 8)[:, None]).detach().numpy()
+    found = outputs(ds.sel(snapshot=40))
+    assert found.sel(order="backward").values[0, 0] == pytest.approx(expected, abs=1e-6)
+    assert [one.differs_from for one in replay(mine)] == [None, None]
+    (tmp_path / "mine.py").write_text(MINE.replace("x**2", "x**3"))
+    del sys.modules["mine"]
+    factory._call.cache_clear()
+    for asked in (lambda: outputs(ds), lambda: list(replay(mine)), lambda: compute(mine, "gradient_norm")):
+        with pytest.raises(ConflictError, match="experiment 'mine' was recorded with another problem"):
+            asked()
+
+
+def measured_by(threads, stored, metric):
+    revived, own = revive(stored), threading.local()
+
+    def one(step):
+        if not hasattr(own, "revived"):
+            own.revived = revived.again()
+        (state,) = own.revived.states("backward", 0, [step])
+        return METRICS[metric].measure(own.revived, At(state, 0, step, 4))[0]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(one, range(1, 40)))
+
+
+@pytest.mark.parametrize("metric", ["invariance_gap", "gradient_noise", "gradient_norm", "sharpness"])
+def test_threads_have_modules_of_their_own(mine, metric):
+    """A module with BatchNorm and dropout cannot be called by two at once: values would be wrong, and errors come."""
+    alone, together = (measured_by(threads, mine, metric) for threads in (1, 4))
+    assert alone == together
+    assert compute(mine, metric, every=3, samples=4, threads=4) == 42
+    values = mine.store["mine"].dataset()[metric].sel(order="backward", seed=0, step=slice(3, 39, 3))
+    assert values.values.tolist() == alone[2::3]
+
+
 def test_where_no_state_is_stored_there_are_no_outputs(tmp_path):
     record_half(ts.Experiment.of(SMALL_NET), tmp_path / "s.zarr")
     ds = ts.open(tmp_path / "s.zarr")["net"].dataset()
@@ -92,5 +161,13 @@ def test_what_has_no_outputs_says_so(record, tmp_path):
         convergence(ds, "outputs")
     with pytest.raises(ConfigurationError, match="its attributes were dropped on the way"):
         outputs(ds.drop_attrs())
+    with pytest.raises(StatisticError, match="outputs: no state of experiment 'net' is stored here"):
+        outputs(ds.assign_coords(stored=ds["stored"] & False))
+    with pytest.raises(StatisticError, match="no variable 'counters'"):
+        outputs(ds.drop_vars("counters"))
+    with pytest.raises(NotFoundError, match="no variable 'params'"):
+        outputs(ds[["test_loss"]])
+    with pytest.raises(ConfigurationError, match="the dataset has 3 of the"):
+        outputs(ds.isel(param=slice(3)))
     with pytest.raises(NotFoundError, match="did you mean 'outputs'"):
         convergence(ds, "output")

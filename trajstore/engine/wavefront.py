@@ -28,12 +28,12 @@ from torch.utils import _pytree as pytree
 
 from trajstore.engine import Iterate, Work
 from trajstore.engine.bracket import Brackets
-from trajstore.operators import Batch, Operator
+from trajstore.operators import Batch, Gradient, Operator
 from trajstore.problems import LiveProblem
 from trajstore.problems._streams import stacked
 from trajstore.state import State, Tensors, beginning
 
-__all__ = ["Advance", "Tick", "WavefrontEngine", "eager", "tick_of"]
+__all__ = ["Advance", "Tick", "WavefrontEngine", "eager", "functional_gradient", "tick_of"]
 
 Tick = Callable[[State, Batch, Tensor], None]
 """Advance a stack of states in place by one operator each: (states, batches, indices), lanes first."""
@@ -117,7 +117,7 @@ class WavefrontEngine:
         for k, work in enumerate(works):
             if work.leg.kind == "bracket":
                 self._brackets = self._brackets or Brackets(
-                    self._problem, self._operator, _Gradient(self._problem), self._streams
+                    self._problem, self._operator, functional_gradient(self._problem), self._streams
                 )
                 for n, state in self._brackets.run(work):
                     yield from self._shown([_Shown(k, work.seed, n, state)])
@@ -231,10 +231,15 @@ class _Gradient:
         return bent
 
 
+def functional_gradient(problem: LiveProblem) -> Gradient:
+    """Return the gradient of a problem's loss on a batch as `torch.func` sees it: to be differentiated, vectorised."""
+    return _Gradient(problem)
+
+
 def tick_of(problem: LiveProblem, operator: Operator, lanes: int) -> Tick:
     """Return the tick of a problem and an operator: vectorised over the lanes, or plain for one lane."""
 
-    gradient = _Gradient(problem)
+    gradient = functional_gradient(problem)
 
     def apply(state: State, batch: Batch, index: Tensor) -> State:
         return operator.apply(gradient, state, batch, index)

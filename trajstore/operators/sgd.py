@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class SGD:
         return torch.where(state.position == 0, 1.0, 1.0 - self.dampening).to(like.dtype)
 
 
-def is_plain(operator: Operator) -> bool:
+def is_plain(operator: Operator) -> TypeGuard[SGD]:
     """Tell whether an operator is a gradient step with a constant learning rate and nothing else."""
     return isinstance(operator, SGD) and operator == SGD(operator.lr, by=operator.by)
 

@@ -26,6 +26,7 @@ __all__ = [
     "PROBES",
     "Batches",
     "DType",
+    "Draws",
     "KnowsItsData",
     "LiveProblem",
     "ModuleProblem",
@@ -98,6 +99,15 @@ class Predicts(Protocol):
 
     def outputs(self, params: Tensors, buffers: Tensors) -> Tensor:
         """Return the outputs on the first `PROBES` test examples, or training examples: (example, …)."""
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """What a live problem may add: its loss may draw from torch's global generator, which two threads would share."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether it does."""
 
 
 @runtime_checkable

@@ -112,8 +112,8 @@ class _Live:
         self.tied = {name: names[id(t)] for name, t in full.items() if name not in stored}
         self.transient = frozenset(stored) - frozenset(full)
         self._dropouts = _key_dropouts(self._module, device)
-        self._draws = False
-        self._draws = self._first_batch_draws()
+        self.draws = False
+        self.draws = self._first_batch_draws()
 
     def initial(self, init_seed: int) -> tuple[Tensors, Tensors]:
         module = self._build(init_seed)
@@ -124,7 +124,7 @@ class _Live:
     def batches(self, data_seed: int) -> Batches:
         f = self._family
         draw = draws(f.sampling, len(f.train[0]), f.batch_size, data_seed)
-        keyed = bool(self._dropouts) or self._draws
+        keyed = bool(self._dropouts) or self.draws
         return RowBatches(draw, f.batch_size, self._splits["train"], data_seed if keyed else None)
 
     def loss(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
@@ -135,7 +135,7 @@ class _Live:
         for name, dropout in self._dropouts.items():
             keys[f"{name}.key" if name else "key"] = key[0]
             dropout.calls = 0
-        if not self._draws:
+        if not self.draws:
             return self._family.loss(self._call(params, after | keys, x), y), after
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(int(key[0]))
