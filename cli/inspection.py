@@ -81,7 +81,7 @@ def info(
         )
         return
 
-    config, layout = experiment.config, schema.layout
+    config, layout, fills = experiment.config, schema.layout, experiment.attributes["fills"]
     lines = [
         ("experiment", f"{experiment.name}   {experiment.attributes['config_digest']}"),
         ("problem", _one_line(config["problem"])),
@@ -93,7 +93,8 @@ def info(
             "size",
             f"{human_bytes(experiment.bytes_on_disk())} on disk, states {human_bytes(raw)} raw, codec {schema.codec}",
         ),
-        *(("recorded", _fill_line(fill)) for fill in experiment.attributes["fills"]),
+        *(("data", f"sha256:{data}") for data in dict.fromkeys(fill.get("data") for fill in fills) if data),
+        *(("recorded", _fill_line(fill)) for fill in fills),
     ]
     for label, text in lines:
         say(f"{label:<12} {text}")

@@ -51,7 +51,7 @@ app.command("unlock")(maintenance.unlock)
 def main() -> None:
     """Run a command; every foreseeable failure is one line on standard error."""
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: problems of one's own lie there
+        sys.path.append(str(Path.cwd()))  # problems of one's own lie there; last, so that they stand in nobody's way
     warnings.showwarning = lambda message, *_, **__: typer.echo(f"trajstore: {message}", err=True)
     try:
         code = typer.main.get_command(app).main(prog_name="trajstore", standalone_mode=False) or 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -146,6 +147,8 @@ def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
     from trajstore.experiment import Experiment
     from trajstore.problems.factory import call
 
+    if sys.path[:1] != [str(Path.cwd())]:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
     problem = changes.get("problem", {})
     arguments = problem.get("arguments", {}) if isinstance(problem, dict) else {}
     made = call(reference, arguments)

@@ -189,7 +189,7 @@ def test_the_wave_agrees_with_the_definition_running_statistics_included(tmp_pat
     assert {"train_accuracy", "test_accuracy", "train_loss", "test_loss"} <= set(plain)
 
 
-def test_what_the_data_were_is_in_the_record_and_others_are_refused(data):
+def test_what_the_data_were_is_in_the_record_and_others_are_refused(data, trajstore):
     write_folder(data / "pets")
     table = {
         "name": "net", "steps": 2, "operator": {"family": "sgd", "lr": 0.1},
@@ -198,6 +198,8 @@ def test_what_the_data_were_is_in_the_record_and_others_are_refused(data):
     stored = ts.run(ts.Experiment.of(table), data / "s.zarr")
     assert stored.attributes["fills"][0]["data"] == build("images", table["problem"]["images"]).load().digest
     assert analysis.outputs(stored.dataset()).shape == (2, 1, 3, 6, 2)
+    _, told, _ = trajstore("info", "s.zarr", "net")
+    assert f"data         sha256:{stored.attributes['fills'][0]['data']}\n" in told
     images._load.cache_clear()
     Image.fromarray(pixels(1, 3, 6, 99)[0]).save(data / "pets" / "train" / "cat" / "0.png")
     with pytest.raises(ConflictError, match="experiment 'net' was recorded with other data, of digest"):
