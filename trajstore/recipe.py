@@ -22,7 +22,7 @@ from trajstore.engine.wavefront import functional_gradient
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError
 from trajstore.experiment import Experiment
 from trajstore.measures import maker_of
-from trajstore.operators import Batch, Gradient
+from trajstore.operators import Batch, Gradient, Pushes
 from trajstore.problems import Batches, KnowsItsData, LiveProblem, Predicts
 from trajstore.state import Memory, State, Tensors, beginning
 from trajstore.storage.schema import Schema
@@ -74,10 +74,15 @@ class Recipe:
 
     def pushed(self, state: State, tangent: Tensors, batch: Batch, index: int) -> tuple[State, Tensors]:
         """Return T_index(state), and what becomes of an infinitely small difference of the parameters."""
+        operator = self.experiment.operator
+        if isinstance(operator, Pushes):
+            with torch.no_grad():
+                moved = operator.push(self._gradient, state, tangent, batch, torch.tensor(index))
+            return self.apply(state, batch, index), moved
         gradient, i = functional_gradient(self.live), torch.tensor(index)
 
         def step(params: Tensors) -> tuple[Tensors, State]:
-            after = self.experiment.operator.apply(gradient, state._replace(params=params), batch, i)
+            after = operator.apply(gradient, state._replace(params=params), batch, i)
             return after.params, after
 
         # Twice backwards instead of once forwards: not all that torch can do backwards it can do forwards.

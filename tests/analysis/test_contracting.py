@@ -127,6 +127,26 @@ def test_exponents_of_networks_are_those_of_their_derivatives(record):
     assert float(found["exponent"]) == pytest.approx(np.mean(growth[37:]), abs=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "inverse-sqrt"])
+def test_an_operators_own_derivative_is_the_one_that_is_had_without_it(record, monkeypatch, schedule):
+    operator = {"family": "sgd", "lr": 0.05, "weight_decay": 0.1, "schedule": {"family": schedule}}
+    recipe = Recipe.of(record({**RIDGE, "steps": 5, "operator": operator}))
+    here, batch = recipe.start(0), recipe.batches(0)[3]
+    tangent = signs(here.params, generator(0, "analysis"))
+    after, known = recipe.pushed(here, tangent, batch, 3)
+    monkeypatch.setattr("trajstore.recipe.Pushes", type("Nobody", (), {}))
+    again, found = recipe.pushed(here, tangent, batch, 3)
+    assert known["theta"].numpy() == pytest.approx(found["theta"].numpy(), abs=1e-14)
+    assert again.params["theta"].numpy() == pytest.approx(after.params["theta"].numpy(), abs=1e-14)
+
+
+def test_operators_without_one_have_exponents(record):
+    operator = {"family": "order-mean", "lr": 0.05, "parts": 2}
+    problem = {"family": "least-squares", "n": 40, "d": 4, "ridge": 0.5, "batch_size": 2}
+    found = lyapunov(record({**RIDGE, "steps": 100, "problem": problem, "operator": operator}))
+    assert 0.9 < float(found["rate"]) < 1
+
+
 def test_a_selection_says_whose_exponent_it_is(record):
     ds = record({**RIDGE, "steps": 120}).dataset()
     assert lyapunov(ds.sel(seed=1)).attrs["seed"] == 1

@@ -16,7 +16,17 @@ from trajstore.errors import ConfigurationError
 from trajstore.schedules import Schedule
 from trajstore.state import Memory, State, Tensors
 
-__all__ = ["Batch", "By", "ChecksBatches", "Gradient", "Operator", "applications", "learning_rate", "require_range"]
+__all__ = [
+    "Batch",
+    "By",
+    "ChecksBatches",
+    "Gradient",
+    "Operator",
+    "Pushes",
+    "applications",
+    "learning_rate",
+    "require_range",
+]
 
 Batch = tuple[Tensor, ...]
 By = Literal["position", "index"]
@@ -51,6 +61,14 @@ class ChecksBatches(Protocol):
 
     def check(self, batch_size: int) -> None:
         """Raise a ConfigurationError if it cannot take batches of so many examples."""
+
+
+@runtime_checkable
+class Pushes(Protocol):
+    """What an operator may add that knows its derivative: it is had without it too, at several times the cost."""
+
+    def push(self, gradient: Gradient, state: State, tangent: Tensors, batch: Batch, index: Tensor) -> Tensors:
+        """Return what T_index makes of an infinitely small difference of the parameters."""
 
 
 def applications(by: By, state: State, index: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from trajstore.errors import ConfigurationError
 from trajstore.operators import Batch, By, Gradient, Operator, applications, learning_rate, require_range
 from trajstore.schedules import Schedule
 from trajstore.schedules.constant import Constant
-from trajstore.state import Memory, State
+from trajstore.state import Memory, State, Tensors
 
 __all__ = ["FAMILY", "SGD", "is_plain"]
 
@@ -59,6 +59,15 @@ class SGD:
             params[name] = p - lr * d if isinstance(lr, Tensor) else p.sub(d, alpha=lr)
         memory: Memory = {"momentum_buffer": momentum} if self.momentum else {}
         return State(params, buffers, memory, state.position + 1)
+
+    def push(self, gradient: Gradient, state: State, tangent: Tensors, batch: Batch, index: Tensor) -> Tensors:
+        """Return what T_index makes of an infinitely small difference of the parameters, the momentum being 0."""
+        bent = gradient.along(state.params, state.buffers, batch, tangent)
+        k = applications(self.by, state, index)
+        return {
+            name: v - learning_rate(self.lr, self.schedule, k, v) * (bent[name] + self.weight_decay * v)
+            for name, v in tangent.items()
+        }
 
     def _undamped_at_first(self, state: State, like: Tensor) -> Tensor:
         # torch fills its buffer with the whole first gradient and dampens only the later ones.
