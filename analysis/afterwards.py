@@ -187,7 +187,7 @@ def compute(
         raise ConfigurationError(f"threads is {threads}; it must be at least 1")
     revived, schema, wanted = revive(stored), stored.schema, METRICS[metric]
     if isinstance(revived.live, Draws) and revived.live.draws:
-        threads = 1
+        threads = 1  # they would share torch's one generator
     counted = f"{metric}_samples"
     if wanted.sampled and counted in schema.late:
         known, values = stored.late()[counted]

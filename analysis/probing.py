@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.windows import SLABS
+from trajstore.analysis.spaces import OUTPUTS
+from trajstore.analysis.windows import SLABS, with_slabs
 
 from trajstore.errors import StatisticError
 from trajstore.iterates import Iterates
@@ -36,11 +37,19 @@ def outputs(ds: xr.Dataset) -> xr.DataArray:
             if one is not None:
                 values[slab][n] = one
     about = {"description": "what the model says of the probe"}
-    return xr.DataArray(values, labels, (*labels, "example", "output"), "outputs", about)
+    return xr.DataArray(values, labels, (*labels, "probe", "output"), OUTPUTS, about)
 
 
 def outputs_of_slabs(ds: xr.Dataset) -> Iterator[tuple[tuple[int, int], Iterator[Floats | None]]]:
-    """Yield for each slab its position, and the outputs of its states one after the other, None where none is."""
+    """Yield for each slab its position, and the outputs of its states one after the other, None where none is.
+
+    A dataset that has them, as from ``ds.assign(outputs=outputs(ds))``, is taken at its word.
+    """
+    if OUTPUTS in ds:
+        stored, known = with_slabs(ds["stored"]).values, with_slabs(ds[OUTPUTS]).values
+        for i, k in np.ndindex(*stored.shape[:2]):
+            yield (i, k), (one if there else None for one, there in zip(known[i, k], stored[i, k], strict=True))
+        return
     recipe, iterates = Recipe.of(ds), Iterates.of(ds)
     if "counters" not in ds:
         raise StatisticError("outputs: this dataset has no variable 'counters'; select steps and slabs, not variables")

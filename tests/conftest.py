@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import trajstore as ts
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.orders import Leg
+from trajstore.problems import factory
 
 Record = Callable[..., ts.StoredExperiment]
 
@@ -26,6 +27,23 @@ SMALL_NET = {
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans and indexes of the tests stay out of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test writes and imports is forgotten with it: the next one may have a file of the same name."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    yield
+    theirs = str(tmp_path_factory.getbasetemp())
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(theirs):
+            forget(name)
+
+
+def forget(module: str) -> None:
+    """Have a module imported again, and what its functions made made again."""
+    del sys.modules[module]
+    factory._call.cache_clear()
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_d2_the_mean_over_orders_prefers_none_to_second_order(c):
 
     def of_operators(h):
         mean = stepped(net, lambda h: OrderMean(h, c), h, parts_of(net, c))
-        return gap(mean, stepped(net, lambda h: OrderRegularized(h, c, 0.5 / c**2), h, parts_of(net, c)))
+        return gap(mean, stepped(net, lambda h: OrderRegularized(h, c, strength=0.5 / c**2), h, parts_of(net, c)))
 
     assert order_of(of_operators) == pytest.approx(3, abs=0.1)
 
@@ -170,9 +170,9 @@ def test_the_regularized_step_is_what_it_says():
     net, h, strength = Net(5, 3), 0.1, 2.0
     term = total(net.bent(i, j) for i in range(3) for j in range(3) if i != j)
     expected = plus(plus(net.start, h, net.field(net.whole)), strength * h**2, term)
-    found = stepped(net, lambda h: OrderRegularized(h, 3, strength), h, parts_of(net, 3))
+    found = stepped(net, lambda h: OrderRegularized(h, 3, strength=strength), h, parts_of(net, 3))
     assert gap(found, expected) < 1e-14
-    plain = stepped(net, lambda h: OrderRegularized(h, 3, 0.0), h, parts_of(net, 3))
+    plain = stepped(net, lambda h: OrderRegularized(h, 3, strength=0.0), h, parts_of(net, 3))
     assert gap(plain, stepped(net, SGD, h, parts_of(net, 3))) < 1e-15
 
 
@@ -192,8 +192,8 @@ def test_many_parts_have_orders_drawn_for_each_index():
 
 
 OPERATORS = {
-    "mean of 2": OrderMean(0.05, 2), "mean of 3": OrderMean(0.05, 3), "mean of 6, sampled": OrderMean(0.05, 6, 3),
-    "regularized": OrderRegularized(0.05, 3, 2.0),
+    "mean of 2": OrderMean(0.05, 2), "mean of 3": OrderMean(0.05, 3),
+    "mean of 6, sampled": OrderMean(0.05, 6, samples=3), "regularized": OrderRegularized(0.05, 3, strength=2.0),
 }  # fmt: skip
 
 
@@ -321,5 +321,5 @@ def test_batches_that_cannot_be_cut_are_refused_before_anything_is_recorded(tmp_
     with pytest.raises(ConfigurationError, match="batches of this problem hold no examples"):
         ts.run(asked("quadratic", {"family": "order-regularized", "lr": 0.1}), tmp_path / "s.zarr")
     assert not (tmp_path / "s.zarr").exists()
-    with pytest.raises(ConfigurationError, match="parts is 1 and samples 16; parts must be at least 2"):
+    with pytest.raises(ConfigurationError, match="operator order-mean: parts is 1; it must be at least 2"):
         OrderMean(0.1, 1)

@@ -1,8 +1,8 @@
 """Orders: how operators compose into the iterate at step n, as labels, legs and chains.
 
 A label is a list of legs joined by ``+``. A leg is a kind (``forward``, ``backward``, or ``bracket``, which is near
-backward for small learning rates and costs hardly more than forward), where it starts
-(``@1000``; the first leg starts at 0), and, for backward legs, a window: ``/100`` begins a new leg every 100
+backward for small learning rates and linear in n where data are finite), where it starts
+(``@1000``; the first leg starts at 0), and, but for forward legs, a window: ``/100`` begins a new leg every 100
 steps, ``/100?train_loss`` only where that metric is lower than it was where the present leg started.
 
 >>> order = Order.parse("forward+backward/100@1000")

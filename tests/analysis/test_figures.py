@@ -151,7 +151,7 @@ def test_layers_and_outputs_have_distances_too(runs, record):
     ds = record({**SMALL_NET, "steps": 60}).dataset()
     far = ds.traj.distances(to="last", layers="2.*").compute()
     said = analysis.outputs(ds)
-    expected = ((said - said.isel(snapshot=-1)) ** 2).sum("output").mean("example") ** 0.5
+    expected = ((said - said.isel(snapshot=-1)) ** 2).sum("output").mean("probe") ** 0.5
     for metric, values in (("layer:2.*", far), ("outputs", expected)):
         for ax, seed in zip(draw("distances", ds, metric=metric).axes, (0, 1), strict=True):
             assert lines(ax)["backward"].get_ydata() == pytest.approx(values.sel(order="backward", seed=seed).values)

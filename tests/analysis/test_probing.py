@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,9 +13,8 @@ from trajstore.analysis import compute, convergence, outputs
 from trajstore.analysis.afterwards import METRICS, At
 
 import trajstore as ts
-from tests.conftest import SMALL_NET, record_half
+from tests.conftest import SMALL_NET, forget, record_half
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, StatisticError
-from trajstore.problems import factory
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.replaying import replay
 from trajstore.reviving import revive
@@ -32,7 +30,7 @@ def test_outputs_of_least_squares_are_its_predictions(record):
     X, _ = LeastSquares(n=30, d=4).data
     expected = np.einsum("nd,osdt->ostn", X, ds["params"].values)
     found = outputs(ds)
-    assert found.dims == ("order", "seed", "snapshot", "example", "output")
+    assert found.dims == ("order", "seed", "snapshot", "probe", "output")
     assert found.values[..., 0] == pytest.approx(expected, rel=1e-12)
     one = outputs(ds.sel(order="backward", seed=1, snapshot=[3, 20]))
     assert np.array_equal(one.values[0, 0], found.sel(order="backward", seed=1, snapshot=[3, 20]))
@@ -49,6 +47,14 @@ def test_distances_in_the_space_of_outputs_are_root_mean_squares_over_the_probe(
     assert float(found["diameter"].sel(order="forward", seed=0)) == pytest.approx(apart.max())
     rates = (convergence(ds, space).sel(order="backward")["rate"].values for space in ("outputs", "parameters"))
     assert next(rates) == pytest.approx(next(rates), abs=0.01)
+
+
+def test_outputs_that_a_dataset_has_are_not_computed_again(record, monkeypatch):
+    ds = record(ROWS).dataset()
+    found, known = convergence(ds, "outputs"), ds.assign(outputs=outputs(ds))
+    monkeypatch.setattr("trajstore.recipe.Recipe.outputs", None)
+    assert convergence(known, "outputs").identical(found)
+    assert convergence(known.sel(seed=1, order=["backward"]), "outputs")["verdict"].item() == "point"
 
 
 def test_outputs_of_a_network_are_those_of_the_module_with_the_stored_state(record):
@@ -96,8 +102,6 @@ def mine(tmp_path, monkeypatch):
     """A problem of a user's own, in a file."""
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    factory._call.cache_clear()
     table = {"name": "mine", "problem": {"family": "factory", "function": "mine:problem"}, "steps": 60}
     return ts.run(ts.Experiment.of({**table, "operator": {"family": "sgd", "lr": 0.05}}), tmp_path / "s.zarr")
 
@@ -111,8 +115,7 @@ def test_a_problem_from_a_file_computes_again_as_long_as_it_is_the_same(mine, tm
     assert found.sel(order="backward").values[0, 0] == pytest.approx(expected, abs=1e-6)
     assert [one.differs_from for one in replay(mine)] == [None, None]
     (tmp_path / "mine.py").write_text(MINE.replace("x**2", "x**3"))
-    del sys.modules["mine"]
-    factory._call.cache_clear()
+    forget("mine")
     for asked in (lambda: outputs(ds), lambda: list(replay(mine)), lambda: compute(mine, "gradient_norm")):
         with pytest.raises(ConflictError, match="experiment 'mine' was recorded with another problem"):
             asked()
@@ -146,7 +149,7 @@ def test_where_no_state_is_stored_there_are_no_outputs(tmp_path):
     ds = ts.open(tmp_path / "s.zarr")["net"].dataset()
     found = outputs(ds)
     assert 0 < int(ds["stored"].sum()) < ds["stored"].size
-    assert np.array_equal(found.notnull().all(("example", "output")), ds["stored"])
+    assert np.array_equal(found.notnull().all(("probe", "output")), ds["stored"])
 
 
 def test_what_has_no_outputs_says_so(record, tmp_path):

@@ -10,7 +10,7 @@ from trajstore.analysis import convergence, resets, variance_ratio
 from trajstore.analysis.writing import interval
 
 import trajstore as ts
-from trajstore.problems import factory
+from tests.conftest import forget
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,7 @@ def test_what_cannot_be_asked_is_one_clear_line(store, trajstore, arguments, tol
     assert err.count("\n") == 1
 
 
-def test_problems_of_ones_own_compute_again(trajstore, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.path", [*sys.path])
+def test_problems_of_ones_own_compute_again(trajstore, tmp_path):
     (tmp_path / "myown.py").write_text(
         "import torch, trajstore as ts\n"
         "def problem():\n"
@@ -104,8 +103,7 @@ def test_problems_of_ones_own_compute_again(trajstore, tmp_path, monkeypatch):
     assert trajstore("record", "myown:problem", "--store", "s.zarr", "--steps", "100", "--set", "operator.lr=0.1",
                      "--set", "operator.family=sgd")[0] == 0  # fmt: skip
     sys.path[:] = [folder for folder in sys.path if folder != str(tmp_path)]
-    del sys.modules["myown"]
-    factory._call.cache_clear()
+    forget("myown")
     code, out, err = trajstore("analyze", "s.zarr", "problem", "convergence", "--metric", "outputs")
     assert (code, err) == (0, "")
     assert out.startswith("point or distribution: outputs, 50 recorded steps, 51 to 100")

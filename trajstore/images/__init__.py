@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,7 +64,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(ABC):
     """How much of a data set is taken, and how large it is made; families add where it lies.
 
     Images are drawn at random and always in the same way, so that a smaller selection is part of a larger one.
@@ -80,9 +81,9 @@ class Selection:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigurationError(f"images: {name} is {value}; it must be at least 1")
 
+    @abstractmethod
     def part(self, train: bool) -> Part:
         """Return the train or the test part, of which `load` takes what was selected."""
-        raise NotImplementedError
 
     def load(self) -> Loaded:
         """Read it, or return what was read before."""

@@ -7,18 +7,16 @@ order of small steps once no order is preferred.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trajstore.errors import ConfigurationError
 from trajstore.noise import keyed_uniform
-from trajstore.operators import Batch, By, Gradient, Operator, applications, learning_rate, require_range
-from trajstore.operators._parts import check_parts, cut
-from trajstore.schedules import Schedule
-from trajstore.schedules.constant import Constant
-from trajstore.state import Memory, State, Tensors
+from trajstore.operators import Batch, Gradient, Operator, applications, learning_rate
+from trajstore.operators._parts import OfParts, cut
+from trajstore.state import State, Tensors
 
 __all__ = ["FAMILY", "OrderMean"]
 
@@ -30,36 +28,20 @@ Small = Callable[[Tensors, Tensors, Batch], tuple[Tensors, Tensors]]
 
 
 @dataclass(frozen=True)
-class OrderMean:
+class OrderMean(OfParts):
     """The mean of T'_σ(c) ⋯ T'_σ(1)(θ) over orders σ; T'_i is a step on the i-th part at learning rate h/c.
 
     Up to 4 parts it is over all orders. Beyond, it is over `samples` orders that are drawn for each batch index, the
     same ones for all seeds.
     """
 
-    lr: float
-    """h, that of the large step."""
-    parts: int = 2
-    """c; it must divide the batch size."""
     samples: int = 16
-    schedule: Schedule = field(default_factory=Constant)
-    by: By = "position"
+    name = "order-mean"
 
     def __post_init__(self) -> None:
-        require_range("order-mean", "lr", self.lr, 0.0)
-        if self.parts < 2 or self.samples < 1:
-            raise ConfigurationError(
-                f"operator order-mean: parts is {self.parts} and samples {self.samples}; parts must be at least 2, "
-                "samples at least 1"
-            )
-
-    def memory(self, params: Tensors) -> Memory:
-        """Return nothing: it has none."""
-        return {}
-
-    def check(self, batch_size: int) -> None:
-        """Refuse a batch that it cannot cut."""
-        check_parts("order-mean", self.parts, batch_size)
+        super().__post_init__()
+        if self.samples < 1:
+            raise ConfigurationError(f"operator order-mean: samples is {self.samples}; it must be at least 1")
 
     def apply(self, gradient: Gradient, state: State, batch: Batch, index: Tensor) -> State:
         """Return T_index(state)."""

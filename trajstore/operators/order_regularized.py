@@ -7,46 +7,28 @@ each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from trajstore.errors import ConfigurationError
-from trajstore.operators import Batch, By, Gradient, Operator, applications, learning_rate, require_range
-from trajstore.operators._parts import check_parts, cut
-from trajstore.schedules import Schedule
-from trajstore.schedules.constant import Constant
-from trajstore.state import Memory, State, Tensors
+from trajstore.operators import Batch, Gradient, Operator, applications, learning_rate, require_range
+from trajstore.operators._parts import OfParts, cut
+from trajstore.state import State
 
 __all__ = ["FAMILY", "OrderRegularized"]
 
 
 @dataclass(frozen=True)
-class OrderRegularized:
+class OrderRegularized(OfParts):
     """With strength 1/(2c²) it is the mean over orders (`order-mean`) up to O(h³)."""
 
-    lr: float
-    """h."""
-    parts: int = 2
-    """c; it must divide the batch size."""
     strength: float = 1.0
     """λ / h²."""
-    schedule: Schedule = field(default_factory=Constant)
-    by: By = "position"
+    name = "order-regularized"
 
     def __post_init__(self) -> None:
-        require_range("order-regularized", "lr", self.lr, 0.0)
-        require_range("order-regularized", "strength", self.strength, 0.0)
-        if self.parts < 2:
-            raise ConfigurationError(f"operator order-regularized: parts is {self.parts}; it must be at least 2")
-
-    def memory(self, params: Tensors) -> Memory:
-        """Return nothing: it has none."""
-        return {}
-
-    def check(self, batch_size: int) -> None:
-        """Refuse a batch that it cannot cut."""
-        check_parts("order-regularized", self.parts, batch_size)
+        super().__post_init__()
+        require_range(self.name, "strength", self.strength, 0.0)
 
     def apply(self, gradient: Gradient, state: State, batch: Batch, index: Tensor) -> State:
         """Return T_index(state)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,7 @@ Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(ABC):
     """Which images a network learns, and by which batches; families add the network."""
 
     images: Images = field(default_factory=Shapes)
@@ -32,9 +33,9 @@ class Classifier:
     eval_batch: int = 500
     """Images that are evaluated at a time; it bounds the memory."""
 
+    @abstractmethod
     def network(self, shape: Shape, classes: int) -> nn.Module:
         """Return the network for images of (channel, height, width), freshly initialised from torch's generator."""
-        raise NotImplementedError
 
     def build(self, device: torch.device) -> LiveProblem:
         """Return the live problem on a device."""
