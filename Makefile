@@ -1,7 +1,9 @@
 # `make demo` and `make test` do everything in .venv; they need python3 ≥ 3.11 with venv, and a package index.
+# Tests run in two processes; JOBS=1 for one.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+JOBS   ?= 2
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 # A torch that the machine has already, and that fits, is used instead of downloading another.
@@ -16,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/trajstore demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 # Executes the notebooks, and compares what they say with what is committed.
 slow: $(VENV)/.installed-test
