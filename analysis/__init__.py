@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trajstore.analysis.averages import rolling_mean, time_average
+from trajstore.analysis.comparing import compare
 from trajstore.analysis.convergence import convergence
 from trajstore.analysis.distance_matrix import distance_matrix
 from trajstore.analysis.law import law
+from trajstore.analysis.local import local_variance_ratio
 from trajstore.analysis.parameter_variance import ParameterLevelVariance, ParameterTailVariance
 from trajstore.analysis.resets import resets
 from trajstore.analysis.streaming import stream
@@ -32,6 +34,7 @@ from trajstore.streaming import PerLayer
 if TYPE_CHECKING:
     from trajstore.analysis.afterwards import compute
     from trajstore.analysis.contracting import contraction, limit_bound, lyapunov
+    from trajstore.analysis.examining import claims
     from trajstore.analysis.probing import outputs
 
 __all__ = [
@@ -41,6 +44,8 @@ __all__ = [
     "ParameterTailVariance",
     "PerLayer",
     "Successive",
+    "claims",
+    "compare",
     "compute",
     "contraction",
     "convergence",
@@ -49,6 +54,7 @@ __all__ = [
     "law",
     "level_variance",
     "limit_bound",
+    "local_variance_ratio",
     "lyapunov",
     "outputs",
     "resets",
@@ -66,6 +72,7 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "claims": "examining",
         "compute": "afterwards",
         "contraction": "contracting",
         "limit_bound": "contracting",

@@ -30,7 +30,7 @@ from trajstore.reviving import revive
 from trajstore.state import State, Tensors
 from trajstore.store import StoredExperiment
 
-__all__ = ["contraction", "lemma_factor", "limit_bound", "lyapunov", "uniform_factor"]
+__all__ = ["contraction", "known_factors", "lemma_factor", "limit_bound", "lyapunov", "uniform_factor"]
 
 _LEAST = 50
 _CERTAIN = 50
@@ -75,7 +75,7 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
     names = ("seed", "step", "other_step", "batch", "distance", "factor", "loss_factor")
     columns = {name: ("pair", np.array(column)) for name, column in zip(names, zip(*found, strict=True), strict=True)}
     attrs = {"experiment": stored.name, "order": order, "random_seed": random_seed}
-    return xr.Dataset(columns, attrs=attrs | _known_factors(revived.experiment))
+    return xr.Dataset(columns, attrs=attrs | known_factors(revived.experiment))
 
 
 def lyapunov(source: Source, seed: int | None = None, steps: int | None = None, level: float = 0.95) -> xr.Dataset:
@@ -124,10 +124,10 @@ def uniform_factor(source: Source) -> float | None:
 
     Known for plain SGD on the quadratic and on least squares: the largest ‖I − hH‖ of a single example.
     """
-    return _known_factors(Recipe.of(source).experiment).get("uniform_factor")
+    return known_factors(Recipe.of(source).experiment).get("uniform_factor")
 
 
-def _known_factors(experiment: Experiment) -> dict[str, float]:
+def known_factors(experiment: Experiment) -> dict[str, float]:
     """Return the factors below 1 that are known: ``uniform_factor``, and ``lemma_factor``, which is no smaller."""
     operator, curvatures = experiment.operator, _curvatures(experiment.problem)
     if curvatures is None or not is_plain(operator):
@@ -156,7 +156,7 @@ def limit_bound(source: Source, seed: int, steps: NDArray[np.int64]) -> NDArray[
     where no later batch makes a longer first step.
     """
     recipe = Recipe.of(source)
-    k = _known_factors(recipe.experiment).get("uniform_factor")
+    k = known_factors(recipe.experiment).get("uniform_factor")
     if k is None:
         raise StatisticError(
             f"experiment {recipe.name!r}: no k < 1 is known by which every batch map contracts, so "

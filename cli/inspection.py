@@ -12,6 +12,8 @@ from trajstore.cli.options import JSON, StorePath, complete_experiment
 from trajstore.errors import ConfigurationError, FormatError
 
 if TYPE_CHECKING:
+    import duckdb
+
     from trajstore.store import StoredExperiment
 
 __all__ = ["info", "ls", "sql"]
@@ -131,7 +133,7 @@ def sql(
     ('EXPERIMENT', 'METRIC', steps := 100).
     """
     import trajstore as ts
-    from trajstore.sql import definitions_file, rows_of, write_answer
+    from trajstore.sql import definitions_file, write_answer
 
     if init:
         if query is not None or json or csv or parquet:
@@ -149,7 +151,13 @@ def sql(
         write_answer(opened, query, parquet, force=force)
         say(str(parquet))
         return
-    relation = opened.sql(query)
+    print_answer(opened.sql(query), json, csv)
+
+
+def print_answer(relation: duckdb.DuckDBPyRelation, json: bool = False, csv: bool = False) -> None:
+    """Print what a query gives as a table, or as JSON or CSV."""
+    from trajstore.sql import rows_of
+
     columns, rows = list(relation.columns), rows_of(relation)
     if json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])

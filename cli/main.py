@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from trajstore.cli import analyze, compute, demo, exchange, inspection, maintenance, plotting, record
+from trajstore.cli import analyze, claims, compute, demo, exchange, inspection, maintenance, plotting, record
 
 from trajstore.errors import BusyError, TrajstoreError, UnreachableError, WriteError
 
@@ -38,6 +38,7 @@ app.command("ls")(inspection.ls)
 app.command("info")(inspection.info)
 app.command("sql")(inspection.sql)
 app.command("analyze")(analyze.analyze)
+app.command("claims")(claims.claims)
 app.command("compute")(compute.compute)
 app.command("plot")(plotting.plot)
 app.command("export")(exchange.export)

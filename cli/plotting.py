@@ -33,7 +33,9 @@ def plot(
     check_output(output)
     seeds = [number for text in seed or () for number in parse_seeds(text, "--seed")]
     options = {"metric": metric, "window": window, "seed": seeds, "order": order, "pairs": pairs}
-    save(figures.draw(figure, ts.open(store)[exp], **options), output)
+    opened = ts.open(store)
+    of = opened[exp] if exp in opened else opened.variants(exp)
+    save(figures.draw(figure, of, **options), output)
     say(str(output))
 
 

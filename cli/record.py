@@ -21,7 +21,9 @@ from trajstore.cli.options import (
 from trajstore.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from trajstore.costing import Cost
     from trajstore.experiment import Experiment
+    from trajstore.presets import Scale
     from trajstore.store import StoredExperiment
 
 __all__ = ["presets", "record", "record_with_progress"]
@@ -29,24 +31,26 @@ __all__ = ["presets", "record", "record_with_progress"]
 
 def presets(name: PresetName = None, json: JSON = False) -> None:
     """List the presets, or print one as TOML to start your own from."""
-    from importlib import resources
+    from trajstore.presets import about, preset_names, preset_table, preset_text, variants
 
-    from trajstore.experiment import preset_names, preset_table
-
-    if name is not None:
-        table = preset_table(name)
-        text = (resources.files("trajstore.presets") / f"{name}.toml").read_text("utf-8")
-        print_json(table) if json else say(text.rstrip())
-        return
-    tables = [preset_table(known) for known in preset_names()]
-    if json:
-        print_json(tables)
+    if name is None:
+        names = preset_names()
+        if json:
+            print_json([preset_table(one) for known in names for one in variants(known)])
+        else:
+            print_table(["preset", "what it is"], [[known, about(known)] for known in names])
+    elif json:
+        tables = [preset_table(one) for one in variants(name)]
+        print_json(tables if len(tables) > 1 else tables[0])
     else:
-        print_table(["preset", "what it is"], [[t["name"], t["about"]] for t in tables])
+        say(preset_text(name).rstrip())
 
 
 def record(
     what: WhatToRecord,
+    scale: Annotated[
+        Literal["full", "small"], typer.Option(help="Of a preset: as in the paper, or minutes on two cores.")
+    ] = "full",
     store: Annotated[
         str | None, typer.Option(help="The store's folder or URL; made if there is none.", show_default=False)
     ] = None,
@@ -92,8 +96,9 @@ def record(
     json: JSON = False,
 ) -> None:
     """Record an experiment: a preset, a TOML file, or what a function of yours returns."""
-    experiment = _experiment(
+    experiments = _experiments(
         what,
+        scale,
         {
             "name": name, "seeds": parse_seeds(seeds) if seeds is not None else None, "init_seed": init_seed,
             "orders": orders, "steps": steps,
@@ -103,18 +108,21 @@ def record(
     )  # fmt: skip
     how = {"engine": engine, "lanes": lanes, "device": device, "workers": workers, "memory": parse_size(memory)}
     if dry_run:
-        _dry_run(experiment, store, {"resume": resume, "extend": extend}, how, json)
+        _dry_run(experiments, store, {"resume": resume, "extend": extend}, how, json)
         return
     if store is None:
         raise ConfigurationError("say where to record: --store PATH (or --dry-run to see what it takes)")
-    stored = record_with_progress(
-        experiment, store, resume=resume, extend=extend, durability=durability, scheduler=scheduler, **how
-    )
-    slabs = stored.slabs()
+    told = []
+    for experiment in experiments:
+        stored = record_with_progress(
+            experiment, store, resume=resume, extend=extend, durability=durability, scheduler=scheduler, **how
+        )
+        slabs, size = stored.slabs(), stored.bytes_on_disk()
+        told.append({"experiment": stored.name, "slabs": len(slabs), "bytes": size})
+        if not json:
+            say(f"{stored.name}: {counted(len(slabs), 'slab')} complete, {human_bytes(size)} in {store}")
     if json:
-        print_json({"experiment": stored.name, "slabs": len(slabs), "bytes": stored.bytes_on_disk()})
-    else:
-        say(f"{stored.name}: {counted(len(slabs), 'slab')} complete, {human_bytes(stored.bytes_on_disk())} in {store}")
+        print_json(told if len(told) > 1 else told[0])
 
 
 def record_with_progress(experiment: Experiment, store: str | Path, **how: Any) -> StoredExperiment:  # noqa: ANN401
@@ -127,19 +135,29 @@ def record_with_progress(experiment: Experiment, store: str | Path, **how: Any) 
         return run(experiment, store, progress=progress, **how)
 
 
-def _experiment(what: str, fields: dict[str, Any], recorded: dict[str, Any], settings: dict[str, Any]) -> Experiment:
+def _experiments(
+    what: str, scale: Scale, fields: dict[str, Any], recorded: dict[str, Any], settings: dict[str, Any]
+) -> list[Experiment]:
+    """Return what was asked for: one experiment, or the variants of a preset."""
     from trajstore.configuration import merge
-    from trajstore.experiment import Experiment, preset_table, read_toml
+    from trajstore.experiment import Experiment, read_toml
+    from trajstore.presets import FULL, preset_table, variants
 
     changes = {key: value for key, value in fields.items() if value is not None}
     if any(value is not None for value in recorded.values()):
         changes["record"] = {key: value for key, value in recorded.items() if value is not None}
     changes = merge(changes, settings)
+    if scale != FULL and (what.endswith(".toml") or ":" in what):
+        raise ConfigurationError(f"--scale is of presets, and {what} is none; a file says scale = {scale!r} itself")
     if what.endswith(".toml"):
-        return Experiment.of(merge(read_toml(Path(what)), changes))
+        return [Experiment.of(merge(read_toml(Path(what)), changes))]
     if ":" in what:
-        return _from_function(what, changes)
-    return Experiment.of(merge(preset_table(what), changes))
+        return [_from_function(what, changes)]
+    tables = [preset_table(one, scale) for one in variants(what)]
+    if len(tables) > 1 and "name" in changes:
+        name = changes.pop("name")
+        tables = [{**table, "name": f"{name}.{table['name'].partition('.')[2]}"} for table in tables]
+    return [Experiment.of(merge(table, changes)) for table in tables]
 
 
 def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
@@ -160,18 +178,27 @@ def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
     return Experiment.of(merge({"name": name, "problem": {"family": "factory", "function": reference}}, changes))
 
 
-def _dry_run(experiment: Experiment, store: str | None, on: dict[str, bool], how: dict[str, Any], json: bool) -> None:
+def _dry_run(
+    experiments: list[Experiment], store: str | None, on: dict[str, bool], how: dict[str, Any], json: bool
+) -> None:
     from dataclasses import asdict
 
     from trajstore.costing import cost
     from trajstore.recording import refuse_conflict
 
-    if store is not None:
-        refuse_conflict(experiment, store, **on)
-    takes = cost(experiment, **how)
+    told = []
+    for experiment in experiments:
+        if store is not None:
+            refuse_conflict(experiment, store, **on)
+        takes = cost(experiment, **how)
+        told.append({"experiment": experiment.name, **asdict(takes)})
+        if not json:
+            _say_cost(experiment, takes)
     if json:
-        print_json({"experiment": experiment.name, **asdict(takes)})
-        return
+        print_json(told if len(told) > 1 else told[0])
+
+
+def _say_cost(experiment: Experiment, takes: Cost) -> None:
     bound = "" if takes.exact else "at most "
     say(f"{experiment.name}: {len(experiment.orders)} orders × {len(experiment.seeds)} seeds, {experiment.steps} steps")
     say(f"operator applications  {bound}{takes.applications:,}")

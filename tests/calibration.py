@@ -1,6 +1,6 @@
 """How often the intervals, verdicts and tests of the analysis are right, on processes whose answer is known.
 
-    python -m tests.calibration [ratios] [rates] [verdicts] [resets] [law]
+    python -m tests.calibration [ratios] [local] [rates] [verdicts] [resets] [law] [theorem]
 
 The tests assert bounds on a part of these; here are the numbers that `docs/analysis.md` has.
 """
@@ -10,14 +10,28 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-from trajstore.analysis import resets, variance_ratio
+from trajstore.analysis import local_variance_ratio, resets, variance_ratio
 from trajstore.analysis.convergence import judge
 from trajstore.analysis.law import adjusted, disjoint_test, swap_test
 from trajstore.analysis.rates import fit_rate
 
-from tests.analysis.processes import KNOWN, LeastSquares, ar1, iterate_pairs, last_half, path, quadratic, runs_of
+import trajstore as ts
+from tests.analysis.processes import (
+    KNOWN,
+    LAWS,
+    LeastSquares,
+    ar1,
+    compositions,
+    iterate_pairs,
+    last_half,
+    path,
+    quadratic,
+    runs_of,
+)
 
 
 def ratios(runs: int) -> None:
@@ -39,6 +53,23 @@ def _ratio(name: str, forward: np.ndarray, backward: np.ndarray, kind: str) -> N
     given = (found["why"] == "").values
     held = ((found["low"] <= 9) & (found["high"] >= 9)).values[given]
     print(f"{name:40} {steps:6} {given.mean():6.0%} {held.mean() if given.any() else np.nan:6.0%}", flush=True)
+
+
+def local_ratios(runs: int) -> None:
+    """Intervals of local variance ratios at 95%: how many hold the true ratio, 9."""
+    print(f"{'process':40} {'steps':>6} {'hold':>6}")
+    processes: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+        "AR(1), φ = 0.9": lambda x, noise: x,
+        "its exponential": lambda x, noise: np.exp(x * np.sqrt(1 - 0.9**2)),
+        "white noise in bursts": lambda x, noise: np.exp(3 * x * np.sqrt(1 - 0.9**2)) * noise,
+        "AR(1), φ = 0.9, on a slope": lambda x, noise: x + 0.1 * np.arange(x.shape[1]),
+    }
+    for name, process in processes.items():
+        for steps in (200, 700, 2_000):
+            made = [process(ar1(0.9, steps, runs, 40 + k), ar1(0.0, steps, runs, 50 + k)) for k in range(2)]
+            found = local_variance_ratio(runs_of(3 * made[0], made[1]), "loss", steps)
+            held = (found["low"] <= 9) & (found["high"] >= 9)
+            print(f"{name:40} {steps:6} {float(held.mean()):6.0%}", flush=True)
 
 
 def rates(runs: int) -> None:
@@ -117,6 +148,22 @@ def law(runs: int) -> None:
             print(f"{n:4} {shift:6} {swap:6.0%} {disjoint:9.0%} {'':35}{after}", flush=True)
 
 
+def theorem(seeds: int) -> None:
+    """Theorem 2.6: p-values of the swap and the disjoint test, of backward and of compositions with another law."""
+    print(f"{'problem':20} {'n':>3}  {'forward against':24} {'swap':>7} {'disjoint':>9}")
+    for name, table in LAWS.items():
+        with TemporaryDirectory() as folder:
+            asked = ts.Experiment.of({**table, "name": "law", "steps": 60, "seeds": list(range(seeds)), "init_seed": 0,
+                                      "record": {"every": 20}})  # fmt: skip
+            stored = ts.run(asked, Path(folder) / "s.zarr", workers=0)
+            for n in (20, 60):
+                found, rng = compositions(stored, n), np.random.default_rng(n)
+                forward = found.pop("forward")
+                for other, ends in found.items():
+                    p = [test(forward, ends, 1_999, rng) for test in (swap_test, disjoint_test)]
+                    print(f"{name:20} {n:3}  {other:24} {p[0]:7.4f} {p[1]:9.4f}", flush=True)
+
+
 def _after_holm(rng: np.random.Generator, p: np.ndarray, tests: int) -> float:
     """Return how often either is rejected, among others whose p-values are uniform."""
     others = rng.uniform(size=(len(p), 2 * (tests - 1)))
@@ -126,10 +173,12 @@ def _after_holm(rng: np.random.Generator, p: np.ndarray, tests: int) -> float:
 
 PARTS: Mapping[str, tuple[Callable[[int], None], int]] = {
     "ratios": (ratios, 500),
+    "local": (local_ratios, 500),
     "rates": (rates, 500),
     "verdicts": (verdicts, 200),
     "resets": (leg_changes, 200),
     "law": (law, 500),
+    "theorem": (theorem, 200),
 }
 """Name → what prints it, and of how many runs."""
 

@@ -10,8 +10,9 @@ import torch
 import trajstore as ts
 from trajstore.configuration import build, describe, differences, merge
 from trajstore.errors import ConfigurationError
-from trajstore.experiment import preset_names, read_toml
+from trajstore.experiment import read_toml
 from trajstore.operators.adam import Adam
+from trajstore.presets import preset_names
 from trajstore.schedules.cosine import Cosine
 
 PLAIN = {"name": "q", "problem": {"family": "quadratic"}, "operator": {"family": "sgd", "lr": 0.1}, "steps": 5}

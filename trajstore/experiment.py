@@ -13,7 +13,6 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,11 @@ from trajstore.grids import coarse, every, exactly, log_then_every
 from trajstore.operators import Operator
 from trajstore.operators.sgd import is_plain
 from trajstore.orders import Order
+from trajstore.presets import FULL, Scale, preset_table
 from trajstore.problems import LiveProblem, Problem
 from trajstore.storage.codecs import Codec
 
-__all__ = ["Experiment", "Record", "check_name", "preset_names", "preset_table", "read_toml"]
+__all__ = ["Experiment", "Record", "check_name", "read_toml"]
 
 
 _MOST_STEPS = 100_000_000
@@ -128,10 +128,11 @@ class Experiment:
     def of(cls, table: Mapping[str, Any]) -> Experiment:
         """Build an experiment from plain data, as a TOML file holds it.
 
-        A ``preset`` in the table is what the rest is laid over.
+        A ``preset`` in the table, at a ``scale``, is what the rest is laid over.
         """
         if "preset" in table:
-            table = merge(preset_table(table["preset"]), {k: v for k, v in table.items() if k != "preset"})
+            base = preset_table(table["preset"], table.get("scale", FULL))
+            table = merge(base, {k: v for k, v in table.items() if k not in ("preset", "scale")})
         given = {key: value for key, value in table.items() if key != "about"}
         if "orders" in given:
             given["orders"] = _orders(given["orders"])
@@ -140,9 +141,9 @@ class Experiment:
         return cls(**check_fields("an experiment", cls, given))
 
     @classmethod
-    def preset(cls, name: str, changes: Mapping[str, Any] | None = None) -> Experiment:
-        """Return a preset with some fields changed."""
-        return cls.of(merge(preset_table(name), changes or {}))
+    def preset(cls, name: str, changes: Mapping[str, Any] | None = None, scale: Scale = FULL) -> Experiment:
+        """Return a preset with some fields changed; at ``scale="small"`` it takes minutes on two cores."""
+        return cls.of(merge(preset_table(name, scale), changes or {}))
 
     def grown_from(self, config: Mapping[str, Any]) -> Experiment:
         """Return this experiment with what a stored one has of orders, seeds and steps, first."""
@@ -230,22 +231,6 @@ def check_name(name: str) -> None:
             f"experiment name {name!r}: use up to 100 letters, digits, '-', '_' and single '.', "
             "beginning with a letter or digit"
         )
-
-
-def preset_names() -> list[str]:
-    """Return the names of the presets."""
-    return sorted(
-        entry.name.removesuffix(".toml")
-        for entry in resources.files("trajstore.presets").iterdir()
-        if entry.name.endswith(".toml")
-    )
-
-
-def preset_table(name: str) -> dict[str, Any]:
-    """Return a preset as plain data."""
-    if not isinstance(name, str) or name not in preset_names():
-        raise ConfigurationError(f"unknown preset {name!r}; {choices(str(name), preset_names())}")
-    return {"name": name} | tomllib.loads((resources.files("trajstore.presets") / f"{name}.toml").read_text("utf-8"))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from trajstore.storage.states import States
 
 if TYPE_CHECKING:
     import duckdb
+    import pandas as pd
     import torch
     import xarray as xr
 
@@ -150,6 +151,12 @@ class Store:
         check_format(attributes, where)
         return StoredExperiment(self, group)
 
+    def variants(self, name: str) -> dict[str, StoredExperiment]:
+        """Return the experiments ``NAME.VARIANT`` by their variants, or the one of this name."""
+        head = f"{name}."
+        found = {one.removeprefix(head): self[one] for one in self if one.startswith(head)}
+        return found or {name: self[name]}  # which says what there is
+
     def __repr__(self) -> str:
         from trajstore.representation import store_text
 
@@ -166,11 +173,14 @@ class Store:
 
         return datatree(self)
 
-    def sql(self, query: str) -> duckdb.DuckDBPyRelation:
-        """Ask the tables `experiments`, `runs`, `metrics` and `segments` with one SELECT statement."""
+    def sql(self, query: str, **tables: pd.DataFrame) -> duckdb.DuckDBPyRelation:
+        """Ask the tables `experiments`, `runs`, `metrics` and `segments` with one SELECT statement.
+
+        Data frames can be asked too, by the names that they are given by: ``sql("... claims ...", claims=frame)``.
+        """
         from trajstore.sql import query_store
 
-        return query_store(self, query)
+        return query_store(self, query, tables)
 
 
 class StoredExperiment:

@@ -3,6 +3,8 @@
 The file name is the figure's name: `learning_curves.py` is ``trajstore plot STORE EXP learning-curves``. What else
 `draw` takes (`metric`, `window`, `seed`, `order`) are the figure's options, on the command line, too. `axes` are axes
 to draw on instead of a figure of its own; they get no legend, but their lines have labels.
+
+``fig2`` to ``fig19`` are the paper's, declared in `_paper.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module, resources
 from inspect import Parameter, signature
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import matplotlib as mpl
 import xarray as xr
@@ -21,11 +23,14 @@ from matplotlib.figure import Figure, SubFigure
 from trajstore.errors import ConfigurationError, NotFoundError, choices
 from trajstore.store import StoredExperiment
 
-__all__ = ["ORDER_COLOURS", "draw", "figure_names", "order_colour", "style"]
+__all__ = ["FURTHER_COLOURS", "ORDER_COLOURS", "draw", "figure_names", "order_colour", "style"]
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 ORDER_COLOURS = {"forward": "#D55E00", "backward": "#0072B2"}
-_FURTHER = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+FURTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+Drawable = xr.Dataset | StoredExperiment | Mapping[str, xr.Dataset | StoredExperiment]
 
 
 class Drawing(Protocol):
@@ -36,24 +41,49 @@ class Drawing(Protocol):
 
 
 def figure_names() -> list[str]:
-    """Return the names of the figures."""
+    """Return the names of the figures, those of the paper last."""
+    from trajstore.analysis.figures._paper import PAPER
+
+    return [*_own_names(), *PAPER]
+
+
+def _own_names() -> list[str]:
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def draw(name: str, of: xr.Dataset | StoredExperiment, **options: Any) -> Figure | SubFigure:  # noqa: ANN401  each its own
-    """Draw a figure of a dataset or an experiment by its name; an option that is None, or an empty list, is not given.
+def draw(name: str, of: Drawable, **options: Any) -> Figure | SubFigure:  # noqa: ANN401  each its own
+    """Draw a figure by its name; an option that is None, or an empty list, is not given.
 
-    Most figures are of a dataset. What computes with the recorded operators takes the experiment.
+    Most figures are of a dataset. What computes with the recorded operators takes the experiment, and what compares
+    variants takes them by name, as `store.variants(name)` returns them.
     """
-    if name not in figure_names():
-        raise NotFoundError(f"no figure {name!r}; {choices(name, figure_names())}")
-    drawing: Drawing = import_module(f"{__name__}.{name.replace('-', '_')}").draw
+    drawing = _drawing(name)
     taken = signature(drawing).parameters
-    if "ds" in taken and isinstance(of, StoredExperiment):
-        of = of.dataset()
+    if not isinstance(of, xr.Dataset | StoredExperiment):
+        if "variants" not in taken:
+            raise ConfigurationError(f"the figure {name!r} is of one experiment; choose a variant: {', '.join(of)}")
+        variants = {variant: _dataset(each) for variant, each in of.items()}
+        return drawing(variants, **_fitting(name, taken, options))
+    if "variants" in taken:
+        raise ConfigurationError(f"the figure {name!r} compares the variants of an experiment; this is one alone")
     if "stored" in taken and isinstance(of, xr.Dataset):
         raise ConfigurationError(f"the figure {name!r} computes with the experiment; give store[name] itself")
-    return drawing(of, **_fitting(name, taken, options))
+    return drawing(of if "stored" in taken else _dataset(of), **_fitting(name, taken, options))
+
+
+def _drawing(name: str) -> Drawing:
+    from trajstore.analysis.figures._paper import PAPER
+
+    if name not in figure_names():
+        raise NotFoundError(f"no figure {name!r}; {choices(name, figure_names())}")
+    if name in PAPER:
+        return cast(Drawing, PAPER[name])
+    drawing: Drawing = import_module(f"{__name__}.{name.replace('-', '_')}").draw
+    return drawing
+
+
+def _dataset(of: xr.Dataset | StoredExperiment) -> xr.Dataset:
+    return of.dataset() if isinstance(of, StoredExperiment) else of
 
 
 def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +93,7 @@ def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, An
         if value is None or (isinstance(value, list) and not value):
             continue
         if option not in taken:
-            known = ", ".join(parameter for parameter in taken if parameter not in ("ds", "stored", "axes"))
+            known = ", ".join(parameter for parameter in taken if parameter not in ("ds", "stored", "variants", "axes"))
             raise ConfigurationError(f"the figure {name!r} takes no option {option!r}; it takes {known}")
         several = isinstance(value, Sequence) and not isinstance(value, str)
         if several and taken[option].annotation in ("str", "str | None", "int | None"):
@@ -76,7 +106,7 @@ def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, An
 
 def order_colour(order: str, position: int) -> str:
     """Return the colour of an order; the plain two keep theirs in every figure."""
-    return ORDER_COLOURS.get(order, _FURTHER[position % len(_FURTHER)])
+    return ORDER_COLOURS.get(order, FURTHER_COLOURS[position % len(FURTHER_COLOURS)])
 
 
 @contextmanager

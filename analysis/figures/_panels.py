@@ -238,7 +238,12 @@ def refuse_empty(found: xr.DataArray, what: str) -> xr.DataArray:
 
 
 def spans_decades(values: ArrayLike) -> bool:
-    """Tell whether a logarithmic axis serves: more than a decade, and next to nothing that it could not show."""
+    """Tell whether a logarithmic axis serves: more than a decade, and next to nothing that it could not show.
+
+    Of an accuracy it never does: what nears 1 is what matters.
+    """
+    if isinstance(values, xr.DataArray) and str(values.name).endswith("accuracy"):
+        return False
     array = np.asarray(values)
     finite = array[np.isfinite(array)]
     shown = finite[finite > 0]

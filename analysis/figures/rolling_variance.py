@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import xarray as xr
 from trajstore.analysis.figures import style
 from trajstore.analysis.figures._panels import (
@@ -21,9 +20,9 @@ from trajstore.analysis.figures._panels import (
     step_axis,
     titled,
 )
+from trajstore.analysis.figures._ratios import ratios
 from trajstore.analysis.variance import Kind, rolling_variance, variance_ratio
 from trajstore.analysis.windows import measured_steps
-from trajstore.analysis.writing import interval
 
 from trajstore.errors import StatisticError
 
@@ -55,34 +54,17 @@ def draw(
         raise StatisticError(f"{metric}: it was measured at {measured} steps, fewer than the window of {window}")
     found = refuse_empty(rolling_variance(ds, metric, window, kind), metric)
     seeds = ds["seed"].values.tolist()
-    ratios = _ratios(ds, metric, kind)
+    told = ratios(lambda: variance_ratio(ds, metric, kind=kind))
     with style():
         made = seed_panels(seeds, axes)
         for ax, label in zip(made.flat, seeds, strict=False):
             for name in ds["order"].values.tolist():
                 curve = found.sel(order=name, seed=label)
                 ax.plot(curve["step"], curve, label=name, **slab_style(ds, name))
-            titled(ax, f"seed {label}", ratios.get(label, ""))
+            titled(ax, f"seed {label}", told.get(label, ""))
         if spans_decades(found):
             log_axis(made.flat)
         step_axis(made.flat)
         made.label("step $n$", f"{kind} variance of {named(metric)}\nover {window} recorded steps")
         made.legend()
     return made.figure
-
-
-def _ratios(ds: xr.Dataset, metric: str, kind: Kind) -> dict[int, str]:
-    """Return for each seed what to say of forward and backward."""
-    try:
-        found = variance_ratio(ds, metric, kind=kind)
-    except StatisticError:
-        return {}
-    return {label: _said(found.sel(seed=label)) for label in found["seed"].values.tolist()}
-
-
-def _said(ratio: xr.Dataset) -> str:
-    value, low, high = (float(ratio[name]) for name in ("ratio", "low", "high"))
-    if not np.isfinite(value):
-        return str(ratio["why"].item())
-    sure = "" if np.isfinite(low) else " (no interval)"
-    return f"forward/backward {interval(value, low, high)}{sure} in the last half"

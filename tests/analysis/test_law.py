@@ -8,7 +8,7 @@ from trajstore.analysis import law
 from trajstore.analysis.law import adjusted, disjoint_test, swap_test
 
 import trajstore as ts
-from tests.analysis.processes import iterate_pairs
+from tests.analysis.processes import LAWS, compositions, iterate_pairs
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 
 
@@ -122,3 +122,16 @@ def test_what_makes_no_test_is_refused(ds):
     for asked in ({"metrics": []}, {"steps": []}, {"permutations": 0}):
         with pytest.raises(ConfigurationError, match="a test needs a metric, a step, and 99 permutations"):
             law(ds, **asked)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_theorem_2_6_holds_and_compositions_with_another_law_are_rejected(record, name):
+    """A fixed permutation of the operators has the same law and is no counterexample; these are."""
+    many = {**LAWS[name], "name": "law", "steps": 20, "seeds": list(range(200)), "init_seed": 0}
+    found = compositions(record(many, record={"every": 20}), 20)
+    forward, rng = found.pop("forward"), np.random.default_rng(0)
+    p = {other: [test(forward, ends, 999, rng) for test in (swap_test, disjoint_test)] for other, ends in found.items()}
+    assert min(p.pop("backward")) > 0.05
+    assert len(p) == 2
+    for other in p.values():
+        assert max(other) <= 0.01

@@ -6,10 +6,10 @@ Its settings are locked. Where an answer is to be written as Parquet, one folder
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 
@@ -20,12 +20,17 @@ from trajstore.sql.text import literal
 from trajstore.sql.views import definitions
 from trajstore.store import Store
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Tables = Mapping[str, "pd.DataFrame"]
+
 __all__ = ["query_store", "rows_of", "write_answer"]
 
 
-def query_store(store: Store, query: str) -> duckdb.DuckDBPyRelation:
-    """Run one SELECT on a store's tables."""
-    return _asked(store, query)
+def query_store(store: Store, query: str, tables: Tables | None = None) -> duckdb.DuckDBPyRelation:
+    """Run one SELECT on a store's tables, and on others that are given by name."""
+    return _asked(store, query, tables=tables)
 
 
 def write_answer(store: Store, query: str, file: Path, *, force: bool = False) -> int:
@@ -54,12 +59,14 @@ def rows_of(relation: duckdb.DuckDBPyRelation) -> list[tuple[Any, ...]]:
         raise _wrong(error, "") from None
 
 
-def _asked(store: Store, query: str, *writable: Path) -> duckdb.DuckDBPyRelation:
+def _asked(store: Store, query: str, *writable: Path, tables: Tables | None = None) -> duckdb.DuckDBPyRelation:
     _ = store.root  # a clear error, if this is no store
     try:
         connection = _confined(refresh(store), writable)
     except duckdb.Error:  # a file of the index is damaged, and it is only a cache
         connection = _confined(refresh(store, anew=True), writable)
+    for name, frame in (tables or {}).items():
+        connection.register(name, frame)
     _refuse_unless_reading(query)
     try:
         relation = connection.sql(query)

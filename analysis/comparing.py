@@ -1,0 +1,82 @@
+"""Variants of an experiment against one of them: by how much a metric differs, seed by seed and over the seeds.
+
+Variants differ in their operators and batch sizes. Steps are those of the base: a variant with a batch of half the
+size does two while the base does one, so that at the same step all have seen as many examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+from trajstore.analysis.windows import own_metrics, window_of
+
+from trajstore.errors import NotFoundError, StatisticError, choices
+
+__all__ = ["compare"]
+
+_ORDER = "forward"
+_LAST = 4
+"""The mean is taken over the last quarter."""
+
+
+def compare(
+    variants: Mapping[str, xr.Dataset], metric: str | None = None, base: str | None = None, level: float = 0.95
+) -> xr.Dataset:
+    """Return metric − metric of the base, which is the first variant by default, along forward iterates.
+
+    ``curve`` and ``difference`` are (variant, seed, step). ``last`` is the mean difference over the last quarter of the
+    steps, (variant, seed); ``mean`` that over seeds, with an interval, of Student's t, for another seed's: NaN where
+    there are fewer than three seeds.
+    """
+    names = list(variants)
+    base = base or names[0]
+    if base not in names:
+        raise NotFoundError(f"no variant {base!r}; {choices(base, names)}")
+    metric = metric or own_metrics(variants[base])[0]
+    curves = {name: _curve(name, ds, metric, _batch(ds) / _batch(variants[base])) for name, ds in variants.items()}
+    shared = curves[base]
+    for name, curve in curves.items():
+        for dim in ("step", "seed"):
+            if not np.array_equal(curve[dim], shared[dim]):
+                raise StatisticError(f"{metric}: the {dim}s of variants {base!r} and {name!r} are not the same")
+    together = xr.concat(curves.values(), "variant").assign_coords(variant=names)
+    difference = together - together.sel(variant=base)
+    last = difference.isel(step=slice(-max(1, len(shared["step"]) // _LAST), None)).mean("step")
+    mean, low, high = _over_seeds(last.values, level)
+    return xr.Dataset(
+        {
+            "curve": together,
+            "difference": difference,
+            "last": last,
+            **{label: ("variant", value) for label, value in (("mean", mean), ("low", low), ("high", high))},
+        },
+        attrs={"metric": metric, "base": base, "level": level},
+    )
+
+
+def _curve(name: str, ds: xr.Dataset, metric: str, share: float) -> xr.DataArray:
+    """Return a metric over the steps of the base, rounded: a share of a third is no binary fraction."""
+    seen = window_of(ds, metric, "all", called=f"variant {name!r}: {metric}")
+    orders = [str(order) for order in seen.coords["order"]]
+    if _ORDER not in orders:
+        raise StatisticError(f"variant {name!r} has no order {_ORDER!r}; {choices(_ORDER, orders)}")
+    values = seen.values[orders.index(_ORDER)]
+    return xr.DataArray(
+        values, {"seed": seen.coords["seed"], "step": np.round(seen.steps * share, 6)}, ("seed", "step"), "curve"
+    )
+
+
+def _batch(ds: xr.Dataset) -> int:
+    return int(ds.attrs["trajstore"]["config"]["problem"].get("batch_size", 1))
+
+
+def _over_seeds(last: NDArray[np.float64], level: float) -> tuple[NDArray[np.float64], ...]:
+    count, mean = last.shape[1], last.mean(axis=1)
+    if count < 3:
+        return mean, np.full(len(mean), np.nan), np.full(len(mean), np.nan)
+    reach = stdtrit(count - 1, (1 + level) / 2) * last.std(axis=1, ddof=1) / np.sqrt(count)
+    return mean, mean - reach, mean + reach

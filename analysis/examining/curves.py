@@ -1,0 +1,155 @@
+"""Claims about learning curves, seed by seed: Section 4, Section 5, Appendix A and Figure 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from trajstore.analysis.convergence import convergence
+from trajstore.analysis.examining.finding import FAILS, HOLDS, OPEN, Finding, Verdict, by_interval, number_of
+from trajstore.analysis.local import local_variance_ratio
+from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
+from trajstore.analysis.resets import resets
+from trajstore.analysis.variance import Kind
+from trajstore.analysis.windows import own_metrics, window_of
+
+from trajstore.orders import Order
+from trajstore.store import StoredExperiment
+
+__all__ = ["converges", "elsewhere", "forward_wanders", "less_variance", "lower_loss", "oscillates", "windows"]
+
+_FORWARD, _BACKWARD = "forward", "backward"
+_KINDS: Mapping[Kind, str] = {"tail": "variance about lines", "step": "variance from step to step"}
+"""In blocks of the last half."""
+
+
+def less_variance(stored: StoredExperiment) -> Iterator[Finding]:
+    """Section 4: a backward curve varies less from step to step than the forward one of the same seed."""
+    yield from _ratios(stored, [order for order in _others(stored) if not _is_windowed(order)])
+
+
+def windows(stored: StoredExperiment) -> Iterator[Finding]:
+    """Section 5: backward with a reset every w steps varies less than forward, at a cost that w caps."""
+    yield from _ratios(stored, [order for order in _others(stored) if _is_windowed(order)])
+
+
+def _ratios(stored: StoredExperiment, orders: list[str]) -> Iterator[Finding]:
+    ds = stored.dataset()
+    for order in orders:
+        for metric, kind in product(own_metrics(ds), _KINDS):
+            found = local_variance_ratio(ds, metric, kind=kind, orders=(_FORWARD, order))
+            for seed in found["seed"].values.tolist():
+                one = found.sel(seed=seed)
+                ratio, why = number_of(one, "ratio", "low", "high"), str(one["why"].item())
+                statistic = f"{_KINDS[kind]}, forward over {order}"
+                finding = by_interval(1.0, f"seed {seed}, {metric}", statistic, ratio, why)
+                yield replace(finding, evidence=f"{finding.evidence}; {_cost(ds, order, seed)}")
+
+
+def converges(stored: StoredExperiment) -> Iterator[Finding]:
+    """Theorem 2.2 and Section 4: backward iterates converge to a point, in the space of parameters."""
+    if _BACKWARD in stored.schema.orders:
+        yield from _verdicts(stored, _BACKWARD, {"point": HOLDS, "distribution": FAILS})
+
+
+def forward_wanders(stored: StoredExperiment) -> Iterator[Finding]:
+    """Section 2: forward iterates converge to a distribution, and to no point."""
+    if _FORWARD in stored.schema.orders:
+        yield from _verdicts(stored, _FORWARD, {"distribution": HOLDS, "point": FAILS})
+
+
+def _verdicts(stored: StoredExperiment, order: str, means: Mapping[str, Verdict]) -> Iterator[Finding]:
+    found = convergence(stored.dataset().sel(order=[order]))
+    for seed in found["seed"].values.tolist():
+        one = found.sel(order=order, seed=seed)
+        verdict, why = str(one["verdict"].item()), str(one["why"].item())
+        evidence = f"{verdict}{f': {why}' if why else ''}"
+        statistic = "how much moves shrink over the last half"
+        yield Finding(
+            means.get(verdict, OPEN), f"{order}, seed {seed}", statistic, *number_of(one, "shrinks"), evidence
+        )
+
+
+def lower_loss(stored: StoredExperiment) -> Iterator[Finding]:
+    """Section 4: the backward curve converges faster, so that its loss over the last half of the steps is lower."""
+    ds = stored.dataset()
+    losses = [metric for metric in own_metrics(ds) if metric.endswith("loss")]
+    for order in (order for order in _others(stored) if not _is_windowed(order)):
+        for metric in losses:
+            seen = window_of(ds, metric, None, least=ENOUGH)
+            names = [str(name) for name in seen.coords["order"]]
+            gaps = seen.values[names.index(_FORWARD)] - seen.values[names.index(order)]
+            for seed, gap in zip(seen.coords["seed"].tolist(), gaps, strict=True):
+                about, statistic = f"seed {seed}, {metric}", f"mean of forward less {order}"
+                if not np.isfinite(gap).all():
+                    yield Finding(OPEN, about, statistic, evidence="diverged")
+                    continue
+                mean, size = float(gap.mean()), effective_size(gap)
+                reach = quantile(0.95) * float(standard_error(gap - mean)) if size >= ENOUGH else np.nan
+                why = f"the window is worth {size:.0f} independent values, and an interval takes {ENOUGH}"
+                yield by_interval(0.0, about, statistic, (mean, mean - reach, mean + reach), why)
+
+
+def elsewhere(stored: StoredExperiment) -> Iterator[Finding]:
+    """Figure 3: after a reset backward settles again, elsewhere."""
+    for one in _resets(stored):
+        about = f"{one['order']}, seed {one['seed']}, reset at {one['step']}, {one['metric']}"
+        difference = (one["difference"], one["difference_low"], one["difference_high"])
+        verdict = HOLDS if one["settles"] == "elsewhere" else OPEN
+        evidence = {"elsewhere": "the interval of the difference does not contain 0"}.get(
+            one["settles"], one["settles"]
+        )
+        yield Finding(verdict, about, "level after less level before", *difference, evidence)
+
+
+def oscillates(stored: StoredExperiment) -> Iterator[Finding]:
+    """Figure 3: forward goes to and fro between the levels before and after the reset."""
+    for one in _resets(stored):
+        if one["settles"] != "elsewhere" or not np.isfinite(one["forward_between"]):
+            continue
+        before, after = one["forward_crosses_before"], one["forward_crosses_after"]
+        about = f"{one['order']}, seed {one['seed']}, reset at {one['step']}, {one['metric']}"
+        told = f"of 100 recorded steps it crosses the level before in {before:.2g}, that after in {after:.2g}"
+        verdict = HOLDS if before > 1 and after > 1 else FAILS
+        yield Finding(verdict, about, "share of forward between the levels", one["forward_between"], evidence=told)
+
+
+def _resets(stored: StoredExperiment) -> Iterator[dict[str, Any]]:
+    orders = [order for order in stored.schema.orders if "+" in order and not _is_windowed(order)]
+    # A switch from forward to backward is no reset of a backward order.
+    again = [order for order in orders if sum(leg.kind == _BACKWARD for leg in Order.parse(order).legs) > 1]
+    if not again:
+        return
+    ds = stored.dataset()
+    asked = ds.sel(order=[*again, *([_FORWARD] if _FORWARD in stored.schema.orders else [])])
+    for metric in own_metrics(ds):
+        found: xr.Dataset = resets(asked, metric)
+        for k in range(found.sizes["reset"]):
+            row = {str(name): found[name].values[k].item() for name in found.data_vars}
+            if row["order"] in again:
+                yield {**row, "metric": metric}
+
+
+def _others(stored: StoredExperiment) -> list[str]:
+    """Return the orders with a backward leg that can be compared with forward."""
+    if _FORWARD not in stored.schema.orders:
+        return []
+    return [order for order in stored.schema.orders if _BACKWARD in order]
+
+
+def _is_windowed(order: str) -> bool:
+    return any(leg.window for leg in Order.parse(order).legs)
+
+
+def _cost(ds: xr.Dataset, order: str, seed: int) -> str:
+    """Say how many operator applications the recorded steps of a slab took, those of one forward run being 1."""
+    slab, legs = ds.sel(order=order, seed=seed), Order.parse(order).legs
+    there = slab["recorded"].values
+    steps, starts = slab["step"].values[there], slab["leg"].values[there]
+    kinds = [max((leg for leg in legs if leg.start <= start), key=lambda leg: leg.start).kind for start in starts]
+    chains = np.where(np.array(kinds) == _BACKWARD, steps - starts, np.diff(steps, prepend=0))
+    return f"{chains.sum() / steps[-1]:.3g} times the applications of forward"

@@ -1,0 +1,73 @@
+"""Claims about what stands in for an order: brackets for backward legs (C.2), a regularizer for small batches (D.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+import numpy as np
+from trajstore.analysis.comparing import compare
+from trajstore.analysis.examining.finding import FAILS, HOLDS, OPEN, Finding, by_interval, number_of
+from trajstore.analysis.windows import own_metrics
+
+from trajstore.errors import StatisticError
+from trajstore.store import StoredExperiment
+
+__all__ = ["beats", "bracket_is_near", "stronger_is_better"]
+
+_REGULARIZED, _GAIN = "order-regularized", "loss of the base less loss"
+
+
+def bracket_is_near(stored: StoredExperiment) -> Iterator[Finding]:
+    """Theorem C.2: for small n h the bracket's iterate is nearer to the backward one than the forward one is."""
+    if not {"forward", "backward", "bracket"} <= set(stored.schema.orders):
+        return
+    ds = stored.dataset()
+    for seed in stored.schema.seeds:
+        sketch = ds["sketch"].sel(seed=seed).transpose("order", "step", "component")
+        there = ds["recorded"].sel(seed=seed).values.all(0) & (ds["step"].values >= 2)  # they are equal until 1
+        one, two, near = (sketch.sel(order=o).values[there].astype(float) for o in ("forward", "backward", "bracket"))
+        steps = ds["step"].values[there]
+        far = np.linalg.norm(near - two, axis=1) >= np.linalg.norm(one - two, axis=1)
+        until = float(steps[far.argmax() - 1] if far.any() else steps[-1]) if not far[0] else 0.0
+        told = f"of the recorded steps {steps[0]} to {steps[-1]}, from the sketch"
+        yield Finding(HOLDS if until else FAILS, f"seed {seed}", "nearer up to step", until, evidence=told)
+
+
+def beats(variants: Mapping[str, StoredExperiment]) -> Iterator[Finding]:
+    """D.2.1: the regularized large batch ends with a lower loss than the large and the small batch."""
+    for base in (name for name in variants if not _strength(variants[name])):
+        yield from _differences(variants, base, [name for name in variants if _strength(variants[name])])
+
+
+def stronger_is_better(variants: Mapping[str, StoredExperiment]) -> Iterator[Finding]:
+    """D.2.1: the larger λ, the lower the loss."""
+    ranked = sorted(
+        (name for name in variants if _strength(variants[name])), key=lambda name: _strength(variants[name])
+    )
+    for weaker, stronger in pairwise(ranked):
+        yield from _differences(variants, weaker, [stronger])
+
+
+def _differences(variants: Mapping[str, StoredExperiment], base: str, names: list[str]) -> Iterator[Finding]:
+    datasets = {name: variants[name].dataset() for name in (base, *names)}
+    for metric in own_metrics(datasets[base]):
+        if not metric.endswith("loss"):
+            continue
+        try:
+            found = compare(datasets, metric, base)
+        except StatisticError as error:
+            yield Finding(OPEN, f"{metric} against {base}", _GAIN, evidence=str(error))
+            continue
+        for name in names:
+            one = found.sel(variant=name)
+            mean, low, high = number_of(one, "mean", "low", "high")
+            about = f"{name} against {base}, {metric}"
+            why = f"{one.sizes['seed']} seeds, and an interval takes 3"
+            yield by_interval(0.0, about, _GAIN, (-mean, -high, -low), why)
+
+
+def _strength(stored: StoredExperiment) -> float:
+    """Return λ / h², 0 of operators that are not regularized."""
+    operator = stored.config["operator"]
+    return float(operator["strength"]) if operator["family"] == _REGULARIZED else 0.0

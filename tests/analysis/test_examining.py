@@ -1,0 +1,167 @@
+"""Claims hold where theory says so, do not hold once the orders are exchanged, and say what they lack elsewhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from trajstore.analysis import claims
+from trajstore.analysis.examining import CLAIMS, examine
+from trajstore.analysis.examining.finding import by_interval
+
+import trajstore as ts
+from trajstore.errors import NotFoundError
+
+ORDERS = ["forward", "backward", "backward+backward@200", "backward/40"]
+ROWS = {"name": "rows", "problem": {"family": "least-squares", "n": 30, "d": 4, "ridge": 0.5}, "seeds": [0, 1],
+        "operator": {"family": "sgd", "lr": 0.05}, "steps": 400, "orders": ["forward", "backward"]}  # fmt: skip
+WIDE = {"name": "wide", "problem": {"family": "quadratic", "spectrum": [1.0, 30.0]}, "steps": 20,
+        "operator": {"family": "sgd", "lr": 0.1}, "orders": ["forward"], "seeds": [0]}  # fmt: skip
+NEAR = {**ROWS, "name": "near", "operator": {"family": "sgd", "lr": 0.001}, "steps": 30,
+        "orders": ["forward", "backward", "bracket"]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    place = tmp_path_factory.mktemp("claims") / "s.zarr"
+    many = {"name": "many", "steps": 30, "seeds": list(range(100)), "init_seed": 0}
+    for experiment in (
+        ts.Experiment.preset("quadratic", {"orders": ORDERS, "seeds": [0, 1]}),
+        ts.Experiment.preset("quadratic", many),
+        ts.Experiment.preset("two-constants", {"seeds": [0, 1]}),
+        *map(ts.Experiment.of, (ROWS, WIDE, NEAR)),
+    ):
+        ts.run(experiment, place, workers=0)
+    return ts.open(place)
+
+
+@pytest.fixture(scope="module")
+def table(store):
+    return claims(store)
+
+
+def verdicts(table, claim, experiment):
+    chosen = table[(table["claim"] == claim) & (table["experiment"] == experiment)]
+    return chosen["verdict"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("claim", "experiment", "times"),
+    [
+        ("bound", "quadratic", 2), ("bound", "rows", 2), ("bound", "many", 100), ("converges", "quadratic", 2),
+        ("converges", "two-constants", 2), ("rate", "quadratic", 2), ("rate", "rows", 2), ("jumps", "two-constants", 2),
+        ("lemma", "quadratic", 1), ("curvature", "quadratic", 1), ("curvature", "wide", 1),
+        ("closed-form", "quadratic", 4), ("closed-form", "wide", 1), ("law", "many", 6), ("windows", "quadratic", 4),
+        ("elsewhere", "quadratic", 2), ("oscillates", "quadratic", 2), ("bracket", "near", 2),
+        ("less-variance", "rows", 4), ("less-variance", "quadratic", 8),
+    ],
+)  # fmt: skip
+def test_what_theory_says_holds(table, claim, experiment, times):
+    assert verdicts(table, claim, experiment) == ["holds"] * times
+
+
+def test_every_claim_has_a_row_and_says_what_it_lacks(table):
+    assert list(dict.fromkeys(table["claim"])) == list(CLAIMS)
+    lacking = table[table["experiment"] == ""].set_index("claim")
+    assert set(lacking.index) == {"regularized", "stronger", "error-orders"}
+    assert (lacking["verdict"] == "not decidable here").all()
+    assert "it needs the presets fig14, fig16 or fig18" in lacking["evidence"]["stronger"]
+    short = table[(table["claim"] == "less-variance") & (table["experiment"] == "many")]
+    assert short["evidence"].tolist() == ["train_loss: it was measured at 31 steps, fewer than the window of 192"]
+
+
+def test_numbers_have_intervals_and_costs(table):
+    rates = table[(table["claim"] == "rate") & (table["experiment"] == "quadratic")]
+    assert (rates["low"] < 0.9).all()
+    assert (rates["high"] > 0.9).all()
+    windows = table[
+        (table["claim"] == "windows") & (table["statistic"] == "variance about lines, forward over backward/40")
+    ]
+    assert windows["evidence"].str.endswith("; 20.5 times the applications of forward").all()
+
+
+def exchanged(stored, *names):
+    """Exchange the labels of the first two orders in what is read."""
+
+    class Exchanged(ts.StoredExperiment):
+        def dataset(self):
+            ds = super().dataset()
+            return ds.assign_coords(order=["backward", "forward", *ds["order"].values[2:]])
+
+    return Exchanged(stored.store, stored.group)
+
+
+@pytest.mark.parametrize(
+    ("claim", "experiment"),
+    [
+        ("bound", "quadratic"), ("converges", "rows"), ("wanders", "quadratic"), ("jumps", "two-constants"),
+        ("closed-form", "quadratic"), ("less-variance", "rows"), ("windows", "quadratic"),
+    ],
+)  # fmt: skip
+def test_with_the_orders_exchanged_it_does_not_hold(store, claim, experiment):
+    found = [one.verdict for one in CLAIMS[claim].ask(exchanged(store[experiment]))]
+    expected = "not decidable here" if claim == "converges" else "does not hold"
+    assert found
+    assert "holds" not in found
+    assert expected in found
+
+
+def test_the_law_of_operators_that_differ_is_rejected(store, tmp_path):
+    """Forward with another learning rate in the place of backward: the test of the table rejects it."""
+    other = ts.run(
+        ts.Experiment.preset("quadratic", {"steps": 30, "seeds": list(range(100)), "init_seed": 0,
+                                           "operator": {"lr": 0.3}}), tmp_path / "s.zarr", workers=0,
+    )  # fmt: skip
+
+    class Mixed(ts.StoredExperiment):
+        def dataset(self):
+            ours, theirs = super().dataset().load(), other.dataset().load()
+            for name in ("sketch", "train_loss"):
+                ours[name].loc[{"order": "backward"}] = theirs[name].sel(order="forward").values
+            return ours
+
+    found = list(CLAIMS["law"].ask(Mixed(store.__class__(store.place), store["many"].group)))
+    assert "does not hold" in {one.verdict for one in found}
+
+
+def test_an_interval_decides():
+    assert [by_interval(1, "", "", (x, low, high)).verdict for x, low, high in (
+        (2, 1.5, 3), (0.5, 0.2, 0.9), (1.2, 0.9, 1.5), (2, float("nan"), float("nan")))] == [
+        "holds", "does not hold", "not decidable here", "not decidable here"]  # fmt: skip
+
+
+def test_experiments_and_claims_can_be_chosen(store):
+    chosen = list(examine(store, ["rows"], ["rate", "jumps"]))
+    assert [(row.claim, row.experiment) for row in chosen] == [("rate", "rows")] * 2 + [("jumps", "")]
+    with pytest.raises(NotFoundError, match="no claim 'rat'; did you mean 'rate'"):
+        list(examine(store, names=["rat"]))
+    with pytest.raises(NotFoundError, match=r"no experiment 'row' in .*; did you mean 'rows'"):
+        list(examine(store, ["row"]))
+
+
+def test_the_command_prints_a_table_json_and_answers_sql(store, trajstore):
+    where = str(store.place)
+    code, out, err = trajstore("claims", where, "rows", "many", "--claim", "bound", "--claim", "jumps")
+    assert (code, err) == (0, "")
+    assert (
+        out.splitlines()[0] == "bound: backward iterates of contractions stay within C kⁿ of their limit (Theorem 2.2)"
+    )
+    assert "100, from seed 0 to seed 99" in out
+    assert "  102 × holds" in out
+    assert "jumps: of two constant maps" in out
+    assert "not decidable here: nothing here to examine: it needs the preset `two-constants`" in out
+    code, out, _ = trajstore("claims", where, "rows", "--claim", "rate", "--json")
+    rows = json.loads(out)
+    assert [row["about"] for row in rows] == ["seed 0", "seed 1"]
+    assert rows[0]["low"] < rows[0]["value"] < rows[0]["high"]
+    query = "SELECT experiment, count(*) AS n FROM claims JOIN experiments USING (experiment) GROUP BY ALL ORDER BY ALL"
+    code, out, _ = trajstore("claims", where, "rows", "quadratic", "--claim", "bound", "--sql", query, "--json")
+    assert json.loads(out) == [{"experiment": "quadratic", "n": 2}, {"experiment": "rows", "n": 2}]
+    for arguments, says in (
+        (["--claim", "boun"], "no claim 'boun'; did you mean 'bound'?"),
+        (["--claim", "bound", "--sql", "DROP TABLE claims"], "only SELECT is possible here"),
+    ):
+        code, out, err = trajstore("claims", where, "rows", *arguments)
+        assert (code, out) == (2, "")
+        assert says in err
+        assert err.count("\n") == 1

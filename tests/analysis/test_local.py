@@ -1,0 +1,59 @@
+"""Local variance ratios hold the true ratio where curves descend and burst, and there is none where none can be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from trajstore.analysis import local_variance_ratio
+
+from tests.analysis.processes import ar1, runs_of
+from trajstore.errors import StatisticError
+
+RUNS = 200
+
+
+@pytest.mark.parametrize("kind", ["level", "tail", "step"])
+def test_intervals_hold_the_true_ratio_as_often_as_they_say(kind):
+    forward, backward = (ar1(0.9, 700, RUNS, k) for k in range(2))
+    found = local_variance_ratio(runs_of(3 * forward, backward), "loss", 700, kind)
+    held = ((found["low"] <= 9) & (found["high"] >= 9)).mean()
+    assert 0.90 <= float(held) <= 0.99
+    assert (found["why"] == "").all()
+
+
+def test_neither_a_descent_nor_bursts_take_the_interval_away():
+    forward, backward = (np.exp(2 * ar1(0.9, 700, RUNS, 10 + k) * np.sqrt(1 - 0.81)) * ar1(0, 700, RUNS, 20 + k)
+                         for k in range(2))  # fmt: skip
+    descent = 0.5 * np.arange(700)
+    found = local_variance_ratio(runs_of(3 * forward - descent, backward - 2 * descent), "loss", 700)
+    assert float(((found["low"] <= 9) & (found["high"] >= 9)).mean()) >= 0.88
+
+
+def test_it_is_the_geometric_mean_over_blocks():
+    rng = np.random.default_rng(0)
+    forward, backward = rng.standard_normal((2, 1, 320))
+    found = local_variance_ratio(runs_of(forward, backward), "loss", 320, "level")
+    assert found.attrs["blocks"] == 32
+    logs = np.log([a.reshape(32, 10).var(1, ddof=1) for a in (forward, backward)])
+    assert float(found["ratio"][0]) == pytest.approx(np.exp((logs[0] - logs[1]).mean()), rel=1e-12)
+
+
+def test_what_rests_counts_as_rounding_and_what_diverged_as_nothing():
+    noise = np.random.default_rng(0).standard_normal((3, 400))
+    still = np.ones((3, 400))
+    still[1], noise[2, 100] = noise[1] / 10, np.nan
+    found = local_variance_ratio(runs_of(noise, still), "loss", 400)
+    assert float(found["low"][0]) > 1e20
+    assert float(found["ratio"][1]) == pytest.approx(100)
+    assert found["why"].values.tolist()[2] == "diverged"
+    both = local_variance_ratio(runs_of(still[:1], still[:1]), "loss", 400)
+    assert both["why"].item() == "neither varies, but by rounding"
+    assert np.isnan(both["low"].item())
+
+
+def test_too_few_steps_and_missing_orders_are_refused():
+    noise = np.random.default_rng(0).standard_normal((2, 1, 400))
+    with pytest.raises(StatisticError, match="this statistic needs at least 192 steps"):
+        local_variance_ratio(runs_of(*noise), "loss", 191)
+    with pytest.raises(StatisticError, match="a ratio needs the orders 'forward' and 'bracket'; there is"):
+        local_variance_ratio(runs_of(*noise), "loss", orders=("forward", "bracket"))
