@@ -12,29 +12,9 @@ from trajstore.configuration import build, describe, differences, merge
 from trajstore.errors import ConfigurationError
 from trajstore.experiment import read_toml
 from trajstore.operators.adam import Adam
-from trajstore.presets import preset_names
 from trajstore.schedules.cosine import Cosine
 
 PLAIN = {"name": "q", "problem": {"family": "quadratic"}, "operator": {"family": "sgd", "lr": 0.1}, "steps": 5}
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_every_preset_builds_and_describes_itself(name):
-    experiment = ts.Experiment.preset(name)
-    assert experiment.name == name
-    again = ts.Experiment.of(experiment.config())
-    assert again.config() == experiment.config()
-
-
-@pytest.mark.parametrize(
-    ("name", "curve", "lr"), [("fig4", "x^2", 0.05), ("fig5", "cos(10x)", 0.02), ("fig6", "x^3", 0.02)]
-)
-def test_the_papers_presets_have_the_papers_settings(name, curve, lr):
-    config = ts.Experiment.preset(name).config()
-    problem = config["problem"]
-    assert (problem["curve"], config["operator"]["lr"]) == (curve, lr)
-    assert (problem["depth"], problem["width"], problem["points"], problem["batch_size"]) == (3, 300, 101, 1)
-    assert (config["steps"], config["seeds"], config["orders"]) == (1400, [0, 1, 2, 3, 4], ["forward", "backward"])
 
 
 def test_families_nest():

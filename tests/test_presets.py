@@ -127,7 +127,7 @@ def test_every_figure_is_recorded_and_drawn(name, tmp_path):
     ("name", "scale", "says"),
     [
         ("fig44", "full", "unknown preset 'fig44'; did you mean 'fig4'"),
-        ("fig14", "full", "preset 'fig14' is several experiments; "),
+        ("fig14", "full", "preset 'fig14' is several experiments; name one: fig14.large, fig14.large-slow, "),
         ("fig14.larg", "full", "unknown preset 'fig14.larg'; did you mean 'fig14.large'"),
         ("fig4.large", "full", "unknown preset 'fig4.large'; there is fig4"),
         ("fig4", "tiny", "unknown scale 'tiny'; there is full, small"),

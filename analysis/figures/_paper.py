@@ -65,7 +65,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of a metric before and after a reset, seeds one above the other."""
+    """The levels of a metric before and after a reset, seeds one above the other, and how much less it varies."""
 
     metric: str
     first: int | None = None
@@ -77,6 +77,9 @@ class Levels:
         with style():
             made = panels(ds.sizes["seed"], 1, None, _WIDE)
             reset.draw(ds, self.metric, axes=made.flat)
+            told = _ratios(ds, self.metric, other) if (other := _other(ds)) else {}
+            for ax, one in zip(made.flat, ds["seed"].values.tolist(), strict=True):
+                titled(ax, *ax.get_title(loc="left").split("\n"), told.get(one, ""))
             made.label("step $n$", named(self.metric))
             made.legend()
         return made.figure

@@ -26,6 +26,11 @@ from trajstore.analysis.resets import resets
 __all__ = ["draw"]
 
 _FORWARD = "forward"
+_SETTLES = {
+    "elsewhere": "settles elsewhere",
+    "not told apart": "levels not told apart",
+    "too short": "legs too short to settle",
+}
 
 
 def draw(
@@ -91,7 +96,7 @@ def _levels(ax: Axes, found: xr.Dataset, last: int) -> None:
 def _settled(found: xr.Dataset) -> str:
     told = found["settles"].values.tolist()
     if len(told) == 1:
-        return {"elsewhere": "settles elsewhere", "not told apart": "levels not told apart"}.get(told[0], str(told[0]))
+        return _SETTLES.get(told[0], str(told[0]))
     return f"{told.count('elsewhere')} of {len(told)} resets settle elsewhere" if told else "no reset"
 
 

@@ -47,7 +47,7 @@ def test_differences_are_at_the_same_examples(store):
     one = found.sel(variant="small")
     low, high = ttest_1samp(last, 0).confidence_interval(0.95)
     assert [float(one[k]) for k in ("mean", "low", "high")] == pytest.approx([last.mean(), low, high], rel=1e-9)
-    assert float(found["low"].sel(variant="slow")) > 0  # a twentieth of the learning rate is behind
+    assert bool((found["last"].sel(variant="slow") > 0).all())  # a twentieth of the learning rate is behind
 
 
 def test_two_seeds_have_no_interval(store):
@@ -72,7 +72,9 @@ def test_figures_tell_one_experiment_from_several(store):
     variants = store.variants("rows")
     figure = figures.draw("fig14", variants, seed=[1, 2])
     assert [ax.get_title(loc="left") for ax in figure.axes] == [
-        f"{what}" for seed in (1, 2) for what in (f"seed {seed}, train loss", "less that of 'large'")
+        f"{what}"
+        for seed in (1, 2)
+        for what in (f"seed {seed}, train loss", "less that of 'large'; beyond the panel: slow")
     ]
     assert {line.get_label().partition(":")[0] for line in figure.axes[0].lines} == {"large", "slow", "small"}
     with pytest.raises(ConfigurationError, match="'learning-curves' is of one experiment; choose a variant: large, "):

@@ -62,10 +62,11 @@ def preset_table(name: str, scale: Scale = FULL) -> dict[str, Any]:
     suffix = "" if scale == FULL else f"-{scale}"
     if not known and not variant:
         return {"name": f"{base}{suffix}"} | table
+    names = [f"{base}.{one}" for one in known]
+    if not variant:
+        raise ConfigurationError(f"preset {name!r} is several experiments; name one: {', '.join(names)}")
     if variant not in known:
-        names = [f"{base}.{one}" for one in known]
-        said = f"preset {name!r} is several experiments" if not variant else f"unknown preset {name!r}"
-        raise ConfigurationError(f"{said}; {choices(name, names or [base])}")
+        raise ConfigurationError(f"unknown preset {name!r}; {choices(name, names or [base])}")
     return {"name": f"{base}{suffix}.{variant}"} | merge(table, known[variant])
 
 

@@ -1,0 +1,64 @@
+"""A preset that is several experiments is recorded, drawn and examined by one name."""
+
+from __future__ import annotations
+
+import json
+
+TINY = ("--scale", "small", "--seeds", "0-2", "--steps", "8", "--record-every", "2", "--engine", "reference",
+        "--set", "problem.width=4", "--set", "problem.batch_size=12", "--set", "problem.images.train=24",
+        "--set", "problem.images.test=10")  # fmt: skip
+VARIANTS = ["large", "large-slow", "small-batch", "lambda-0.5", "lambda-1", "lambda-2", "lambda-4"]
+
+
+def test_a_preset_of_several_experiments(trajstore, tmp_path):
+    code, out, err = trajstore("record", "fig14", *TINY, "--store", "s.zarr", "--name", "mine", "--json")
+    assert (code, err) == (0, "")
+    assert [told["experiment"] for told in json.loads(out)] == [f"mine.{variant}" for variant in VARIANTS]
+    code, out, err = trajstore("plot", "s.zarr", "mine", "fig15", "-o", "f.png")
+    assert (code, out, err) == (0, "f.png\n", "")
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+    code, out, _ = trajstore("claims", "s.zarr", "mine.large", "--claim", "stronger", "--json")
+    rows = json.loads(out)
+    assert {row["experiment"] for row in rows} == {"mine"}
+    assert rows[0]["about"] == "lambda-1 against lambda-0.5, train_loss"
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+    code, out, _ = trajstore("record", "fig14.lambda-2", *TINY, "--store", "s.zarr")
+    assert out.startswith("fig14-small.lambda-2: 3 slabs complete")
+    for arguments, says in (
+        (
+            ("plot", "s.zarr", "mine", "learning-curves", "-o", "f.png"),
+            "is of one experiment; choose a variant: lambda",
+        ),
+        (
+            ("plot", "s.zarr", "mine.large", "fig14", "-o", "f.png"),
+            "compares the variants of an experiment; this is one",
+        ),
+        (("plot", "s.zarr", "mine", "fig99", "-o", "f.png"), "no figure 'fig99'; did you mean 'fig9'?"),
+        (
+            ("plot", "s.zarr", "mine.large", "fig4", "-o", "f.png", "--metric", "loss"),
+            "takes no option 'metric'; it takes",
+        ),
+        (("plot", "s.zarr", "yours", "fig14", "-o", "f.png"), "no experiment 'yours'"),
+        (("record", "fig14.larg", "--store", "s.zarr"), "unknown preset 'fig14.larg'; did you mean 'fig14.large'?"),
+        (
+            ("record", "mine.toml", "--scale", "small", "--store", "s.zarr"),
+            "--scale is of presets, and mine.toml is none",
+        ),
+        (("record", "quadratic", "--scale", "small", "--store", "s.zarr"), "preset 'quadratic' has no small scale"),
+        (("record", "fig3", "--steps", "500", "--store", "s.zarr"), "the last step is 500"),
+    ):
+        code, out, err = trajstore(*arguments)
+        assert (code, out) == (2, "")
+        assert says in err
+        assert err.count("\n") == 1
+
+
+def test_presets_are_listed_and_printed(trajstore):
+    code, out, _ = trajstore("presets")
+    names = [line.split()[0] for line in out.splitlines()[2:]]
+    assert code == 0
+    assert names == [*(f"fig{n}" for n in range(2, 20)), "quadratic", "two-constants"]
+    assert "[small]" in trajstore("presets", "fig3")[1]
+    tables = json.loads(trajstore("presets", "fig16", "--json")[1])
+    assert [table["name"] for table in tables] == [f"fig16.{variant}" for variant in VARIANTS]
+    assert json.loads(trajstore("presets", "fig3", "--json")[1])["name"] == "fig3"
