@@ -142,4 +142,4 @@ def test_what_is_no_preset_is_one_clear_line(name, scale, says):
 def test_a_file_begins_with_a_preset_at_a_scale():
     experiment = ts.Experiment.of({"preset": "fig16.lambda-2", "scale": "small", "name": "mine", "steps": 60})
     assert (experiment.name, experiment.steps, experiment.operator.strength) == ("mine", 60, 2.0)
-    assert (experiment.operator.lr, experiment.problem.width) == (0.02, 64)
+    assert (experiment.operator.lr, experiment.problem.width) == (0.006, 64)

@@ -63,7 +63,7 @@ def _differences(variants: Mapping[str, StoredExperiment], base: str, names: lis
             one = found.sel(variant=name)
             mean, low, high = number_of(one, "mean", "low", "high")
             about = f"{name} against {base}, {metric}"
-            why = f"{one.sizes['seed']} seeds, and an interval takes 3"
+            why = "diverged" if not np.isfinite(mean) else f"{one.sizes['seed']} seeds, and an interval takes 3"
             yield by_interval(0.0, about, _GAIN, (-mean, -high, -low), why)
 
 
