@@ -46,7 +46,7 @@ def claims(
         return
     for name in dict.fromkeys(row.claim for row in found):
         mine = [row for row in found if row.claim == name]
-        say(f"{name}: {CLAIMS[name].says} ({CLAIMS[name].where})")
+        say(f"{name}: {CLAIMS[name].says} ({CLAIMS[name].source})")
         if not any(row.experiment for row in mine):
             say(f"  {mine[0].verdict}: {mine[0].evidence}\n")
             continue

@@ -409,3 +409,14 @@ def test_a_damaged_file_of_the_index_is_written_anew(record, table):
     (file,) = (store.place.beside / "index" / table).glob("*.parquet")
     file.write_bytes(b"")
     assert repr(store.sql(f"FROM {table} ORDER BY ALL").fetchall()) == answer
+
+
+def test_data_frames_are_asked_beside_the_stores_tables(record):
+    import pandas as pd
+
+    store = ts.open(record("quadratic", steps=5, seeds=[0, 1]).store.place)
+    frame = pd.DataFrame({"seed": [0, 1], "mine": [10.0, 20.0]})
+    query = "SELECT DISTINCT seed, mine FROM metrics JOIN theirs USING (seed) ORDER BY ALL"
+    assert store.sql(query, theirs=frame).fetchall() == [(0, 10.0), (1, 20.0)]
+    with pytest.raises(QueryError, match="theirs"):
+        store.sql(query)

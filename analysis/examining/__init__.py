@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 from trajstore.analysis.examining import curves, laws, maps, operators
 from trajstore.analysis.examining.finding import OPEN, Finding
 
-from trajstore.errors import NotFoundError, StatisticError, choices
+from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, StatisticError, choices
 from trajstore.store import Store, StoredExperiment
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["CLAIMS", "Claim", "Examined", "claims", "examine", "frame"]
+
+_CANNOT = (StatisticError, ConfigurationError, ConflictError, NotFoundError)
+"""What is recorded is too little, or cannot be computed again: data are missing or others, the problem has changed."""
 
 Ask = Callable[[StoredExperiment], Iterator[Finding]]
 AskVariants = Callable[[Mapping[str, StoredExperiment]], Iterator[Finding]]
@@ -29,7 +32,7 @@ AskVariants = Callable[[Mapping[str, StoredExperiment]], Iterator[Finding]]
 class Claim:
     """A claim of the paper, and how to look for it."""
 
-    where: str
+    source: str
     says: str
     needs: str
     """What must be recorded for it to be examined."""
@@ -42,7 +45,7 @@ class Examined:
     """A row of the table."""
 
     claim: str
-    where: str
+    source: str
     says: str
     experiment: str
     about: str
@@ -187,7 +190,7 @@ def _findings(
         try:
             for finding in findings:
                 yield where, finding
-        except StatisticError as error:
+        except _CANNOT as error:
             yield where, Finding(OPEN, "", "", evidence=str(error))
 
 
@@ -197,6 +200,6 @@ def _is_several(store: Store, name: str) -> bool:
 
 def _row(name: str, experiment: str, finding: Finding) -> Examined:
     claim = CLAIMS[name]
-    return Examined(name, claim.where, claim.says, experiment, **{
+    return Examined(name, claim.source, claim.says, experiment, **{
         field.name: getattr(finding, field.name) for field in fields(Finding)
     })  # fmt: skip

@@ -10,6 +10,7 @@ from trajstore.analysis.examining import CLAIMS, examine
 from trajstore.analysis.examining.finding import by_interval
 
 import trajstore as ts
+from tests.conftest import forget
 from trajstore.errors import NotFoundError
 
 ORDERS = ["forward", "backward", "backward+backward@200", "backward/40"]
@@ -128,6 +129,24 @@ def test_an_interval_decides():
     assert [by_interval(1, "", "", (x, low, high)).verdict for x, low, high in (
         (2, 1.5, 3), (0.5, 0.2, 0.9), (1.2, 0.9, 1.5), (2, float("nan"), float("nan")))] == [
         "holds", "does not hold", "not decidable here", "not decidable here"]  # fmt: skip
+
+
+def test_what_cannot_be_computed_again_does_not_end_the_table(record, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "import torch, trajstore as ts\nx = torch.linspace(-1, 1, 8)[:, None]\n"
+        "def problem():\n"
+        "    return ts.ModuleProblem(lambda: torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, (x, x))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    table = {"name": "own", "problem": {"family": "factory", "function": "own:problem"}, "steps": 100}
+    stored = record({**table, "operator": {"family": "sgd", "lr": 0.1}})
+    (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace("(-1, 1, 8)", "(-1, 2, 8)"))
+    forget("own")
+    found = {row.claim: row for row in examine(stored.store)}
+    assert list(found) == list(CLAIMS)
+    assert found["loss-metric"].verdict == "not decidable here"
+    assert "was recorded with another problem" in found["loss-metric"].evidence
+    assert found["converges"].verdict == "holds"
 
 
 def test_experiments_and_claims_can_be_chosen(store):
