@@ -19,6 +19,7 @@ from trajstore.analysis.figures import FURTHER_COLOURS, ORDER_COLOURS, learning_
 from trajstore.analysis.figures._panels import Drawn, Orders, Seeds, named, panels, selected, step_axis, titled
 from trajstore.analysis.figures._ratios import ratios
 from trajstore.analysis.local import local_variance_ratio
+from trajstore.analysis.resets import resets
 from trajstore.analysis.windows import metrics_of
 from trajstore.analysis.writing import interval
 
@@ -77,7 +78,7 @@ class Levels:
         with style():
             made = panels(ds.sizes["seed"], 1, None, _WIDE)
             reset.draw(ds, self.metric, axes=made.flat)
-            told = _ratios(ds, self.metric, other) if (other := _other(ds)) else {}
+            told = _ratios(ds, self.metric, str(resets(ds, self.metric)["order"].values[0]))
             for ax, one in zip(made.flat, ds["seed"].values.tolist(), strict=True):
                 titled(ax, *ax.get_title(loc="left").split("\n"), told.get(one, ""))
             made.label("step $n$", named(self.metric))

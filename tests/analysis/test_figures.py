@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from trajstore.analysis import local_variance_ratio
 from trajstore.analysis.figures import draw, figure_names, order_colour, style
 from trajstore.analysis.figures._paper import PAPER
 from trajstore.analysis.figures.learning_curves import draw as learning_curves
@@ -484,3 +485,19 @@ def test_the_factors_of_pairs_are_counted(stored, runs):
         draw("contraction", stored, metric="train_loss")
     with pytest.raises(NotFoundError, match="no order 'backwards'; did you mean 'backward'"):
         draw("contraction", stored, order="backwards")
+
+
+def test_figure_3_says_how_much_less_the_order_with_the_reset_varies(record):
+    orders = ["forward", "backward", "backward+backward@200"]
+    ds = record("quadratic", steps=400, seeds=[0, 1, 2], orders=orders).dataset()
+    levels = PAPER["fig3"].__class__("train_loss", first=2)
+    figure = levels(ds)
+    assert len(figure.axes) == 2
+    ratio = local_variance_ratio(ds, "train_loss", orders=("forward", "backward+backward@200"))
+    for ax, seed in zip(figure.axes, (0, 1), strict=True):
+        one = ratio.sel(seed=seed)
+        told = " ".join(ax.get_title(loc="left").split())
+        assert told.startswith(f"seed {seed} settles elsewhere forward between the levels: ")
+        number = interval(*(float(one[name]) for name in ("ratio", "low", "high"))).replace("\N{NO-BREAK SPACE}", " ")
+        assert told.endswith(f"variance forward/backward+backward@200 {number}, steps 201 to 400")
+        assert {line.get_label() for line in ax.lines} >= {"forward", "backward+backward@200"}
