@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from trajstore.analysis.writing import interval, number
 from trajstore.cli.console import print_json, print_table, say
 from trajstore.cli.inspection import print_answer
 from trajstore.cli.options import JSON, StorePath, complete_experiment
@@ -59,6 +58,8 @@ def claims(
 
 def _together(rows: list[Examined]) -> Iterator[list[list[str]]]:
     """Yield the cells of rows; of many that say the same of the same statistic, how many and from where to where."""
+    from trajstore.analysis.writing import number
+
     for _, group in groupby(sorted(rows, key=_kind), _kind):
         alike = list(group)
         if len(alike) <= _MANY:
@@ -76,6 +77,8 @@ def _kind(row: Examined) -> tuple[str, str, str]:
 
 
 def _number(row: Examined) -> str:
+    from trajstore.analysis.writing import interval, number
+
     if row.value != row.value:
         return "–"
     plain = interval(row.value, row.low, row.high) if row.low == row.low else number(row.value, 3)
