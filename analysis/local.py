@@ -13,10 +13,8 @@ import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import quantile, standard_error
 from trajstore.analysis.rounding import of_moves, scale_of
-from trajstore.analysis.variance import CONTRIBUTIONS, Kind
+from trajstore.analysis.variance import CONTRIBUTIONS, Kind, check_kind, pairs_of
 from trajstore.analysis.windows import window_of
-
-from trajstore.errors import StatisticError, choices
 
 __all__ = ["local_variance_ratio"]
 
@@ -41,13 +39,9 @@ def local_variance_ratio(
     geometric mean over blocks, which allows for blocks that depend on each other; ``why`` says why there is none. A
     variance below that of rounding counts as that of rounding, so that the ratio to what has come to rest is a bound.
     """
+    check_kind(kind)
     seen = window_of(ds, metric, window, least=_FEWEST * _SHORTEST)
-    names = [str(name) for name in seen.coords["order"]]
-    for order in orders:
-        if order not in names:
-            raise StatisticError(f"a ratio needs the orders {orders[0]!r} and {orders[1]!r}; {choices(order, names)}")
-    above, below = (seen.values[names.index(order)] for order in orders)
-    found = [_ratio(*pair, kind, level) for pair in zip(above, below, strict=True)]
+    found = [_ratio(above, below, kind, level) for above, below in pairs_of(seen, orders)]
     columns = zip(("ratio", "low", "high", "why"), zip(*found, strict=True), strict=True)
     return xr.Dataset(
         {name: ("seed", np.array(column)) for name, column in columns},

@@ -87,7 +87,7 @@ def step_variance(ds: xr.Dataset, metric: str, window: int = 100) -> xr.DataArra
 
 def rolling_variance(ds: xr.Dataset, metric: str, window: int = 100, kind: Kind = "tail") -> xr.DataArray:
     """Return the variance over the `window` recorded steps that end at each step, (order, seed, step)."""
-    _check(kind)
+    check_kind(kind)
     whole = window_of(ds, metric, "all", least=window)
     rows = whole.values.reshape(-1, len(whole))
     out = np.full(rows.shape, np.nan)
@@ -141,7 +141,7 @@ def variance(
     window is worth; below 50, or where the variance changes over the window, there is no interval, and ``why`` says so.
     """
     seen = window_of(ds, metric, window, least=8)
-    _check(kind)
+    check_kind(kind)
     slabs = [[_estimate(slab, kind, level) for slab in slabs] for slabs in seen.values]
     table = _table(seen, SLABS, seen.coords, slabs, kind, level)
     return table.assign(resets=(SLABS, resets_within(ds, seen.steps)))
@@ -162,18 +162,21 @@ def variance_ratio(
     that it is; ``basis`` then says so, and the interval covers the uncertainty of the first order only.
     """
     seen = window_of(ds, metric, window, least=8)
-    _check(kind)
-    places = []
-    for order in orders:
-        names = [str(name) for name in seen.coords["order"]]
-        if order not in names:
-            raise StatisticError(f"a ratio needs the orders {orders[0]!r} and {orders[1]!r}; {choices(order, names)}")
-        places.append(names.index(order))
-    pairs = zip(*(seen.values[place] for place in places), strict=True)
-    made = [_ratio(above, below, kind, level, orders) for above, below in pairs]
+    check_kind(kind)
+    made = [_ratio(above, below, kind, level, orders) for above, below in pairs_of(seen, orders)]
     table = _table(seen, ("seed",), {"seed": seen.coords["seed"]}, [estimate for estimate, _ in made], kind, level)
     table["basis"] = ("seed", np.array([basis for _, basis in made]))
     return table.assign_attrs(orders=list(orders)).rename(variance="ratio")
+
+
+def pairs_of(seen: Window, orders: tuple[str, str]) -> list[tuple[Floats, Floats]]:
+    """Return the values of two orders, seed by seed."""
+    names = [str(name) for name in seen.coords["order"]]
+    for order in orders:
+        if order not in names:
+            raise StatisticError(f"a ratio needs the orders {orders[0]!r} and {orders[1]!r}; {choices(order, names)}")
+    above, below = (seen.values[names.index(order)] for order in orders)
+    return list(zip(above, below, strict=True))
 
 
 def _of_window(seen: Window, kind: Kind) -> xr.DataArray:
@@ -265,6 +268,7 @@ def _table(
     return xr.Dataset(numbers | why, coords, {**seen.attrs, "kind": kind, "level": level})
 
 
-def _check(kind: str) -> None:
+def check_kind(kind: str) -> None:
+    """Refuse what is no variance."""
     if kind not in get_args(Kind):
         raise ConfigurationError(f"no variance {kind!r}; {choices(kind, get_args(Kind))}")

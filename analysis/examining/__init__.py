@@ -150,13 +150,15 @@ def examine(
     store: Store, experiments: Sequence[str] | None = None, names: Sequence[str] | None = None
 ) -> Iterator[Examined]:
     """Examine claims, by default all of them, in experiments of a store, by default in all, one row after the other."""
-    chosen = list(experiments or store)
-    for name in (name for name in chosen if name not in store and not _is_several(store, name)):
-        raise NotFoundError(f"no experiment {name!r} in {store}; {choices(name, store)}")
+    known = list(store)
+    families = {name.partition(".")[0] for name in known if "." in name}
+    chosen = list(experiments or known)
+    for name in (name for name in chosen if name not in known and name not in families):
+        raise NotFoundError(f"no experiment {name!r} in {store}; {choices(name, known)}")
     for name in (name for name in names or () if name not in CLAIMS):
         raise NotFoundError(f"no claim {name!r}; {choices(name, CLAIMS)}")
-    single = [name for name in chosen if name in store]
-    several = sorted({name.partition(".")[0] for name in chosen if _is_several(store, name.partition(".")[0])})
+    single = [name for name in chosen if name in known]
+    several = sorted({name.partition(".")[0] for name in chosen} & families)
     for name in names or CLAIMS:
         claim, found = CLAIMS[name], False
         for where, finding in _findings(claim, store, single, several):
@@ -192,10 +194,6 @@ def _findings(
                 yield where, finding
         except _CANNOT as error:
             yield where, Finding(OPEN, "", "", evidence=str(error))
-
-
-def _is_several(store: Store, name: str) -> bool:
-    return any(one.startswith(f"{name}.") for one in store)
 
 
 def _row(name: str, experiment: str, finding: Finding) -> Examined:

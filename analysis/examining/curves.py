@@ -40,6 +40,7 @@ def windows(stored: StoredExperiment) -> Iterator[Finding]:
 def _ratios(stored: StoredExperiment, orders: list[str]) -> Iterator[Finding]:
     ds = stored.dataset()
     for order in orders:
+        costs = {seed: _cost(ds, order, seed) for seed in stored.schema.seeds}
         for metric, kind in product(own_metrics(ds), _KINDS):
             found = local_variance_ratio(ds, metric, kind=kind, orders=(_FORWARD, order))
             for seed in found["seed"].values.tolist():
@@ -47,7 +48,7 @@ def _ratios(stored: StoredExperiment, orders: list[str]) -> Iterator[Finding]:
                 ratio, why = number_of(one, "ratio", "low", "high"), str(one["why"].item())
                 statistic = f"{_KINDS[kind]}, forward over {order}"
                 finding = by_interval(1.0, f"seed {seed}, {metric}", statistic, ratio, why)
-                yield replace(finding, evidence=f"{finding.evidence}; {_cost(ds, order, seed)}")
+                yield replace(finding, evidence=f"{finding.evidence}; {costs[seed]}")
 
 
 def converges(stored: StoredExperiment) -> Iterator[Finding]:

@@ -36,8 +36,10 @@ def bracket_is_near(stored: StoredExperiment) -> Iterator[Finding]:
 
 def beats(variants: Mapping[str, StoredExperiment]) -> Iterator[Finding]:
     """D.2.1: the regularized large batch ends with a lower loss than the large and the small batch."""
-    for base in (name for name in variants if not _strength(variants[name])):
-        yield from _differences(variants, base, [name for name in variants if _strength(variants[name])])
+    regularized = [name for name in variants if _strength(variants[name])]
+    for base in variants if regularized else ():
+        if base not in regularized:
+            yield from _differences(variants, base, regularized)
 
 
 def stronger_is_better(variants: Mapping[str, StoredExperiment]) -> Iterator[Finding]:
@@ -70,4 +72,4 @@ def _differences(variants: Mapping[str, StoredExperiment], base: str, names: lis
 def _strength(stored: StoredExperiment) -> float:
     """Return λ / h², 0 of operators that are not regularized."""
     operator = stored.config["operator"]
-    return float(operator["strength"]) if operator["family"] == _REGULARIZED else 0.0
+    return float(operator["strength"]) if operator.get("family") == _REGULARIZED else 0.0

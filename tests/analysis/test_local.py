@@ -7,7 +7,7 @@ import pytest
 from trajstore.analysis import local_variance_ratio
 
 from tests.analysis.processes import ar1, runs_of
-from trajstore.errors import StatisticError
+from trajstore.errors import ConfigurationError, StatisticError
 
 RUNS = 200
 
@@ -55,5 +55,7 @@ def test_too_few_steps_and_missing_orders_are_refused():
     noise = np.random.default_rng(0).standard_normal((2, 1, 400))
     with pytest.raises(StatisticError, match="this statistic needs at least 192 steps"):
         local_variance_ratio(runs_of(*noise), "loss", 191)
+    with pytest.raises(ConfigurationError, match="no variance 'tial'; did you mean 'tail'"):
+        local_variance_ratio(runs_of(*noise), "loss", kind="tial")
     with pytest.raises(StatisticError, match="a ratio needs the orders 'forward' and 'bracket'; there is"):
         local_variance_ratio(runs_of(*noise), "loss", orders=("forward", "bracket"))
