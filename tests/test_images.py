@@ -166,9 +166,19 @@ def test_networks_have_the_parameters_of_the_papers(table, shape, classes, param
     assert count == parameters if parameters else count < 500_000
 
 
+@pytest.mark.parametrize(("init", "variance"), [("torch", 1 / 3), ("lecun", 1), ("he", 2)])
+def test_a_perceptron_is_initialised_as_asked(init, variance):
+    torch.manual_seed(0)
+    first = build("problem", {"family": "mlp", "depth": 1, "init": init}).fresh((1, 28, 28), 10)[1]
+    assert first.weight.var().item() * first.in_features == pytest.approx(variance, rel=0.01)
+    assert (first.bias.abs().max().item() > 0) == (init == "torch")
+
+
 def test_a_network_that_cannot_be_built_says_why():
     with pytest.raises(ConfigurationError, match="images are 8×8, too small to halve 5 times; set"):
         build("problem", {"family": "vgg19", "images": SMALL}).build(CPU)
+    with pytest.raises(ConfigurationError, match="init"):
+        build("problem", {"family": "mlp", "init": "xavier"})
     with pytest.raises(ConfigurationError, match="narrow is 7; it must divide 64 channels"):
         build("problem", {"family": "resnet18", "narrow": 7, "images": SMALL}).build(CPU)
 

@@ -13,7 +13,7 @@ from trajstore.configuration import merge
 from trajstore.errors import ConfigurationError
 from trajstore.presets import about, preset_names, preset_table, variants
 
-MLP = {"family": "mlp", "images": {"family": "fashion-mnist"}, "depth": 5, "width": 500}
+MLP = {"family": "mlp", "images": {"family": "fashion-mnist"}, "depth": 5, "width": 500, "init": "lecun"}
 RESNET, VGG, DEEP = (
     {"family": family, "images": {"family": images}}
     for family, images in (("resnet18", "cifar10"), ("vgg19", "cifar10"), ("resnet50", "cifar100"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+from tests.test_resume import contents, stop_after
+from trajstore import recording
+
 TINY = ("--scale", "small", "--seeds", "0-2", "--steps", "8", "--record-every", "2", "--engine", "reference",
         "--set", "problem.width=4", "--set", "problem.batch_size=12", "--set", "problem.images.train=24",
         "--set", "problem.images.test=10")  # fmt: skip
@@ -51,6 +54,29 @@ def test_a_preset_of_several_experiments(trajstore, tmp_path):
         assert (code, out) == (2, "")
         assert says in err
         assert err.count("\n") == 1
+
+
+def test_an_interrupted_preset_goes_on_where_it_stopped(trajstore, tmp_path, monkeypatch):
+    assert trajstore("record", "fig14", *TINY, "--store", "whole.zarr")[0] == 0
+    begun, really = [], recording.run
+
+    def interrupted(experiment, store, *, progress, **how):
+        begun.append(experiment.name)
+        return really(experiment, store, progress=stop_after(9) if len(begun) == 3 else progress, **how)
+
+    command = ("record", "fig14", *TINY, "--store", "s.zarr", "--workers", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "run", interrupted)
+        code, out, err = trajstore(*command)
+    assert code == 130
+    assert out.count("complete") == 2
+    assert "--resume" in err
+    assert begun == [f"fig14-small.{variant}" for variant in VARIANTS[:3]]
+    assert contents(tmp_path / "s.zarr") != contents(tmp_path / "whole.zarr")
+    code, out, err = trajstore(*command, "--resume")
+    assert (code, err) == (0, "")
+    assert out.count("3 slabs complete") == 7
+    assert contents(tmp_path / "s.zarr") == contents(tmp_path / "whole.zarr")
 
 
 def test_presets_are_listed_and_printed(trajstore):

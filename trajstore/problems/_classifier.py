@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ __all__ = ["Classifier", "Shape", "divided"]
 Shape = tuple[int, int, int]
 """(channel, height, width)."""
 
+_GAIN = {"lecun": "linear", "he": "relu"}
+"""What torch calls weights of variance 1 and 2 over the inputs of their layer."""
+
 
 @dataclass(frozen=True)
 class Classifier(ABC):
@@ -30,19 +34,32 @@ class Classifier(ABC):
     batch_size: int = 8
     sampling: Sampling = "iid"
     dtype: DType = "float32"
+    init: Literal["torch", "lecun", "he"] = "torch"
+    """torch's and torchvision's initialisation, or normal weights and zero biases; `lecun` is what Flax does."""
     eval_batch: int = 500
     """Images that are evaluated at a time; it bounds the memory."""
 
     @abstractmethod
     def network(self, shape: Shape, classes: int) -> nn.Module:
-        """Return the network for images of (channel, height, width), freshly initialised from torch's generator."""
+        """Return the network for images of (channel, height, width), initialised from torch's generator."""
+
+    def fresh(self, shape: Shape, classes: int) -> nn.Module:
+        """Return the network as `init` asks."""
+        net = self.network(shape, classes)
+        if self.init != "torch":
+            for layer in net.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity=_GAIN[self.init])
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+        return net
 
     def build(self, device: torch.device) -> LiveProblem:
         """Return the live problem on a device."""
         data = self.images.load()
         shape, classes = data.shape, data.classes
         return ModuleProblem(
-            module=lambda: self.network(shape, classes),
+            module=lambda: self.fresh(shape, classes),
             loss=F.cross_entropy,
             train=data.train,
             test=data.test,

@@ -16,7 +16,7 @@ __all__ = ["FAMILY", "MLP"]
 
 @dataclass(frozen=True)
 class MLP(Classifier):
-    """`depth` hidden layers of `width` ReLU units, with torch's default initialisation."""
+    """`depth` hidden layers of `width` ReLU units."""
 
     depth: int = 5
     width: int = 500

@@ -21,7 +21,7 @@ _HALVINGS = 5
 
 @dataclass(frozen=True)
 class VGG19(Classifier):
-    """Configuration E without batch normalisation, initialised as torchvision does."""
+    """Configuration E without batch normalisation."""
 
     narrow: int = 1
     """By how much all numbers of channels are divided."""
