@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +23,7 @@ __all__ = ["Classifier", "Shape", "divided"]
 Shape = tuple[int, int, int]
 """(channel, height, width)."""
 
-_GAIN = {"lecun": "linear", "he": "relu"}
+_GAIN: Mapping[str, Literal["linear", "relu"]] = {"lecun": "linear", "he": "relu"}
 """What torch calls weights of variance 1 and 2 over the inputs of their layer."""
 
 
