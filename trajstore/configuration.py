@@ -12,13 +12,13 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, cast, get_type_hints
 
 from trajstore.errors import ConfigurationError, choices
-from trajstore.families import family, family_name
+from trajstore.families import family, family_name, family_names
 
-__all__ = ["build", "check_fields", "describe", "differences", "merge"]
+__all__ = ["build", "check_fields", "completed", "defaults", "describe", "differences", "merge"]
 
 _PACKAGES = {
     "problem": "trajstore.problems",
@@ -54,12 +54,34 @@ def check_fields(what: str, declared: type[Any], given: Mapping[str, Any]) -> di
         if name not in known:
             raise ConfigurationError(f"{what} has no field {name!r}; {choices(name, known)}")
     for name, field in known.items():
-        if field.default is MISSING and field.default_factory is MISSING and name not in given:
+        if not _has_default(field) and name not in given:
             raise ConfigurationError(f"{what} needs {name}")
     return {
         name: build(name, value) if name in _PACKAGES else _validated(f"{what}: {name}", hints[name], value)
         for name, value in given.items()
     }
+
+
+def completed(kind: str, table: Any) -> Any:  # noqa: ANN401
+    """Return a stored table with the fields that its family got since it was stored.
+
+    What a field has by default is what was done before there was the field.
+    """
+    name = table.get("family") if isinstance(table, Mapping) else None
+    if name not in family_names(_PACKAGES[kind]):
+        return table  # of a loop, of an import, or a declaration from elsewhere
+    nested = {key: completed(key, value) if key in _PACKAGES else value for key, value in table.items()}
+    return nested | {k: v for k, v in defaults(family(_PACKAGES[kind], name)).items() if k not in table}
+
+
+def defaults(declared: type[Any]) -> dict[str, Any]:
+    """Return what the fields of a dataclass are if nothing is said, described."""
+    there = [field for field in fields(declared) if _has_default(field)]
+    return {f.name: describe(f.default_factory() if f.default is MISSING else f.default) for f in there}
+
+
+def _has_default(field: Field[Any]) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING
 
 
 def _validated(what: str, hint: Any, value: Any) -> Any:  # noqa: ANN401

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trajstore.configuration import check_fields, describe, merge
+from trajstore.configuration import check_fields, completed, defaults, describe, merge
 from trajstore.engine.refining import Wanted
 from trajstore.errors import ConfigurationError, choices
 from trajstore.grids import coarse, every, exactly, log_then_every
@@ -29,7 +29,7 @@ from trajstore.presets import FULL, Scale, preset_table
 from trajstore.problems import LiveProblem, Problem
 from trajstore.storage.codecs import Codec
 
-__all__ = ["Experiment", "Record", "check_name", "read_toml"]
+__all__ = ["Experiment", "Record", "check_name", "of_today", "read_toml"]
 
 
 _MOST_STEPS = 100_000_000
@@ -222,6 +222,12 @@ class Experiment:
             "stops": list(self.stops),
             "record": {f.name: describe(getattr(self.record, f.name)) for f in fields(self.record)},
         }
+
+
+def of_today(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration as it would be stored by now: with the fields that were added since."""
+    tables = {kind: completed(kind, config[kind]) for kind in ("problem", "operator") if kind in config}
+    return {**config, **tables, "record": defaults(Record) | dict(config["record"])}
 
 
 def check_name(name: str) -> None:

@@ -18,6 +18,7 @@ from zarr.core.buffer.cpu import Buffer
 
 from trajstore.configuration import differences
 from trajstore.errors import ConflictError
+from trajstore.experiment import of_today
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import PARTIAL, keeper_of
@@ -100,7 +101,7 @@ def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
 def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, Any], Schema]:
     """Return configuration and schema of what both have together; refuse what does not go together."""
     left, right = ({k: v for k, v in e.config.items() if k not in _GROWING} for e in (here, there))
-    found = differences(left, right)
+    found = differences(of_today(left), of_today(right))
     a, b = here.schema, there.schema
     growing = ("orders", "seeds", "init_seeds", "data_seeds", "steps", "snapshots", "metrics", "late")
     shape, other = ({k: v for k, v in s.to_json().items() if k not in growing} for s in (a, b))

@@ -16,7 +16,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trajstore.configuration import differences
+from trajstore.configuration import completed, differences
 from trajstore.engine.reference import gradient_of
 from trajstore.engine.wavefront import functional_gradient
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError
@@ -154,7 +154,7 @@ def experiment_of(source: Source) -> Experiment:
         raise ConfigurationError(
             f"experiment {name!r} cannot be replayed: its problem cannot be made from what is stored ({error})"
         ) from None
-    if other := differences(config["problem"], made):
+    if other := differences(completed("problem", config["problem"]), made):
         raise ConflictError(
             f"experiment {name!r} was recorded with another problem than the one there is by now; what differs is "
             f"{other[0][:200]}"

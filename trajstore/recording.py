@@ -23,7 +23,7 @@ from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import EngineChoice, Plan, ready
 from trajstore.engine.walk import Slab, applications
 from trajstore.errors import ConfigurationError, ConflictError, SlowPlanWarning
-from trajstore.experiment import Experiment
+from trajstore.experiment import Experiment, of_today
 from trajstore.filling import fill_here, ledgers_of
 from trajstore.fills import noted
 from trajstore.flattening import schema_of
@@ -225,7 +225,7 @@ def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, re
     own = experiment.config()
     growing = ("orders", "seeds", "steps", "stops") if extend else ()
     left, right = ({k: v for k, v in c.items() if k not in growing} for c in (config, own))
-    found = differences(left, right)
+    found = differences(of_today(left), right)
     new = replace(schema_of(experiment, live), late=schema.late)  # what was computed since is nobody's wish
     shape, wanted = schema.to_json(), new.to_json()  # these too: a function's globals may have changed
     if extend:
