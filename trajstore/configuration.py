@@ -77,7 +77,7 @@ def completed(kind: str, table: Any) -> Any:  # noqa: ANN401
 def defaults(declared: type[Any]) -> dict[str, Any]:
     """Return what the fields of a dataclass are if nothing is said, described."""
     there = [field for field in fields(declared) if _has_default(field)]
-    return {f.name: describe(f.default_factory() if f.default is MISSING else f.default) for f in there}
+    return {f.name: describe(f.default if f.default_factory is MISSING else f.default_factory()) for f in there}
 
 
 def _has_default(field: Field[Any]) -> bool:
