@@ -153,11 +153,10 @@ def _experiments(
         return [Experiment.of(merge(read_toml(Path(what)), changes))]
     if ":" in what:
         return [_from_function(what, changes)]
-    tables = [preset_table(one, scale) for one in variants(what)]
-    if len(tables) > 1 and "name" in changes:
-        name = changes.pop("name")
-        tables = [{**table, "name": f"{name}.{table['name'].partition('.')[2]}"} for table in tables]
-    return [Experiment.of(merge(table, changes)) for table in tables]
+    names = variants(what)
+    if len(names) > 1:
+        return [Experiment.of(preset_table(one, scale, shared=changes)) for one in names]
+    return [Experiment.of(merge(preset_table(what, scale), changes))]
 
 
 def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:

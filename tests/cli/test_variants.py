@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import trajstore as ts
 from tests.test_resume import contents, stop_after
 from trajstore import recording
 
@@ -27,7 +28,18 @@ def test_a_preset_of_several_experiments(trajstore, tmp_path):
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
     code, out, _ = trajstore("record", "fig14.lambda-2", *TINY, "--store", "s.zarr")
     assert out.startswith("fig14-small.lambda-2: 3 slabs complete")
+    half = ts.open(tmp_path / "s.zarr")["mine.small-batch"].config  # follows what is changed for all
+    assert (half["steps"], half["problem"]["batch_size"], half["operator"]["lr"]) == (16, 6, 0.01)
+    assert (half["record"]["every"], half["record"]["snapshot_every"]) == (4, None)
     for arguments, says in (
+        (
+            ("record", "fig16", *TINY, "--set", "problem.batch_size=13", "--store", "t.zarr"),
+            "fig16.small-batch: problem: batch_size is 13, which cannot be divided by 3",
+        ),
+        (
+            ("record", "fig14", *TINY, "--set", "operator=adam", "--store", "t.zarr"),
+            "fig14.large-slow: operator is 'adam', which cannot be divided by",
+        ),
         (
             ("plot", "s.zarr", "mine", "learning-curves", "-o", "f.png"),
             "is of one experiment; choose a variant: lambda",

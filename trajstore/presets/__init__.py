@@ -2,7 +2,7 @@
 
 A file may begin with another preset, as experiment files do. Its table ``small`` is laid over the rest at the scale of
 the same name: what two cores do in minutes. ``variants`` makes it several experiments, each a table laid over what they
-share; one alone is ``NAME.VARIANT``.
+share, in which ``times`` and ``over`` say what is multiplied and divided; one alone is ``NAME.VARIANT``.
 
 >>> preset_table("fig4")["steps"], preset_table("fig4", "small")["name"]
 (1400, 'fig4-small')
@@ -52,22 +52,62 @@ def variants(name: str) -> list[str]:
     return [f"{name}.{variant}" for variant in _merged(name, FULL).get("variants", {})] or [name]
 
 
-def preset_table(name: str, scale: Scale = FULL) -> dict[str, Any]:
-    """Return a preset, or one variant of it, as plain data."""
+def preset_table(name: str, scale: Scale = FULL, shared: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return a preset, or one variant of it, as plain data.
+
+    `shared` changes what variants have in common: with half the steps, one that does two for each does half as many.
+    """
     if scale not in get_args(Scale):
         raise ConfigurationError(f"unknown scale {scale!r}; {choices(str(scale), get_args(Scale))}")
     base, _, variant = name.partition(".") if isinstance(name, str) else (name, "", "")
-    table = _merged(base, scale)
+    table = {"name": base if scale == FULL else f"{base}-{scale}"} | merge(_merged(base, scale), shared or {})
     known = table.pop("variants", {})
-    suffix = "" if scale == FULL else f"-{scale}"
     if not known and not variant:
-        return {"name": f"{base}{suffix}"} | table
+        return table
     names = [f"{base}.{one}" for one in known]
     if not variant:
         raise ConfigurationError(f"preset {name!r} is several experiments; name one: {', '.join(names)}")
     if variant not in known:
         raise ConfigurationError(f"unknown preset {name!r}; {choices(name, names or [base])}")
-    return {"name": f"{base}{suffix}.{variant}"} | merge(table, known[variant])
+    return _variant(table, known[variant], name) | {"name": f"{table['name']}.{variant}"}
+
+
+def _variant(shared: Mapping[str, Any], own: Mapping[str, Any], name: str) -> dict[str, Any]:
+    table = _laid_over(shared, {key: value for key, value in own.items() if key not in ("times", "over")})
+    return _divided(_multiplied(table, own.get("times", {})), own.get("over", {}), name)
+
+
+def _laid_over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay a table over another; unlike in `merge`, a variant of another family has all that it shares."""
+    both = {
+        key: _laid_over(shared[key], value) if isinstance(shared.get(key), Mapping) else value
+        for key, value in own.items()
+    }
+    return {**shared, **both}
+
+
+def _multiplied(table: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
+    products = {
+        key: _multiplied(table[key], factor) if isinstance(factor, Mapping) else table[key] * factor
+        for key, factor in by.items()
+        if table.get(key) is not None
+    }
+    return {**table, **products}
+
+
+def _divided(table: Mapping[str, Any], by: Mapping[str, Any], where: str) -> dict[str, Any]:
+    quotients: dict[str, Any] = {}
+    for key, divisor in by.items():
+        value = table.get(key)
+        if isinstance(divisor, Mapping) and isinstance(value, Mapping):
+            quotients[key] = _divided(value, divisor, f"{where}: {key}")
+        elif isinstance(value, int) and value % divisor == 0:
+            quotients[key] = value // divisor
+        elif isinstance(value, float):
+            quotients[key] = value / divisor
+        else:
+            raise ConfigurationError(f"{where}: {key} is {value!r}, which cannot be divided by {divisor}")
+    return {**table, **quotients}
 
 
 def _merged(name: str, scale: Scale) -> dict[str, Any]:
