@@ -20,8 +20,8 @@ def interval(value: float, low: float, high: float) -> str:
     0.9499 [0.9491, 0.9507]; 12.3 [8.1, 17.3]; 290
     >>> print(interval(1.000089, 1.000041, 1.000137), interval(9e-5, 4.1e-5, 1e-3), interval(2e7, 1e7, 4e7), sep="; ")
     1.000089 [1.000041, 1.000137]; 9e-5 [4.1e-5, 1e-3]; 2e7 [1e7, 4e7]
-    >>> print(interval(0.25, 0.25, 0.25))
-    0.25 [0.25, 0.25]
+    >>> print(interval(0.25, 0.25, 0.25), interval(39.96, 0.1559, 10240), sep="; ")
+    0.25 [0.25, 0.25]; 40 [0.16, 1e4]
     """
     if not np.isfinite([low, high]).all():
         return number(value)
@@ -31,7 +31,9 @@ def interval(value: float, low: float, high: float) -> str:
     if largest < 1e4 and (decimals <= 4 or largest >= 0.01):
         return _with_interval(value, low, high, lambda x: f"{x:.{min(max(decimals, 0), 12)}f}")
     digits = int(np.clip(np.floor(np.log10(largest)) + decimals, 2, 12))
-    return _with_interval(value, low, high, lambda x: _scientific(x, digits))
+    return _with_interval(
+        value, low, high, lambda x: number(x, digits) if x == 0 or 0.01 <= abs(x) < 1e4 else _scientific(x, digits)
+    )
 
 
 def _with_interval(value: float, low: float, high: float, write: Callable[[float], str]) -> str:
