@@ -25,7 +25,8 @@ from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standar
 from trajstore.analysis.rounding import of_moves, scale_of
 from trajstore.analysis.windows import SLABS, Window, resets_within, window_of
 
-from trajstore.errors import ConfigurationError, StatisticError, choices
+from trajstore.errors import ConfigurationError, OrderError, StatisticError, choices
+from trajstore.orders import Order
 
 __all__ = [
     "Kind",
@@ -175,8 +176,23 @@ def pairs_of(seen: Window, orders: tuple[str, str]) -> list[tuple[Floats, Floats
     for order in orders:
         if order not in names:
             raise StatisticError(f"a ratio needs the orders {orders[0]!r} and {orders[1]!r}; {choices(order, names)}")
+    same = _same_until(orders, int(seen.steps[-1]))
+    if seen.steps[0] <= same > 0:
+        raise StatisticError(
+            f"{seen.metric}: orders {orders[0]!r} and {orders[1]!r} are the same up to step {same}, and the window of "
+            f"{len(seen)} recorded steps begins at step {seen.steps[0]}: it would compare iterates with themselves"
+        )
     above, below = (seen.values[names.index(order)] for order in orders)
     return list(zip(above, below, strict=True))
+
+
+def _same_until(orders: tuple[str, str], last: int) -> int:
+    """Return the step up to which two orders are one by definition; a loop calls its orders as it likes."""
+    try:
+        one, other = map(Order.parse, orders)
+    except OrderError:
+        return 0
+    return one.same_until(other, last) if one != other else 0
 
 
 def _of_window(seen: Window, kind: Kind) -> xr.DataArray:

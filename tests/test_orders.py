@@ -96,3 +96,24 @@ def test_an_order_must_fit_the_experiment():
     with pytest.raises(OrderError, match="did you mean 'train_loss'"):
         Order.parse("backward/5?train_los").check(20, ["train_loss", "test_loss"])
     Order.parse("backward+backward@19").check(20, [])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("forward", "backward", 0),
+        ("forward", "bracket", 0),
+        ("forward", "forward+backward@40", 40),
+        ("backward", "backward+backward@40", 40),
+        ("backward/20", "backward", 20),
+        ("backward/20", "backward/20?train_loss", 20),
+        ("backward/20", "backward/10", 10),
+        ("backward+backward/20@40", "backward+backward@40", 60),
+        ("backward+backward@40", "backward+forward@40", 40),
+        ("backward", "backward/200", 100),
+        ("backward", "backward", 100),
+    ],
+)
+def test_until_where_two_orders_are_one(one, other, same):
+    assert Order.parse(one).same_until(Order.parse(other), 100) == same
+    assert Order.parse(other).same_until(Order.parse(one), 100) == same

@@ -96,6 +96,16 @@ class Order:
                 turns[leg.start] = Leg(leg.kind, leg.start, leg.window)  # a written start is unconditional
         return {a: turns[a] for a in sorted(turns) if a < steps}
 
+    def same_until(self, other: Order, steps: int) -> int:
+        """Return the step up to which another order has the same iterates by definition.
+
+        >>> Order.parse("forward").same_until(Order.parse("forward+backward@1000"), 2000)
+        1000
+        """
+        one, two = ({0: Leg(order.legs[0].kind)} | order.turns(steps) for order in (self, other))
+        kinds = [{start: (leg.kind, leg.metric) for start, leg in legs.items()} for legs in (one, two)]
+        return min((start for start in one | two if kinds[0].get(start) != kinds[1].get(start)), default=steps)
+
     @property
     def metrics(self) -> frozenset[str]:
         """Metrics on which the legs depend."""

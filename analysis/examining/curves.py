@@ -14,9 +14,10 @@ from trajstore.analysis.examining.finding import FAILS, HOLDS, OPEN, Finding, Ve
 from trajstore.analysis.local import local_variance_ratio
 from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
 from trajstore.analysis.resets import resets
-from trajstore.analysis.variance import Kind
+from trajstore.analysis.variance import Kind, pairs_of
 from trajstore.analysis.windows import own_metrics, window_of
 
+from trajstore.errors import StatisticError
 from trajstore.orders import Order
 from trajstore.store import StoredExperiment
 
@@ -42,11 +43,15 @@ def _ratios(stored: StoredExperiment, orders: list[str]) -> Iterator[Finding]:
     for order in orders:
         costs = {seed: _cost(ds, order, seed) for seed in stored.schema.seeds}
         for metric, kind in product(own_metrics(ds), _KINDS):
-            found = local_variance_ratio(ds, metric, kind=kind, orders=(_FORWARD, order))
+            statistic = f"{_KINDS[kind]}, forward over {order}"
+            try:
+                found = local_variance_ratio(ds, metric, kind=kind, orders=(_FORWARD, order))
+            except StatisticError as error:  # of this order: of others there may be enough
+                yield Finding(OPEN, metric, statistic, evidence=str(error))
+                continue
             for seed in found["seed"].values.tolist():
                 one = found.sel(seed=seed)
                 ratio, why = number_of(one, "ratio", "low", "high"), str(one["why"].item())
-                statistic = f"{_KINDS[kind]}, forward over {order}"
                 finding = by_interval(1.0, f"seed {seed}, {metric}", statistic, ratio, why)
                 yield replace(finding, evidence=f"{finding.evidence}; {costs[seed]}")
 
@@ -82,8 +87,7 @@ def lower_loss(stored: StoredExperiment) -> Iterator[Finding]:
     for order in (order for order in _others(stored) if not _is_windowed(order)):
         for metric in losses:
             seen = window_of(ds, metric, None, least=ENOUGH)
-            names = [str(name) for name in seen.coords["order"]]
-            gaps = seen.values[names.index(_FORWARD)] - seen.values[names.index(order)]
+            gaps = [one - other for one, other in pairs_of(seen, (_FORWARD, order))]
             for seed, gap in zip(seen.coords["seed"].tolist(), gaps, strict=True):
                 about, statistic = f"seed {seed}, {metric}", f"mean of forward less {order}"
                 if not np.isfinite(gap).all():

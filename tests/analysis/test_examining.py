@@ -68,7 +68,7 @@ def test_every_claim_has_a_row_and_says_what_it_lacks(table):
     assert (lacking["verdict"] == "not decidable here").all()
     assert "it needs the presets fig14, fig16 or fig18" in lacking["evidence"]["stronger"]
     short = table[(table["claim"] == "less-variance") & (table["experiment"] == "many")]
-    assert short["evidence"].tolist() == ["train_loss: it was measured at 31 steps, fewer than the window of 192"]
+    assert set(short["evidence"]) == {"train_loss: it was measured at 31 steps, fewer than the window of 192"}
 
 
 def test_numbers_have_intervals_and_costs(table):

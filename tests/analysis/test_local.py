@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from trajstore.analysis import local_variance_ratio
+from trajstore.analysis import local_variance_ratio, variance_ratio
 
 from tests.analysis.processes import ar1, runs_of
 from trajstore.errors import ConfigurationError, StatisticError
@@ -59,3 +59,17 @@ def test_too_few_steps_and_missing_orders_are_refused():
         local_variance_ratio(runs_of(*noise), "loss", kind="tial")
     with pytest.raises(StatisticError, match="a ratio needs the orders 'forward' and 'bracket'; there is"):
         local_variance_ratio(runs_of(*noise), "loss", orders=("forward", "bracket"))
+
+
+@pytest.mark.parametrize("ratio", [local_variance_ratio, variance_ratio])
+def test_iterates_are_not_compared_with_themselves(ratio):
+    """An order that begins as the other has the same iterates there, which would draw the ratio to 1."""
+    forward, backward = (ar1(0.5, 400, 2, k) for k in range(2))
+    orders = ("forward", "forward+backward@200")
+    ds = runs_of(forward, backward).assign_coords(order=list(orders))
+    same = "the same up to step 200, and the window of 210 recorded steps begins at step 1"
+    with pytest.raises(StatisticError, match=same):
+        ratio(ds, "loss", 210, orders=orders)
+    assert ratio(ds, "loss", 195, orders=orders).sizes["seed"] == 2
+    named = ds.assign_coords(order=["drawn", "shuffled"])
+    assert ratio(named, "loss", 210, orders=("drawn", "shuffled")).sizes["seed"] == 2
