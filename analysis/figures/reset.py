@@ -44,8 +44,8 @@ def draw(
     """Draw an order that begins new legs, by default the first that does, with `forward` if it is there.
 
     Black bars are the levels of `analysis.resets`, over the last half of each leg, the grey about them is their 95%
-    interval, and dotted lines are resets. The titles say where it settled, and how much of forward during the new legs
-    is between the levels. `axes` are one a seed.
+    interval, and dotted lines are resets. The titles say where it settled, and where that is elsewhere, how much of
+    forward during the new legs is between the levels. `axes` are one a seed.
     """
     ds = selected(ds, seed)
     metric = main_metric(ds, metric)
@@ -101,7 +101,7 @@ def _settled(found: xr.Dataset) -> str:
 
 
 def _between(found: xr.Dataset) -> str:
-    shares = found["forward_between"].values
+    shares = found["forward_between"].values[found["settles"].values == "elsewhere"]  # only these are levels apart
     shares = shares[np.isfinite(shares)]
     if not len(shares):
         return ""
