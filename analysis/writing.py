@@ -10,30 +10,32 @@ __all__ = ["interval", "number"]
 
 _EXACT = 1e-9
 """An interval as narrow as that, relative to its ends, has no width that could be shown."""
+_WIDE = 100
+"""Ends so many times apart are each written with two digits: the width tells nothing of the lower one."""
 _TOGETHER = "\N{NO-BREAK SPACE}"
 
 
 def interval(value: float, low: float, high: float) -> str:
-    """Write a number with two digits of its interval's width, so that no line breaks in it.
+    """Write a number with two digits of its interval's width, or of its own, so that no line breaks in it.
 
     >>> print(interval(0.94987, 0.9491, 0.9507), interval(12.34, 8.1, 17.3), interval(294.1, np.nan, np.nan), sep="; ")
     0.9499 [0.9491, 0.9507]; 12.3 [8.1, 17.3]; 290
     >>> print(interval(1.000089, 1.000041, 1.000137), interval(9e-5, 4.1e-5, 1e-3), interval(2e7, 1e7, 4e7), sep="; ")
     1.000089 [1.000041, 1.000137]; 9e-5 [4.1e-5, 1e-3]; 2e7 [1e7, 4e7]
-    >>> print(interval(0.25, 0.25, 0.25), interval(39.96, 0.1559, 10240), sep="; ")
-    0.25 [0.25, 0.25]; 40 [0.16, 1e4]
+    >>> print(interval(0.25, 0.25, 0.25), interval(39.96, 0.00023, 10240), sep="; ")
+    0.25 [0.25, 0.25]; 40 [0.00023, 1e4]
     """
     if not np.isfinite([low, high]).all():
         return number(value)
     if high - low <= _EXACT * max(abs(low), abs(high)):
         return _with_interval(value, low, high, lambda x: number(x, 4))
+    if high > _WIDE * low > 0:
+        return _with_interval(value, low, high, number)
     decimals, largest = int(1 - np.floor(np.log10(high - low))), max(abs(value), abs(low), abs(high))
     if largest < 1e4 and (decimals <= 4 or largest >= 0.01):
         return _with_interval(value, low, high, lambda x: f"{x:.{min(max(decimals, 0), 12)}f}")
     digits = int(np.clip(np.floor(np.log10(largest)) + decimals, 2, 12))
-    return _with_interval(
-        value, low, high, lambda x: number(x, digits) if x == 0 or 0.01 <= abs(x) < 1e4 else _scientific(x, digits)
-    )
+    return _with_interval(value, low, high, lambda x: _scientific(x, digits))
 
 
 def _with_interval(value: float, low: float, high: float, write: Callable[[float], str]) -> str:
