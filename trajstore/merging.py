@@ -18,7 +18,6 @@ from zarr.core.buffer.cpu import Buffer
 
 from trajstore.configuration import differences
 from trajstore.errors import ConflictError
-from trajstore.experiment import of_today
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import PARTIAL, keeper_of
@@ -101,7 +100,11 @@ def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
 def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, Any], Schema]:
     """Return configuration and schema of what both have together; refuse what does not go together."""
     left, right = ({k: v for k, v in e.config.items() if k not in _GROWING} for e in (here, there))
-    found = differences(of_today(left), of_today(right))
+    found = differences(left, right)
+    if found:  # perhaps by fields that came later; asking loads torch, which nothing else here does
+        from trajstore.experiment import of_today
+
+        found = differences(of_today(left), of_today(right))
     a, b = here.schema, there.schema
     growing = ("orders", "seeds", "init_seeds", "data_seeds", "steps", "snapshots", "metrics", "late")
     shape, other = ({k: v for k, v in s.to_json().items() if k not in growing} for s in (a, b))
