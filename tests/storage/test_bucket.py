@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -18,6 +19,9 @@ import numpy as np
 import obstore
 import pytest
 import zarr
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.storage import ObjectStore
 
 import trajstore.storage.bucket as module
 from tests.torture import Report
@@ -346,26 +350,55 @@ def test_a_store_that_does_not_answer_is_not_taken_for_a_damaged_one(bucket, mon
     record(bucket, 0.0)
     get = module._get
 
-    def sometimes(objects, key):
+    def sometimes(objects, key, part=None):
         if "/leg/c/" in key:
             raise UnreachableError("the network is away")
-        return get(objects, key)
+        return get(objects, key, part)
 
     monkeypatch.setattr(module, "_get", sometimes)
-    read = module.ObjectStore.get
-
-    async def seldom(self, key, *args):
-        if "/leg/c/" in key:
-            raise UnreachableError("the network is away")
-        return await read(self, key, *args)
-
-    monkeypatch.setattr(module.ObjectStore, "get", seldom)
     for repair in (False, True):
         with pytest.raises(UnreachableError):
             list(verify(Store(bucket), repair=repair))
     monkeypatch.undo()
     assert list(verify(Store(bucket))) == []
     assert Store(bucket)["e"].commits().complete.all()
+
+
+def test_zarr_sees_what_its_own_view_of_a_bucket_shows(bucket):
+    for key, content in {"a/b/c": b"12345", "a/b/d": b"678", "a/e": b"9", "f": b"0"}.items():
+        obstore.put(bucket.objects, key, content)
+    ours, plain = bucket.keeper(read_only=True), ObjectStore(bucket.objects, read_only=True)
+    parts = [None, RangeByteRequest(1, 3), RangeByteRequest(2, 9), OffsetByteRequest(2), SuffixByteRequest(2)]
+
+    async def shown(store) -> list[object]:
+        found: list[object] = []
+        for key in ("a/b/c", "a/b", "nothing"):
+            found += [await store.exists(key), *[await store.get(key, default_buffer_prototype(), p) for p in parts]]
+        found += await store.get_partial_values(default_buffer_prototype(), [("f", None), ("a/b/c", parts[1])])
+        for prefix in ("", "a", "a/", "a/b", "nothing"):
+            found.append(sorted([name async for name in store.list_dir(prefix)]))
+            found.append(sorted([key async for key in store.list_prefix(prefix)]))
+            found.append(await store.getsize_prefix(prefix))
+        found.append(sorted([key async for key in store.list()]))
+        return [bytes(one.to_bytes()) if isinstance(one, Buffer) else one for one in found]
+
+    assert (found := asyncio.run(shown(ours))) == asyncio.run(shown(plain))
+    assert b"345" in found
+
+
+def test_no_thread_outlives_its_answer(bucket, monkeypatch):
+    """obstore's own threads want the interpreter after they have answered: one that ends just then is aborted."""
+    declared(bucket)
+
+    def used(*_: object, **__: object) -> None:
+        raise AssertionError("answers come in threads of obstore's")
+
+    for name in dir(obstore):
+        if name.endswith("_async"):
+            monkeypatch.setattr(obstore, name, used)
+    record(bucket, 0.0)
+    assert list(verify(Store(bucket))) == []
+    assert np.array_equal(Store(bucket)["e"].group["params"][0, 0, 0], np.arange(12))
 
 
 def test_whoever_lost_the_lock_of_declarations_deletes_nothing(bucket):

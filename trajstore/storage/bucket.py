@@ -11,26 +11,31 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
+import zarr
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import MemoryStore, from_url
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import ObjectStore
 
 from trajstore.errors import BusyError, ConfigurationError, UnreachableError
 from trajstore.storage.leases import Lease, died, free, holder_of, is_own, taken
 from trajstore.storage.place import DECLARING, DOCUMENT, Durability, ReplacedError
 
 if TYPE_CHECKING:
-    from obstore import UpdateVersion
+    from obstore import GetOptions, UpdateVersion
 
 __all__ = ["Bucket"]
+
+T = TypeVar("T")
 
 _LOCKS = "locks"
 _AT_ONCE = 1_000
@@ -89,6 +94,13 @@ class Bucket:
         """Return the first parts of all keys that have several, in order."""
         with self.told():
             return sorted(obstore.list_with_delimiter(self.objects)["common_prefixes"])
+
+    def names(self, prefix: str) -> list[str]:
+        """Return the first parts of all keys below a prefix, in order."""
+        with self.told():
+            found = obstore.list_with_delimiter(self.objects, prefix or None)
+        whole = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        return sorted(PurePosixPath(path).name for path in whole)
 
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""
@@ -169,7 +181,7 @@ class Bucket:
             name = lease.key.removeprefix(f"{_LOCKS}/")
             raise BusyError(f"{self.address}: the lock {name!r} {now}; nothing more is written, and --resume goes on")
 
-    def keeper(self, *, read_only: bool, durability: Durability = "segment") -> ObjectStore[Any]:
+    def keeper(self, *, read_only: bool, durability: Durability = "segment") -> ZarrStore:
         """Return the Zarr store; an object that was put is durable, whatever is asked for."""
         return _Guarded(self, read_only=read_only)
 
@@ -243,11 +255,18 @@ class Bucket:
                 _replace(self._locks, lease.key, free(found[0], clean=clean), found[1])
 
 
-class _Guarded(ObjectStore[Any]):
-    """Zarr's view of a bucket: every put is conditional."""
+class _Guarded(ZarrStore):
+    """Zarr's view of a bucket: every put is conditional.
+
+    Requests are made by threads that wait for their answers. obstore could do without them, but its own threads still
+    need the interpreter for a moment after they have answered, and a process that ends in this moment is aborted, with
+    everything done and written.
+    """
+
+    supports_writes = supports_deletes = supports_listing = True
 
     def __init__(self, bucket: Bucket, *, read_only: bool) -> None:
-        super().__init__(bucket.objects, read_only=read_only)
+        super().__init__(read_only=read_only)
         self._bucket = bucket
         self._seen: dict[str, UpdateVersion | None] = {}
         """Key → the version that this process put there, or, of records, read there; None: that there was none."""
@@ -255,6 +274,12 @@ class _Guarded(ObjectStore[Any]):
         """Prefix → the lock under which to write below it."""
         self._records: set[str] = set()
         """Prefixes of records, which are replaced only as they were seen."""
+
+    def __str__(self) -> str:
+        return self._bucket.address
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Guarded) and (self._bucket, self.read_only) == (other._bucket, other.read_only)
@@ -274,12 +299,22 @@ class _Guarded(ObjectStore[Any]):
         return 0 if lease is None else lease.fence
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return what is there."""
+        """Return what is there, or a part of it."""
+        found = await _in_a_thread(self._get, key, byte_range)
+        return None if found is None else prototype.buffer.from_bytes(found)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """Return what is there, or parts of it."""
+        return await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges))
+
+    def _get(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
         if byte_range is None and _below(key, self._records) is not None:
-            found = await asyncio.to_thread(self._get_record, key)
-            return None if found is None else prototype.buffer.from_bytes(found)
+            return self._get_record(key)
         with self._bucket.told():
-            return await super().get(key, prototype, byte_range)
+            found = _get(self._bucket.objects, key, byte_range)
+        return None if found is None else found[0]
 
     def _get_record(self, key: str) -> bytes | None:
         """Read a record, and remember which it was; only then look at the lock, since who takes it over replaces it."""
@@ -292,19 +327,36 @@ class _Guarded(ObjectStore[Any]):
 
     async def exists(self, key: str) -> bool:
         """Tell whether there is something."""
-        with self._bucket.told():
-            return await super().exists(key)
+        return await _in_a_thread(self._bucket.exists, key)
+
+    def list(self) -> AsyncIterator[str]:
+        """Yield all keys."""
+        return self.list_prefix("")
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the keys below a prefix."""
+        for key, _ in await _in_a_thread(self._bucket.files, prefix):
+            yield key
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        """Return the size of all that is below a prefix."""
+        return sum(size for _, size in await _in_a_thread(self._bucket.files, prefix))
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the first parts of the keys below a prefix."""
+        for name in await _in_a_thread(self._bucket.names, prefix):
+            yield name
 
     async def delete(self, key: str) -> None:
         """Take out what is there, if the lock is still held."""
         self._check_writable()
-        await asyncio.to_thread(self._delete, key)
+        await _in_a_thread(self._delete, key)
 
     async def delete_dir(self, prefix: str) -> None:
         """Take out what is below a prefix, as long as the lock is held."""
         self._check_writable()
-        for key, _ in await asyncio.to_thread(self._bucket.files, prefix.rstrip("/")):
-            await asyncio.to_thread(self._delete, key)
+        for key, _ in await _in_a_thread(self._bucket.files, prefix.rstrip("/")):
+            await _in_a_thread(self._delete, key)
 
     def _delete(self, key: str) -> None:
         self._bucket.check_held(self._lease(key), key)
@@ -322,7 +374,7 @@ class _Guarded(ObjectStore[Any]):
 
     async def set(self, key: str, value: Buffer) -> None:
         """Put an object, unless somebody else has replaced it."""
-        await asyncio.to_thread(self.set_sync, key, value)
+        await _in_a_thread(self.set_sync, key, value)
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Put an object, unless somebody else has replaced it."""
@@ -349,6 +401,16 @@ class _Guarded(ObjectStore[Any]):
         raise UnreachableError(f"{self._bucket.address}: {key} is replaced by somebody else again and again")
 
 
+async def _in_a_thread(request: Callable[..., T], *arguments: Any) -> T:  # noqa: ANN401
+    return await asyncio.get_running_loop().run_in_executor(_threads(os.getpid()), request, *arguments)
+
+
+@cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process, as many as Zarr makes requests at once."""
+    return ThreadPoolExecutor(zarr.config.get("async.concurrency"), f"bucket-{process}")
+
+
 def _below(key: str, prefixes: Container[str]) -> str | None:
     """Return which of some prefixes a key lies below."""
     return next((str(parent) for parent in PurePosixPath(key).parents if str(parent) in prefixes), None)
@@ -363,12 +425,23 @@ def _open(url: str) -> Any:  # noqa: ANN401
         raise ConfigurationError(f"{url}: {_first_line(error)}") from None
 
 
-def _get(objects: Any, key: str) -> tuple[bytes, UpdateVersion] | None:  # noqa: ANN401
+def _get(objects: Any, key: str, part: ByteRequest | None = None) -> tuple[bytes, UpdateVersion] | None:  # noqa: ANN401
     try:
-        found = obstore.get(objects, key)
+        found = obstore.get(objects, key, options=_options(part))
     except FileNotFoundError:
         return None
     return bytes(found.bytes()), _condition(found.meta)
+
+
+def _options(part: ByteRequest | None) -> GetOptions | None:
+    match part:
+        case RangeByteRequest(start, end):
+            return {"range": (start, end)}
+        case OffsetByteRequest(offset):
+            return {"range": {"offset": offset}}
+        case SuffixByteRequest(suffix):
+            return {"range": {"suffix": suffix}}
+    return None
 
 
 def _version(objects: Any, key: str) -> UpdateVersion | None:  # noqa: ANN401
