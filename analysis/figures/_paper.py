@@ -54,7 +54,7 @@ class Curves:
             made = panels(len(seeds), len(self.metrics), None, _ROW, share_y="col")
             learning_curves.draw(ds, self.metrics, axes=made.flat)
             for column, metric in enumerate(self.metrics):
-                told = _ratios(ds, metric, other) if other else {}
+                told = ratios(ds, metric, local_variance_ratio, (_FORWARD, other)) if other else {}
                 for row, one in enumerate(seeds):
                     titled(made.at(row, column), "" if row else named(metric), told.get(one, ""))
             made.label("step $n$", "")
@@ -78,7 +78,8 @@ class Levels:
         with style():
             made = panels(ds.sizes["seed"], 1, None, _WIDE)
             reset.draw(ds, self.metric, axes=made.flat)
-            told = _ratios(ds, self.metric, str(resets(ds, self.metric)["order"].values[0]))
+            restarted = str(resets(ds, self.metric)["order"].values[0])
+            told = ratios(ds, self.metric, local_variance_ratio, (_FORWARD, restarted))
             for ax, one in zip(made.flat, ds["seed"].values.tolist(), strict=True):
                 titled(ax, *ax.get_title(loc="left").split("\n"), told.get(one, ""))
             made.label("step $n$", named(self.metric))
@@ -123,11 +124,6 @@ def _zoom(ax: Axes, differences: xr.DataArray) -> str:
         return ""
     ax.set_ylim(-reach, reach)
     return f"; beyond the panel: {', '.join(sizes['variant'].values[~shown.values])}"
-
-
-def _ratios(ds: xr.Dataset, metric: str, other: str) -> dict[int, str]:
-    told = ratios(lambda: local_variance_ratio(ds, metric, orders=(_FORWARD, other)))
-    return {seed: f"variance {text}" for seed, text in told.items()}
 
 
 def _effect(found: xr.Dataset, base: str) -> str:

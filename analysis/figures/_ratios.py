@@ -1,9 +1,9 @@
-"""What titles say of how many times forward varies more than another order, where there is anything to say."""
+"""What titles say of how many times forward varies more than another order, or why nothing can be said."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import xarray as xr
@@ -14,13 +14,26 @@ from trajstore.errors import StatisticError
 __all__ = ["ratios"]
 
 
-def ratios(found: Callable[[], xr.Dataset]) -> dict[int, str]:
-    """Return for each seed the ratio of variances with its interval; nothing where a ratio cannot be asked for."""
-    try:
-        table = found()
-    except StatisticError:
+class Statistic(Protocol):
+    """A table of ratios, a row a seed."""
+
+    def __call__(self, ds: xr.Dataset, metric: str, *, orders: tuple[str, str]) -> xr.Dataset:
+        """Return it."""
+
+
+def ratios(ds: xr.Dataset, metric: str, statistic: Statistic, orders: tuple[str, str]) -> dict[int, str]:
+    """Return for each seed the ratio of variances with its interval, nothing where an order is not shown.
+
+    Where there is a reason against all ratios, such as too few steps, the first seed has it.
+    """
+    seeds = ds["seed"].values.tolist()
+    if not {*orders} <= {*ds["order"].values.tolist()}:
         return {}
-    return {seed: _said(table.sel(seed=seed), table.attrs) for seed in table["seed"].values.tolist()}
+    try:
+        table = statistic(ds, metric, orders=orders)
+    except StatisticError as error:
+        return {seeds[0]: f"no ratio of variances: {str(error).removeprefix(f'{metric}: ')}"}
+    return {seed: _said(table.sel(seed=seed), table.attrs) for seed in seeds}
 
 
 def _said(ratio: xr.Dataset, attrs: Mapping[Any, Any]) -> str:
@@ -29,4 +42,6 @@ def _said(ratio: xr.Dataset, attrs: Mapping[Any, Any]) -> str:
         return str(ratio["why"].item())
     sure = "" if np.isfinite(low) else " (no interval)"
     one, other = attrs["orders"]
-    return f"{one}/{other} {interval(value, low, high)}{sure}, steps {attrs['from_step']} to {attrs['to_step']}"
+    return (
+        f"variance {one}/{other} {interval(value, low, high)}{sure}, steps {attrs['from_step']} to {attrs['to_step']}"
+    )

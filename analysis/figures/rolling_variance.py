@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import xarray as xr
 from trajstore.analysis.figures import style
 from trajstore.analysis.figures._panels import (
@@ -44,7 +46,7 @@ def draw(
     """Draw the variance over windows of recorded steps: 100, or a quarter of what is measured where that is less.
 
     The title of a panel has how many times forward varies more than backward over the last half of the run, with the
-    interval of `analysis.variance_ratio` where there is one. `axes` are one a seed.
+    interval of `analysis.variance_ratio`, or why there is none. `axes` are one a seed.
     """
     ds = selected(ds, seed, order)
     metric = main_metric(ds, metric)
@@ -54,7 +56,7 @@ def draw(
         raise StatisticError(f"{metric}: it was measured at {measured} steps, fewer than the window of {window}")
     found = refuse_empty(rolling_variance(ds, metric, window, kind), metric)
     seeds = ds["seed"].values.tolist()
-    told = ratios(lambda: variance_ratio(ds, metric, kind=kind))
+    told = ratios(ds, metric, partial(variance_ratio, kind=kind), ("forward", "backward"))
     with style():
         made = seed_panels(seeds, axes)
         for ax, label in zip(made.flat, seeds, strict=False):

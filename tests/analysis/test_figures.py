@@ -434,6 +434,15 @@ def test_figures_ask_for_what_they_need(runs, record):
     assert plain(draw("distances", short).axes[0]) == "seed 0"
 
 
+def test_a_figure_without_a_ratio_says_why(record):
+    short = record("quadratic", steps=20, seeds=[0, 1]).dataset()
+    curves = PAPER["fig4"].__class__(("train_loss", "param_norm"))
+    for ax, title in zip(curves(short).axes, ["train loss", "param norm", "", ""], strict=True):
+        why = "no ratio of variances: it was measured at 21 steps, fewer than the window of 192"
+        assert plain(ax) == f"{title} {why if title else ''}".strip()
+    assert plain(draw("rolling-variance", short, order="forward").axes[0]) == "seed 0"
+
+
 def test_what_diverged_is_told(record):
     ds = record("quadratic", steps=120, seeds=[0], operator={"family": "sgd", "lr": 1e6}).dataset()
     for name in ("rolling-variance", "distances"):
