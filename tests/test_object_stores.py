@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -265,6 +266,23 @@ def test_what_is_in_memory_is_of_one_process(tmp_path):
     assert all(slab.complete for slab in ts.open(place)["net"].slabs())
     assert repr(stored.store).startswith(f"<trajstore {place}>")
     assert "experiment 'net'" in repr(stored)
+
+
+def test_ctrl_c_is_heard_while_a_server_does_not_answer(place, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        command = [str(Path(sys.executable).with_name("trajstore")), "ls", place]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            with connection:
+                process.send_signal(signal.SIGINT)
+                try:
+                    _, told = process.communicate(timeout=20)  # a request gives up after minutes
+                finally:
+                    process.kill()
+    assert told.startswith("trajstore: interrupted")
+    assert process.returncode == 130
 
 
 def test_the_commands_take_urls(place, tmp_path):

@@ -12,14 +12,14 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import partial, wraps
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from threading import Thread, current_thread, main_thread
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import obstore
-import zarr
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import MemoryStore, from_url
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
@@ -31,10 +31,11 @@ from trajstore.storage.leases import Lease, died, free, holder_of, is_own, taken
 from trajstore.storage.place import DECLARING, DOCUMENT, Durability, ReplacedError
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, UpdateVersion
+    from obstore import GetOptions, ObjectMeta, UpdateVersion
 
 __all__ = ["Bucket"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _LOCKS = "locks"
@@ -87,25 +88,23 @@ class Bucket:
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""
         with self.told():
-            found = [meta for page in obstore.list(self.objects, prefix or None) for meta in page]
+            found = _below(self.objects, prefix)
         return sorted((meta["path"], meta["size"]) for meta in found)
 
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""
         with self.told():
-            return sorted(obstore.list_with_delimiter(self.objects)["common_prefixes"])
+            return _level(self.objects, "")[0]
 
     def names(self, prefix: str) -> list[str]:
         """Return the first parts of all keys below a prefix, in order."""
         with self.told():
-            found = obstore.list_with_delimiter(self.objects, prefix or None)
-        whole = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
-        return sorted(PurePosixPath(path).name for path in whole)
+            folders, files = _level(self.objects, prefix)
+        return sorted(PurePosixPath(path).name for path in (*folders, *files))
 
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""
-        with suppress(FileNotFoundError):
-            self._delete([key])
+        self._delete([key])
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix, the document at its top last."""
@@ -121,7 +120,7 @@ class Bucket:
         """Take out keys. Deleting knows no conditions: the lock is looked at just before."""
         self.check_held(self._leases.get(DECLARING), keys[0])
         try:
-            obstore.delete(self.objects, keys)
+            _delete(self.objects, keys)
         except BaseError as error:
             raise UnreachableError(f"{self}: {_first_line(error)}") from None
 
@@ -153,7 +152,7 @@ class Bucket:
     def unlock(self) -> list[str]:
         """Take all locks away from their holders, which can write no more; return who held them."""
         with self.told():
-            keys = sorted(meta["path"] for page in obstore.list(self._locks, _LOCKS) for meta in page)
+            keys = sorted(meta["path"] for meta in _below(self._locks, _LOCKS))
             freed = [(key, self._free(key)) for key in keys]
         return [f"{key.removeprefix(f'{_LOCKS}/')}: {_named(holder)}" for key, holder in freed if holder is not None]
 
@@ -195,7 +194,7 @@ class Bucket:
     def is_empty(self) -> bool:
         """Tell whether nothing is there."""
         with self.told():
-            return not any(page for page in obstore.list(self.objects, chunk_size=1))
+            return not any(_level(self.objects, ""))
 
     def _prove(self) -> None:
         """Try whether conditions are honoured: some servers accept them and do not look."""
@@ -203,11 +202,11 @@ class Bucket:
             return
         key = f"probe/{uuid.uuid4().hex}"
         with self.told():
-            first = obstore.put(self._locks, key, b"1", mode="create")
+            first = _create(self._locks, key, b"1") or _version(self._locks, key) or {}
             try:
                 created_twice = _create(self._locks, key, b"2")
-                second = _replace(self._locks, key, b"2", _condition(first))
-                replaced_twice = _replace(self._locks, key, b"3", _condition(first))
+                second = _replace(self._locks, key, b"2", first)
+                replaced_twice = _replace(self._locks, key, b"3", first)
             finally:
                 _delete(self._locks, key)
         if created_twice or second is None or replaced_twice:
@@ -300,7 +299,7 @@ class _Guarded(ZarrStore):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return what is there, or a part of it."""
-        found = await _in_a_thread(self._get, key, byte_range)
+        found = await _elsewhere(self._get, key, byte_range)
         return None if found is None else prototype.buffer.from_bytes(found)
 
     async def get_partial_values(
@@ -310,7 +309,7 @@ class _Guarded(ZarrStore):
         return await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges))
 
     def _get(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
-        if byte_range is None and _below(key, self._records) is not None:
+        if byte_range is None and _prefix_of(key, self._records) is not None:
             return self._get_record(key)
         with self._bucket.told():
             found = _get(self._bucket.objects, key, byte_range)
@@ -327,7 +326,7 @@ class _Guarded(ZarrStore):
 
     async def exists(self, key: str) -> bool:
         """Tell whether there is something."""
-        return await _in_a_thread(self._bucket.exists, key)
+        return await _elsewhere(self._bucket.exists, key)
 
     def list(self) -> AsyncIterator[str]:
         """Yield all keys."""
@@ -335,28 +334,28 @@ class _Guarded(ZarrStore):
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """Yield the keys below a prefix."""
-        for key, _ in await _in_a_thread(self._bucket.files, prefix):
+        for key, _ in await _elsewhere(self._bucket.files, prefix):
             yield key
 
     async def getsize_prefix(self, prefix: str) -> int:
         """Return the size of all that is below a prefix."""
-        return sum(size for _, size in await _in_a_thread(self._bucket.files, prefix))
+        return sum(size for _, size in await _elsewhere(self._bucket.files, prefix))
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """Yield the first parts of the keys below a prefix."""
-        for name in await _in_a_thread(self._bucket.names, prefix):
+        for name in await _elsewhere(self._bucket.names, prefix):
             yield name
 
     async def delete(self, key: str) -> None:
         """Take out what is there, if the lock is still held."""
         self._check_writable()
-        await _in_a_thread(self._delete, key)
+        await _elsewhere(self._delete, key)
 
     async def delete_dir(self, prefix: str) -> None:
         """Take out what is below a prefix, as long as the lock is held."""
         self._check_writable()
-        for key, _ in await _in_a_thread(self._bucket.files, prefix.rstrip("/")):
-            await _in_a_thread(self._delete, key)
+        for key, _ in await _elsewhere(self._bucket.files, prefix.rstrip("/")):
+            await _elsewhere(self._delete, key)
 
     def _delete(self, key: str) -> None:
         self._bucket.check_held(self._lease(key), key)
@@ -369,19 +368,19 @@ class _Guarded(ZarrStore):
         self._bucket.remove(prefix)
 
     def _lease(self, key: str) -> Lease | None:
-        guarded = _below(key, self._guards)
+        guarded = _prefix_of(key, self._guards)
         return self._bucket.lease(DECLARING) if guarded is None else self._guards[guarded]
 
     async def set(self, key: str, value: Buffer) -> None:
         """Put an object, unless somebody else has replaced it."""
-        await _in_a_thread(self.set_sync, key, value)
+        await _elsewhere(self.set_sync, key, value)
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Put an object, unless somebody else has replaced it."""
         self._check_writable()
         content: Any = value.as_buffer_like()
         lease, objects, version = self._lease(key), self._bucket.objects, self._seen.get(key)
-        records = _below(key, self._records) is not None
+        records = _prefix_of(key, self._records) is not None
         if records and version is None:
             self._bucket.check_held(lease, key)  # what is not there yet bears no fence
         with self._bucket.told():
@@ -401,17 +400,37 @@ class _Guarded(ZarrStore):
         raise UnreachableError(f"{self._bucket.address}: {key} is replaced by somebody else again and again")
 
 
-async def _in_a_thread(request: Callable[..., T], *arguments: Any) -> T:  # noqa: ANN401
-    return await asyncio.get_running_loop().run_in_executor(_threads(os.getpid()), request, *arguments)
+def _in_a_thread(request: Callable[..., T], *arguments: Any) -> Future[T]:  # noqa: ANN401
+    """Make a request in a thread for which the end of the process does not wait."""
+    answer: Future[T] = Future()
+
+    def make() -> None:
+        try:
+            answer.set_result(request(*arguments))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=make, name="bucket", daemon=True).start()
+    return answer
 
 
-@cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    """Return the threads of a process, as many as Zarr makes requests at once."""
-    return ThreadPoolExecutor(zarr.config.get("async.concurrency"), f"bucket-{process}")
+async def _elsewhere(request: Callable[..., T], *arguments: Any) -> T:  # noqa: ANN401
+    return await asyncio.wrap_future(_in_a_thread(request, *arguments))
 
 
-def _below(key: str, prefixes: Container[str]) -> str | None:
+def _heard(request: Callable[P, T]) -> Callable[P, T]:
+    """Let the main thread hear Ctrl-C while it waits for an answer."""
+
+    @wraps(request)
+    def made(*arguments: P.args, **named: P.kwargs) -> T:
+        if current_thread() is not main_thread():
+            return request(*arguments, **named)
+        return _in_a_thread(partial(request, *arguments, **named)).result()
+
+    return made
+
+
+def _prefix_of(key: str, prefixes: Container[str]) -> str | None:
     """Return which of some prefixes a key lies below."""
     return next((str(parent) for parent in PurePosixPath(key).parents if str(parent) in prefixes), None)
 
@@ -425,6 +444,7 @@ def _open(url: str) -> Any:  # noqa: ANN401
         raise ConfigurationError(f"{url}: {_first_line(error)}") from None
 
 
+@_heard
 def _get(objects: Any, key: str, part: ByteRequest | None = None) -> tuple[bytes, UpdateVersion] | None:  # noqa: ANN401
     try:
         found = obstore.get(objects, key, options=_options(part))
@@ -444,6 +464,7 @@ def _options(part: ByteRequest | None) -> GetOptions | None:
     return None
 
 
+@_heard
 def _version(objects: Any, key: str) -> UpdateVersion | None:  # noqa: ANN401
     try:
         return _condition(obstore.head(objects, key))
@@ -451,6 +472,7 @@ def _version(objects: Any, key: str) -> UpdateVersion | None:  # noqa: ANN401
         return None
 
 
+@_heard
 def _create(objects: Any, key: str, content: Any) -> UpdateVersion | None:  # noqa: ANN401
     """Put an object where there is none; return None where there is one."""
     try:
@@ -459,6 +481,7 @@ def _create(objects: Any, key: str, content: Any) -> UpdateVersion | None:  # no
         return None
 
 
+@_heard
 def _replace(objects: Any, key: str, content: Any, version: UpdateVersion) -> UpdateVersion | None:  # noqa: ANN401
     """Put an object in the place of a version; return None where that is not there any more."""
     try:
@@ -467,9 +490,22 @@ def _replace(objects: Any, key: str, content: Any, version: UpdateVersion) -> Up
         return None
 
 
-def _delete(objects: Any, key: str) -> None:  # noqa: ANN401
+@_heard
+def _delete(objects: Any, keys: str | list[str]) -> None:  # noqa: ANN401
     with suppress(FileNotFoundError):
-        obstore.delete(objects, key)
+        obstore.delete(objects, keys)
+
+
+@_heard
+def _below(objects: Any, prefix: str) -> list[ObjectMeta]:  # noqa: ANN401
+    return [meta for page in obstore.list(objects, prefix or None) for meta in page]
+
+
+@_heard
+def _level(objects: Any, prefix: str) -> tuple[list[str], list[str]]:  # noqa: ANN401
+    """Return what goes on below a prefix, and what lies there itself."""
+    found = obstore.list_with_delimiter(objects, prefix or None)
+    return sorted(found["common_prefixes"]), sorted(meta["path"] for meta in found["objects"])
 
 
 def _condition(meta: Any) -> UpdateVersion:  # noqa: ANN401
