@@ -30,7 +30,8 @@ def compare(
 
     ``curve`` and ``difference`` are (variant, seed, step). ``last`` is the mean difference over the last quarter of the
     steps, (variant, seed); ``mean`` that over seeds, with an interval, of Student's t, for another seed's: NaN where
-    there are fewer than three seeds.
+    there are fewer than three seeds. ``turned`` is the last step before that quarter at which the difference, as a mean
+    over seeds, had the other sign; NaN where it never had.
     """
     names = list(variants)
     base = base or names[0]
@@ -45,16 +46,27 @@ def compare(
                 raise StatisticError(f"{metric}: the {dim}s of variants {base!r} and {name!r} are not the same")
     together = xr.concat(curves.values(), "variant").assign_coords(variant=names)
     difference = together - together.sel(variant=base)
-    last = difference.isel(step=slice(-max(1, len(shared["step"]) // _LAST), None)).mean("step")
+    begin = len(shared["step"]) - max(1, len(shared["step"]) // _LAST)
+    last = difference.isel(step=slice(begin, None)).mean("step")
     mean, low, high = _over_seeds(last.values, level)
+    earlier = difference.mean("seed").transpose("variant", "step")[:, :begin]
+    other = earlier.where(np.sign(earlier) * np.sign(mean[:, None]) < 0)
+    turned = (other * 0 + other["step"]).max("step").values
+    numbers = {"mean": mean, "low": low, "high": high, "turned": turned}
     return xr.Dataset(
         {
             "curve": together,
             "difference": difference,
             "last": last,
-            **{label: ("variant", value) for label, value in (("mean", mean), ("low", low), ("high", high))},
+            **{label: ("variant", value) for label, value in numbers.items()},
         },
-        attrs={"metric": metric, "base": base, "level": level},
+        attrs={
+            "metric": metric,
+            "base": base,
+            "level": level,
+            "from_step": float(shared["step"][begin]),
+            "to_step": float(shared["step"][-1]),
+        },
     )
 
 

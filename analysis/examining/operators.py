@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import xarray as xr
 from trajstore.analysis.comparing import compare
 from trajstore.analysis.examining.finding import FAILS, HOLDS, OPEN, Finding, by_interval, number_of
 from trajstore.analysis.windows import own_metrics
@@ -66,7 +68,15 @@ def _differences(variants: Mapping[str, StoredExperiment], base: str, names: lis
             mean, low, high = number_of(one, "mean", "low", "high")
             about = f"{name} against {base}, {metric}"
             why = "diverged" if not np.isfinite(mean) else f"{one.sizes['seed']} seeds, and an interval takes 3"
-            yield by_interval(0.0, about, _GAIN, (-mean, -high, -low), why)
+            gain = by_interval(0.0, about, _GAIN, (-mean, -high, -low), why)
+            yield replace(gain, evidence=f"{gain.evidence}, {_when(one)}")
+
+
+def _when(found: xr.Dataset) -> str:
+    """Say of which steps the mean difference is, and until when it had the other sign."""
+    steps = f"over steps {found.attrs['from_step']:g} to {found.attrs['to_step']:g}"
+    turned = float(found["turned"])
+    return steps if np.isnan(turned) else f"{steps}; it had the other sign until step {turned:g}"
 
 
 def _strength(stored: StoredExperiment) -> float:

@@ -80,7 +80,8 @@ class _Shown(Figure):
 def titled(ax: Axes, *parts: str) -> None:
     """Write above a panel what it is and what is known of it, in lines no wider than the panel."""
     wide = int(ax.get_window_extent().width / ax.figure.dpi * _LETTERS)
-    ax.set_title("\n".join(line for part in parts if part for line in wrap(part, max(wide, 20))))
+    lines = (line for part in parts if part for line in wrap(part, max(wide, 20), break_on_hyphens=False))
+    ax.set_title("\n".join(lines))
 
 
 @dataclass(frozen=True)

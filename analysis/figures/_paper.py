@@ -107,6 +107,7 @@ class Variants:
                     mine, label = found.sel(variant=name, seed=one), f"{name}{_effect(found.sel(variant=name), base)}"
                     for column, what in enumerate(("curve", "difference")):
                         made.at(row, column).plot(mine["step"], mine[what], label=label, color=colour)
+                made.at(row, 1).axvspan(found.attrs["from_step"], found.attrs["to_step"], color="black", alpha=0.06)
                 titled(made.at(row, 0), f"seed {one}, {named(self.metric)}")
                 titled(made.at(row, 1), f"less that of {base!r}{_zoom(made.at(row, 1), found['difference'])}")
             step_axis(made.flat)

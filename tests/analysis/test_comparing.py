@@ -48,12 +48,23 @@ def test_differences_are_at_the_same_examples(store):
     low, high = ttest_1samp(last, 0).confidence_interval(0.95)
     assert [float(one[k]) for k in ("mean", "low", "high")] == pytest.approx([last.mean(), low, high], rel=1e-9)
     assert bool((found["last"].sel(variant="slow") > 0).all())  # a twentieth of the learning rate is behind
+    assert np.isnan(found["turned"].sel(variant="slow"))  # and always was
+
+
+def test_the_step_is_told_at_which_a_difference_turns(store):
+    variants = {name: store.variants("rows")[name].dataset() for name in ("large", "slow")}
+    crossing = variants["slow"]["train_loss"] * 0 + np.where(variants["slow"]["step"] < 25, 1e6, -1e6)
+    found = compare({**variants, "slow": variants["slow"].assign(train_loss=crossing)}, "train_loss")
+    assert found["turned"].sel(variant="slow") == 24
+    assert found["mean"].sel(variant="slow") < 0
+    assert [found.attrs[k] for k in ("from_step", "to_step")] == [32, 40]
+    assert np.isnan(found["turned"].sel(variant="large"))
 
 
 def test_two_seeds_have_no_interval(store):
     variants = {name: stored.dataset().isel(seed=[0, 1]) for name, stored in store.variants("rows").items()}
     found = compare(variants, base="slow")
-    assert found.attrs == {"metric": "train_loss", "base": "slow", "level": 0.95}
+    assert found.attrs == {"metric": "train_loss", "base": "slow", "level": 0.95, "from_step": 32, "to_step": 40}
     assert np.isnan(found["low"]).all()
     assert np.isfinite(found["mean"]).all()
 
