@@ -47,11 +47,11 @@ def compare(
     together = xr.concat(curves.values(), "variant").assign_coords(variant=names)
     difference = together - together.sel(variant=base)
     begin = len(shared["step"]) - max(1, len(shared["step"]) // _LAST)
-    last = difference.isel(step=slice(begin, None)).mean("step")
+    last = difference.isel(step=slice(begin, None)).mean("step", skipna=False)  # what diverges in it has no mean
     mean, low, high = _over_seeds(last.values, level)
-    earlier = difference.mean("seed").transpose("variant", "step")[:, :begin]
-    other = earlier.where(np.sign(earlier) * np.sign(mean[:, None]) < 0)
-    turned = (other * 0 + other["step"]).max("step").values
+    earlier = difference.isel(step=slice(0, begin)).mean("seed").transpose("variant", "step")
+    other = np.sign(earlier) * np.sign(mean[:, None]) < 0
+    turned = earlier["step"].where(other).max("step").values
     numbers = {"mean": mean, "low": low, "high": high, "turned": turned}
     return xr.Dataset(
         {

@@ -69,14 +69,14 @@ def _differences(variants: Mapping[str, StoredExperiment], base: str, names: lis
             about = f"{name} against {base}, {metric}"
             why = "diverged" if not np.isfinite(mean) else f"{one.sizes['seed']} seeds, and an interval takes 3"
             gain = by_interval(0.0, about, _GAIN, (-mean, -high, -low), why)
-            yield replace(gain, evidence=f"{gain.evidence}, {_when(one)}")
+            yield replace(gain, evidence=f"{gain.evidence}, {_when(one)}") if np.isfinite(mean) else gain
 
 
 def _when(found: xr.Dataset) -> str:
     """Say of which steps the mean difference is, and until when it had the other sign."""
-    steps = f"over steps {found.attrs['from_step']:g} to {found.attrs['to_step']:g}"
+    steps = f"over steps {found.attrs['from_step']:.12g} to {found.attrs['to_step']:.12g}"
     turned = float(found["turned"])
-    return steps if np.isnan(turned) else f"{steps}; it had the other sign until step {turned:g}"
+    return steps if np.isnan(turned) else f"{steps}; it had the other sign until step {turned:.12g}"
 
 
 def _strength(stored: StoredExperiment) -> float:

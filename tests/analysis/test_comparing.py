@@ -59,6 +59,9 @@ def test_the_step_is_told_at_which_a_difference_turns(store):
     assert found["mean"].sel(variant="slow") < 0
     assert [found.attrs[k] for k in ("from_step", "to_step")] == [32, 40]
     assert np.isnan(found["turned"].sel(variant="large"))
+    diverged = crossing.where(variants["slow"]["step"] < 38)
+    found = compare({**variants, "slow": variants["slow"].assign(train_loss=diverged)}, "train_loss")
+    assert np.isnan(found[["mean", "low", "high"]].sel(variant="slow").to_array()).all()
 
 
 def test_two_seeds_have_no_interval(store):

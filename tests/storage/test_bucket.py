@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import ObjectStore
 
-import trajstore.storage.bucket as module
 from tests.torture import Report
 from trajstore.errors import BusyError, ConfigurationError, TrajstoreError, UnreachableError
+from trajstore.storage import bucket as bucket_module
+from trajstore.storage import objects
 from trajstore.storage.bucket import Bucket
 from trajstore.storage.declaring import declare
 from trajstore.storage.late import LateSeries
@@ -95,7 +97,7 @@ def record(place: Place, who: float, acknowledged: list[int] | None = None) -> l
 @contextmanager
 def before_each_put(told: Callable[[], None]) -> Iterator[None]:
     """Call a function before every object that this thread's recording puts."""
-    originals = module._create, module._replace
+    originals = objects.create, objects.replace
 
     def hooked(original):
         def put(*args):
@@ -104,11 +106,11 @@ def before_each_put(told: Callable[[], None]) -> Iterator[None]:
 
         return put
 
-    module._create, module._replace = map(hooked, originals)
+    objects.create, objects.replace = map(hooked, originals)
     try:
         yield
     finally:
-        module._create, module._replace = originals
+        objects.create, objects.replace = originals
 
 
 def duel(first: int, second: int) -> list[str]:
@@ -328,8 +330,8 @@ def test_who_did_not_end_well_is_fenced_out(bucket):
 
 
 def test_a_lock_that_was_put_though_the_answer_says_otherwise_is_held(bucket, monkeypatch):
-    create = module._create
-    monkeypatch.setattr(module, "_create", lambda *args: create(*args) and None)
+    create = objects.create
+    monkeypatch.setattr(objects, "create", lambda *args: create(*args) and None)
     with bucket.lock(SLAB, "it"):
         assert bucket.lease(SLAB) is not None
     assert bucket.unlock() == []
@@ -340,22 +342,113 @@ def test_a_lock_that_could_not_be_freed_is_taken_over_by_its_own_process(bucket,
         raise UnreachableError("the network is away")
 
     with monkeypatch.context() as away, pytest.raises(UnreachableError), bucket.lock(SLAB, "it"):
-        away.setattr(module, "_replace", unreachable)
+        away.setattr(objects, "replace", unreachable)
     with bucket.lock(SLAB, "it"):
         assert bucket.lease(SLAB).fence > 0
+
+
+def test_a_lock_is_held_by_one_thread_only(bucket, monkeypatch):
+    create, is_there, go_on = objects.create, threading.Event(), threading.Event()
+
+    def slowly(*args):
+        put = create(*args)
+        is_there.set()
+        assert go_on.wait(30)
+        return put
+
+    with bucket.lock("another", "it"):  # conditions have been tried then
+        pass
+    monkeypatch.setattr(objects, "create", slowly)
+    inside: list[bool] = []
+
+    def hold() -> None:
+        with bucket.lock(SLAB, "it"):
+            inside.append(True)
+
+    first = threading.Thread(target=hold)
+    first.start()
+    assert is_there.wait(30)
+    with pytest.raises(BusyError), bucket.lock(SLAB, "it"):
+        pass
+    go_on.set()
+    first.join()
+    assert inside == [True]
+
+
+def test_a_failure_does_not_wait_long_for_a_server_that_is_silent(bucket, monkeypatch):
+    answer, begun = threading.Event(), time.monotonic()
+
+    def fail() -> None:
+        with bucket.lock(SLAB, "it"):
+            monkeypatch.setattr(bucket_module, "_PATIENCE", 0.2)
+            monkeypatch.setattr(objects, "get", lambda *_: answer.wait(60))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    answer.set()
+    assert time.monotonic() - begun < 30
+    monkeypatch.undo()
+    with bucket.lock(SLAB, "it"):
+        assert bucket.lease(SLAB) is not None
+
+
+def test_who_gives_up_waiting_stops_no_request():
+    go_on, done = threading.Event(), threading.Event()
+    answer = objects.in_a_thread(lambda: go_on.wait(30) and done.set())
+    assert not answer.cancel()
+    go_on.set()
+    assert answer.result(30) is None
+    assert done.is_set()
+
+
+def test_what_an_interruption_left_running_does_not_write_under_the_next_lock(bucket):
+    content = [default_buffer_prototype().buffer.from_bytes(bytes([n])) for n in range(4)]
+    keeper = bucket.keeper(read_only=False)
+
+    def interrupted() -> None:
+        with bucket.lock(DECLARING, "it"):
+            keeper.set_sync("a", content[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with bucket.lock(DECLARING, "it"):
+        bucket.keeper(read_only=False).set_sync("b", content[1])
+        with pytest.raises(BusyError, match="was taken over"):
+            keeper.set_sync("b", content[2])
+    assert bucket.read("b") == bytes([1])
+    with bucket.lock(DECLARING, "it"):
+        bucket.keeper(read_only=False).set_sync("b", content[3])
+    assert bucket.read("b") == bytes([3])
+
+
+def test_a_process_that_ends_under_a_lock_ends():
+    held = (
+        "from trajstore.storage.place import place_of\n"
+        "held = place_of('memory://a/s.zarr').lock('lock', 'it')\n"
+        "held.__enter__()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", held], timeout=60).returncode == 0
+
+
+def test_a_keeper_that_is_pickled_opens_its_bucket_again(bucket):
+    keeper = pickle.loads(pickle.dumps(bucket.keeper(read_only=True)))
+    assert keeper._bucket is bucket
+    assert keeper == bucket.keeper(read_only=True)
 
 
 def test_a_store_that_does_not_answer_is_not_taken_for_a_damaged_one(bucket, monkeypatch):
     declared(bucket)
     record(bucket, 0.0)
-    get = module._get
+    get = objects.get
 
     def sometimes(objects, key, part=None):
         if "/leg/c/" in key:
             raise UnreachableError("the network is away")
         return get(objects, key, part)
 
-    monkeypatch.setattr(module, "_get", sometimes)
+    monkeypatch.setattr(objects, "get", sometimes)
     for repair in (False, True):
         with pytest.raises(UnreachableError):
             list(verify(Store(bucket), repair=repair))
@@ -379,6 +472,7 @@ def test_zarr_sees_what_its_own_view_of_a_bucket_shows(bucket):
             found.append(sorted([name async for name in store.list_dir(prefix)]))
             found.append(sorted([key async for key in store.list_prefix(prefix)]))
             found.append(await store.getsize_prefix(prefix))
+        found.append(await store.getsize("a/b/c"))
         found.append(sorted([key async for key in store.list()]))
         return [bytes(one.to_bytes()) if isinstance(one, Buffer) else one for one in found]
 
