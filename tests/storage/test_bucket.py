@@ -375,6 +375,24 @@ def test_a_lock_is_held_by_one_thread_only(bucket, monkeypatch):
     assert inside == [True]
 
 
+def test_a_lock_is_freed_whose_taking_was_interrupted(bucket, monkeypatch):
+    with bucket.lock("another", "it"):
+        pass
+    create = objects.create
+
+    def interrupted(*args):
+        create(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(objects, "create", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bucket.lock(SLAB, "it").__enter__()
+    monkeypatch.undo()
+    assert bucket.unlock() == []
+    with bucket.lock(SLAB, "it"):
+        assert bucket.lease(SLAB) is not None
+
+
 def test_a_failure_does_not_wait_long_for_a_server_that_is_silent(bucket, monkeypatch):
     answer, begun = threading.Event(), time.monotonic()
 

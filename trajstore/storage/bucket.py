@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from obstore.exceptions import BaseError
 from zarr.abc.store import Store as ZarrStore
@@ -23,9 +23,6 @@ from trajstore.storage import objects
 from trajstore.storage.guarded import Guarded
 from trajstore.storage.leases import Lease, died, free, holder_of, is_own, taken
 from trajstore.storage.place import DECLARING, DOCUMENT, Durability, place_of
-
-if TYPE_CHECKING:
-    from obstore import UpdateVersion
 
 __all__ = ["Bucket"]
 
@@ -211,41 +208,35 @@ class Bucket:
         self._proven = True
 
     def _take(self, key: str, what: str, patience: float) -> Lease:
-        deadline, lease = time.monotonic() + patience, None
-        while True:
-            with self.told():
-                found = objects.get(self._locks, key)
-                holder = None if found is None else holder_of(found[0])
-                if lease is not None and holder is not None and holder["token"] == lease.token:
-                    _living.add(lease.token)
-                    return lease  # it was put after all: what came back was the answer to a second try
-                forgotten = holder is not None and is_own(holder) and holder["token"] not in _living
-                if holder is None or forgotten or died(holder):
-                    lease, document = taken(key, None if found is None else found[0])
-                    if self._put(lease, document, None if found is None else found[1]):
-                        return lease
-                    continue  # somebody came between: look again
-            if time.monotonic() >= deadline:
-                raise BusyError(
-                    f"{what} is being written by {_named(holder)}; wait for it or stop it, "
-                    f"or, if it has died, `trajstore unlock {self.address}`"
-                )
-            time.sleep(0.2)
-
-    def _put(self, lease: Lease, document: bytes, version: UpdateVersion | None) -> bool:
-        """Put a lock's document; another thread that reads it before this one knows must find it held."""
-        _living.add(lease.token)
+        deadline, asked = time.monotonic() + patience, None
         try:
-            if version is None:
-                put = objects.create(self._locks, lease.key, document)
-            else:
-                put = objects.replace(self._locks, lease.key, document, version)
+            while True:
+                with self.told():
+                    found = objects.get(self._locks, key)
+                    content, version = found or (None, None)
+                    holder = None if content is None else holder_of(content)
+                    if asked is not None:
+                        if holder is not None and holder["token"] == asked.token:
+                            return asked  # it was put after all: what came back was the answer to a second try
+                        _living.discard(asked.token)
+                        asked = None
+                    forgotten = holder is not None and is_own(holder) and holder["token"] not in _living
+                    if holder is None or forgotten or died(holder):
+                        asked, document = taken(key, content)
+                        _living.add(asked.token)  # another thread may read it before its answer is here
+                        if objects.put(self._locks, key, document, version):
+                            return asked
+                        continue  # somebody came between: look again
+                if time.monotonic() >= deadline:
+                    raise BusyError(
+                        f"{what} is being written by {_named(holder)}; wait for it or stop it, "
+                        f"or, if it has died, `trajstore unlock {self.address}`"
+                    )
+                time.sleep(0.2)
         except BaseException:
-            self._give_up(lease)
+            if asked is not None:
+                self._give_up(asked)
             raise
-        if put is None:
-            _living.discard(lease.token)
-        return put is not None
 
     def _give_up(self, lease: Lease) -> None:
         """Free a lock under which something may still be under way, if that can be done soon."""

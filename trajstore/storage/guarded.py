@@ -172,12 +172,7 @@ class Guarded(ZarrStore):
             self._bucket.check_held(lease, key)  # what is not there yet bears no fence
         with self._bucket.told():
             for _ in range(_TRIES):
-                put = (
-                    objects.create(there, key, content)
-                    if version is None
-                    else objects.replace(there, key, content, version)
-                )
-                if put:
+                if put := objects.put(there, key, content, version):
                     self._seen[key] = put
                     return
                 # First what is there, then whose it is to replace: whoever takes the lock over in between replaces

@@ -35,8 +35,10 @@ __all__ = [
     "first_line",
     "get",
     "head",
+    "in_a_thread",
     "level",
     "opened",
+    "put",
     "replace",
     "version",
     "waited",
@@ -146,6 +148,11 @@ def replace(objects: Any, key: str, content: Any, version: UpdateVersion) -> Upd
         return condition(obstore.put(objects, key, content, mode=version))
     except (PreconditionError, FileNotFoundError):
         return None
+
+
+def put(objects: Any, key: str, content: Any, version: UpdateVersion | None) -> UpdateVersion | None:  # noqa: ANN401
+    """Put an object in the place of a version, or of none; return None where something else is there."""
+    return create(objects, key, content) if version is None else replace(objects, key, content, version)
 
 
 def delete(objects: Any, keys: str | list[str]) -> None:  # noqa: ANN401
