@@ -411,6 +411,22 @@ def test_a_failure_does_not_wait_long_for_a_server_that_is_silent(bucket, monkey
         assert bucket.lease(SLAB) is not None
 
 
+def test_a_delete_is_waited_for(bucket, monkeypatch):
+    """It knows no conditions: one that Ctrl-C left running would take out what the next writer puts."""
+    delete, threads = obstore.delete, []
+
+    def noticed(*args):
+        threads.append(threading.current_thread())
+        delete(*args)
+
+    declared(bucket)
+    monkeypatch.setattr(obstore, "delete", noticed)
+    with bucket.lock(DECLARING, "it"):
+        bucket.remove("e")
+    assert len(threads) >= 2
+    assert set(threads) == {threading.main_thread()}
+
+
 def test_who_gives_up_waiting_stops_no_request():
     go_on, done = threading.Event(), threading.Event()
     answer = objects.in_a_thread(lambda: go_on.wait(30) and done.set())

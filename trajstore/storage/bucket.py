@@ -30,7 +30,7 @@ _LOCKS = "locks"
 _AT_ONCE = 1_000
 """Objects that are deleted by one request, where the server knows how."""
 _PATIENCE = 5.0
-"""Seconds in which a lock is freed after a failure; later, `trajstore unlock` frees it."""
+"""Seconds that a failure waits for its lock to be freed; where that was in vain, `trajstore unlock` frees it."""
 _living: set[str] = set()
 """Tokens of the leases that this process holds, or is about to."""
 
@@ -76,7 +76,7 @@ class Bucket:
     def exists(self, key: str) -> bool:
         """Tell whether there is something."""
         with self.told():
-            return objects.version(self.objects, key) is not None
+            return objects.head(self.objects, key) is not None
 
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "below",
-    "condition",
     "create",
     "delete",
     "elsewhere",
@@ -103,7 +102,7 @@ def get(objects: Any, key: str, part: ByteRequest | None = None) -> tuple[bytes,
         found = obstore.get(objects, key, options=_options(part))
     except FileNotFoundError:
         return None
-    return bytes(found.bytes()), condition(found.meta)
+    return bytes(found.bytes()), _condition(found.meta)
 
 
 def _options(part: ByteRequest | None) -> GetOptions | None:
@@ -129,14 +128,14 @@ def head(objects: Any, key: str) -> ObjectMeta | None:  # noqa: ANN401
 def version(objects: Any, key: str) -> UpdateVersion | None:  # noqa: ANN401
     """Return which object is there, None where there is none."""
     found = head(objects, key)
-    return None if found is None else condition(found)
+    return None if found is None else _condition(found)
 
 
 @_heard
 def create(objects: Any, key: str, content: Any) -> UpdateVersion | None:  # noqa: ANN401
     """Put an object where there is none; return None where there is one."""
     try:
-        return condition(obstore.put(objects, key, content, mode="create"))
+        return _condition(obstore.put(objects, key, content, mode="create"))
     except AlreadyExistsError:
         return None
 
@@ -145,7 +144,7 @@ def create(objects: Any, key: str, content: Any) -> UpdateVersion | None:  # noq
 def replace(objects: Any, key: str, content: Any, version: UpdateVersion) -> UpdateVersion | None:  # noqa: ANN401
     """Put an object in the place of a version; return None where that is not there any more."""
     try:
-        return condition(obstore.put(objects, key, content, mode=version))
+        return _condition(obstore.put(objects, key, content, mode=version))
     except (PreconditionError, FileNotFoundError):
         return None
 
@@ -174,8 +173,7 @@ def level(objects: Any, prefix: str) -> tuple[list[str], list[str]]:  # noqa: AN
     return sorted(found["common_prefixes"]), sorted(meta["path"] for meta in found["objects"])
 
 
-def condition(meta: Any) -> UpdateVersion:  # noqa: ANN401
-    """Return which object something was said of."""
+def _condition(meta: Any) -> UpdateVersion:  # noqa: ANN401
     return {name: meta[name] for name in ("e_tag", "version") if meta.get(name) is not None}  # type: ignore[return-value]
 
 
