@@ -57,7 +57,7 @@ def test_workers_record_what_one_process_records(tmp_path, cluster, grid):
 
 
 def test_segments_that_are_cut_into_parts_are_put_together(tmp_path, cluster, here, monkeypatch):
-    monkeypatch.setattr("trajstore.distributing._TASKS_A_WORKER", 200)
+    monkeypatch.setattr("trajstore.distributing.client._TASKS_A_WORKER", 200)
     address = cluster.scheduler.address
     assert_same(ts.run(ts.Experiment.of(TABLE), tmp_path / "s.zarr", engine="reference", scheduler=address), here)
 
@@ -117,7 +117,7 @@ def test_a_task_that_kills_every_worker_is_one_clear_error(tmp_path, monkeypatch
 
 
 def test_a_scheduler_that_is_not_there_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.distributing._PATIENCE", 1)
+    monkeypatch.setattr("trajstore.distributing.cluster._PATIENCE", 1)
     with pytest.raises(ConfigurationError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         ts.run(ts.Experiment.of(TABLE), tmp_path / "s.zarr", scheduler="tcp://127.0.0.1:9")
     with pytest.raises(ConfigurationError, match="give one of them"):

@@ -1,0 +1,12 @@
+"""Computing a recording on Dask workers: processes of this machine, or a cluster that is there already.
+
+The client (`client`) holds the slabs' locks, hands out bundles of parts, and commits. A worker (`workshop`) computes a
+part; if the part is a whole segment, it also encodes and writes the states, so that only the series travel. What a
+worker that dies had in hand is computed again by another.
+"""
+
+from trajstore.distributing.client import fill
+from trajstore.distributing.cluster import connected, connected_to
+from trajstore.distributing.job import Job
+
+__all__ = ["Job", "connected", "connected_to", "fill"]

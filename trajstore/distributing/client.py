@@ -1,0 +1,163 @@
+"""The client's side: slabs are locked, cut into tasks, handed out, and committed as the tasks come back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trajstore.distributing import workshop
+from trajstore.distributing.job import Gathered, Job, Shape
+from trajstore.engine.parts import bundles, parts_of
+from trajstore.engine.walk import Slab, Stretch
+from trajstore.errors import WorkerError
+from trajstore.spending import Spent
+from trajstore.storage.place import place_of, slab_lock
+from trajstore.storage.segment import Observation, Written
+from trajstore.storage.writer import Ledger
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["fill"]
+
+_TASKS_A_WORKER = 16
+"""A recording is cut into about so many tasks per worker, so that none waits long for the last."""
+
+Ledgers = Callable[[Sequence[Slab]], AbstractContextManager[Mapping[Slab, Ledger]]]
+
+
+def fill(
+    client: Client,
+    job: Job,
+    packs: Sequence[Sequence[Slab]],
+    ledgers: Ledgers,
+    progress: Callable[[int, str], None] | None,
+) -> Spent:
+    """Record slabs, pack after pack, on workers, and return what these spent.
+
+    `ledgers` locks the slabs of a pack and opens what says which of their segments count.
+    """
+    from distributed import KilledWorker
+
+    with ExitStack() as held:
+        filling = _Filling(client, job, ledgers, held)
+        waiting = list(packs)
+        try:
+            while waiting or filling.tasks:
+                # The next pack is handed out before the last tasks of this one are done.
+                while waiting and len(filling.tasks) <= filling.workers:
+                    filling.hand_out(waiting.pop(0), len(packs))
+                applications, where = filling.take()
+                if progress is not None:
+                    progress(applications, where)
+        except KilledWorker as error:
+            raise WorkerError(
+                f"experiment {job.experiment.name!r}: workers died again and again at the same task ({error}); "
+                "they may lack memory: use fewer, or none (--workers 0)"
+            ) from None
+        return filling.spent
+
+
+class _Task(NamedTuple):
+    pack: _Pack
+    applications: int
+    where: str
+
+
+class _Filling:
+    """Hands out tasks, and takes what comes back."""
+
+    def __init__(self, client: Client, job: Job, ledgers: Ledgers, held: ExitStack) -> None:
+        from distributed import as_completed
+
+        self._client, self._job, self._ledgers, self._held = client, job, ledgers, held
+        self._known = client.submit(workshop.itself, job, pure=False)
+        # All get ready at once, not each when its first task comes.
+        addresses = list(client.nthreads())  # type: ignore[no-untyped-call]
+        self._ready = [
+            client.submit(workshop.get_ready, self._known, pure=False, workers=[a], priority=1) for a in addresses
+        ]
+        self._shape = Shape.of(job)
+        self._packs = 0
+        self.spent = Spent()
+        self._done: Any = as_completed(loop=client.loop)  # type: ignore[no-untyped-call]
+        self.tasks: dict[Any, _Task] = {}
+        self.workers = max(1, sum(client.nthreads().values()))  # type: ignore[no-untyped-call]
+
+    def hand_out(self, slabs: Sequence[Slab], packs: int) -> None:
+        """Cut slabs into tasks and hand them out, behind those of earlier packs."""
+        locks = self._held.enter_context(ExitStack())
+        pack = _Pack(self._shape, locks.enter_context(self._ledgers(slabs)), locks)
+        first = {"pure": False, "priority": -self._packs}
+        name, labels = self._job.experiment.name, self._shape.schema.seeds
+        locked = [slab_lock(name, str(slab.order), labels[slab.seed]) for slab in slabs]
+        lent = place_of(self._job.store).held(locked)
+        scouted = self._client.submit(workshop.scout, self._known, tuple(slabs), **first)
+        stretches: list[Stretch] = self._client.submit(workshop.described, scouted, **first).result()
+        experiment, segment_of = self._job.experiment, self._shape.schema.segment_of
+        whole = parts_of(stretches, experiment.asked, segment_of, sys.maxsize, pack.missing)
+        share = max(1, sum(part.cost for part in whole) * packs // (_TASKS_A_WORKER * self.workers))
+        parts = parts_of(stretches, experiment.asked, segment_of, 4 * share, pack.missing)
+        for bundle in bundles(parts, share, 4 * self._job.plan.lanes if self._job.plan.lanes > 1 else 1):
+            future = self._client.submit(workshop.compute, self._known, scouted, bundle, lent, **first)
+            seeds = sorted({self._shape.schema.seeds[stretches[p.stretch].slabs[0].seed] for p in bundle})
+            where = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+            self.tasks[future.key] = _Task(pack, sum(part.applications for part in bundle), where)
+            pack.tasks += 1
+            self._done.add(future)
+        self._packs += 1
+
+    def take(self) -> tuple[int, str]:
+        """Wait for a task and commit what it brings; return its operator applications, and where they were."""
+        future = next(self._done)
+        gathered, spent = future.result()
+        self.spent = self.spent.plus(spent)
+        pack, applications, where = self.tasks.pop(future.key)
+        for one in gathered:
+            pack.take(one)
+        pack.tasks -= 1
+        if not pack.tasks:
+            pack.finish()
+            pack.locks.close()
+        return applications, where
+
+
+class _Pack:
+    """Slabs that are being recorded: their writers, and parts of segments that wait for the rest."""
+
+    def __init__(self, shape: Shape, ledgers: Mapping[Slab, Ledger], locks: ExitStack) -> None:
+        self.locks, self.tasks = locks, 0
+        self._shape, self._ledgers = shape, ledgers
+        self._halves: dict[tuple[Slab, int], list[Observation]] = {}
+        self._whole: dict[Slab, set[int]] = {slab: set() for slab in ledgers}
+
+    def missing(self, stretch: Stretch, segment: int) -> bool:
+        """Tell whether a segment of any slab of a stretch is to be recorded."""
+        return any(self._shape.missing(slab, segment) for slab in stretch.slabs)
+
+    def take(self, gathered: Gathered) -> None:
+        slab, segment, made = gathered
+        if isinstance(made, Written):
+            self._adopt(slab, made)
+            return
+        half = self._halves.setdefault((slab, segment), [])
+        half += made
+        if len(half) == self._shape.recorded[segment]:
+            self._write(slab, segment)
+
+    def finish(self) -> None:
+        """Write the segments of which not every step is recorded: an adaptive grid leaves some out."""
+        if self._shape.adaptive:
+            for slab in self._ledgers:
+                for segment in sorted(set(range(self._shape.schema.segments)) - self._whole[slab]):
+                    if self._shape.missing(slab, segment):
+                        self._write(slab, segment)
+
+    def _write(self, slab: Slab, segment: int) -> None:
+        self._adopt(slab, self._shape.write(slab, segment, self._halves.pop((slab, segment), [])))
+
+    def _adopt(self, slab: Slab, written: Written) -> None:
+        self._ledgers[slab].adopt(written)
+        self._whole[slab].add(written.segment)

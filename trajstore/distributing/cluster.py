@@ -1,0 +1,110 @@
+"""Dask's workers: started here, or those of a scheduler that is running already."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from trajstore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["connected", "connected_to"]
+
+_PATIENCE = 20
+"""Seconds to wait for a scheduler to answer."""
+
+
+@contextmanager
+def connected(workers: int) -> Iterator[Client]:
+    """Start worker processes here. They end with the context, or when this process is no more."""
+    from distributed import Client, Scheduler, SpecCluster
+
+    options: dict[str, Any] = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    # Importing torch takes seconds: all do it at once, before the first needs it.
+    options |= {"preload_nanny": ["trajstore._ends_with_parent"], "preload": ["trajstore.distributing.workshop"]}
+    worker = {"cls": _worker(), "options": {"worker_kwargs": options}}
+    own = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
+    with (
+        _quiet(),
+        _set(),
+        SpecCluster(dict.fromkeys(range(workers), worker), scheduler=own, silence_logs=False) as cluster,  # type: ignore[no-untyped-call]
+        Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
+    ):
+        client.wait_for_workers(workers, timeout=120)
+        yield client
+
+
+def _worker() -> type[Any]:
+    """Return what starts a worker: a process of its own, which does not run the caller's main module again."""
+    from distributed.deploy.subprocess import SubprocessWorker
+
+    class Worker(SubprocessWorker):
+        """A worker in a session of its own.
+
+        A terminal sends Ctrl-C to all processes of a session's foreground, and one that is just starting would answer
+        with a traceback. It is for the client to hear.
+        """
+
+        async def _start(self) -> None:
+            spec = json.dumps({"cls": self.worker_class, "opts": self.worker_kwargs})
+            command = [sys.executable, "-m", "dask", "spec", self.scheduler, "--spec", spec]
+            self.process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+
+    return Worker
+
+
+@contextmanager
+def connected_to(scheduler: str) -> Iterator[Client]:
+    """Connect to a scheduler that is there already."""
+    from distributed import Client
+
+    with _quiet():
+        try:
+            client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise ConfigurationError(f"no Dask scheduler answers at {scheduler!r}: {told}") from None
+        with client:
+            yield client
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Dask from telling of every connection; what concerns a recording comes as an error."""
+    logger = logging.getLogger("distributed")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+_SETTINGS = {
+    # Dask's profiler would stop the computing thread a hundred times a second.
+    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+    # A worker's own process says what it loads before it has read that it is to be quiet.
+    "DASK_LOGGING__DISTRIBUTED": "critical",
+}
+
+
+@contextmanager
+def _set() -> Iterator[None]:
+    """Start workers with settings of Dask that can only be given in their environment."""
+    before = {name: os.environ.get(name) for name in _SETTINGS}
+    os.environ.update(_SETTINGS)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
