@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
-# Executes the notebooks, and compares what they say with what is committed; compiles what takes minutes to compile.
+# Executes the notebooks, and compares what they say with what is committed.
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 

@@ -18,7 +18,6 @@ from trajstore.analysis.parameter_variance import ParameterLevelVariance, Parame
 from trajstore.analysis.resets import resets
 from trajstore.analysis.streaming import stream
 from trajstore.analysis.variance import (
-    forward_over_backward,
     level_variance,
     rolling_variance,
     step_variance,
@@ -50,7 +49,6 @@ __all__ = [
     "contraction",
     "convergence",
     "distance_matrix",
-    "forward_over_backward",
     "law",
     "level_variance",
     "limit_bound",

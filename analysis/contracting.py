@@ -16,10 +16,10 @@ import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import quantile, standard_error
 from trajstore.analysis.rounding import of_size
-from trajstore.analysis.states import distance, norm, signs
+from trajstore.analysis.states import distance, dot, norm, signs
 
 from trajstore.batches import generator
-from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, slab_named
 from trajstore.experiment import Experiment
 from trajstore.operators.sgd import is_plain
 from trajstore.problems import Problem
@@ -30,11 +30,13 @@ from trajstore.reviving import revive
 from trajstore.state import State, Tensors
 from trajstore.store import StoredExperiment
 
-__all__ = ["contraction", "known_factors", "lemma_factor", "limit_bound", "lyapunov", "uniform_factor"]
+__all__ = ["contraction", "known_factors", "lemma_factor", "limit_bound", "lyapunov"]
 
 _LEAST = 50
 _CERTAIN = 50
 """How many times its rounding a distance must be, for a factor of it to be known to a hundredth."""
+_ALIGNED = 0.99
+"""The cosine of two differences from which they count as one."""
 
 
 def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 100, random_seed: int = 0) -> xr.Dataset:
@@ -55,7 +57,7 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
         seed, steps = schema.seeds[k], np.array(schema.snapshots)[there[k]]
         if len(steps) < 2:
             raise StatisticError(
-                f"experiment {stored.name!r}, order {order!r}, seed {seed}: {len(steps)} states are stored, and a pair "
+                f"{slab_named(stored.name, order, seed)}: {len(steps)} states are stored, and a pair "
                 "needs two; finish the recording"
             )
         first, second = sorted(rng.choice(steps, 2, replace=False).tolist())
@@ -81,9 +83,16 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
 def lyapunov(source: Source, seed: int | None = None, steps: int | None = None, level: float = 0.95) -> xr.Dataset:
     """Return the exponent of the products along the forward iterates of a seed, with an interval.
 
-    The logarithm of how an infinitely small difference grows at each step, averaged. ``rate`` is the factor a step,
-    exp(exponent): backward iterates approach their limit by it. Without `seed` it is the first, of a dataset that of
-    those which are selected.
+    The logarithm of how an infinitely small difference grows at each step, averaged. ``rate`` is the factor per step,
+    exp(exponent): backward iterates approach their limit by it.
+
+    Any difference turns, step by step, into the direction that grows most. Until it has, it grows less than the
+    exponent says, which takes the longer the more parameters there are. So two differences begin in random directions,
+    and the average begins where they have become one. If they have not by the middle, ``exponent`` is NaN, and ``why``
+    says so; ``growth`` is how the first of them has grown, per step of the last three quarters, which is no more than a
+    fact about such differences over so many steps.
+
+    Without `seed` it is the first of an experiment, that of a dataset of which one is selected.
     """
     recipe = Recipe.of(source)
     known = recipe.schema.seeds if isinstance(source, StoredExperiment) else np.atleast_1d(source["seed"].values)
@@ -91,23 +100,50 @@ def lyapunov(source: Source, seed: int | None = None, steps: int | None = None, 
     if count < 2 * _LEAST:
         raise StatisticError(f"{count} steps are too few for an exponent; ask for {2 * _LEAST} or more")
     _refuse_more_than_parameters(recipe)
-    here, batches = recipe.start(chosen), recipe.batches(chosen)
-    tangent = _unit(signs(here.params, generator(chosen, "analysis")))
-    growth = np.empty(count)
-    for n in range(1, count + 1):
-        here, moved = recipe.pushed(here, tangent, batches[n], n)
-        size = norm(moved)
-        if not 0 < size < np.inf:
-            raise StatisticError(
-                f"experiment {recipe.name!r}, seed {chosen}: at step {n} a difference grows {size} times, so the "
-                "products have no exponent"
-            )
-        growth[n - 1], tangent = np.log(size), _unit(moved)
-    settled = growth[count // 4 :]
-    mean, reach = float(settled.mean()), quantile(level) * float(standard_error(settled - settled.mean()))
-    fields = {"exponent": mean, "exponent_low": mean - reach, "exponent_high": mean + reach}
+    growth, alignment = _grown(recipe, chosen, count)
+    begin, reach, why = count // 4, np.nan, ""
+    apart = np.flatnonzero(alignment < _ALIGNED)
+    together = int(apart[-1]) + 1 if len(apart) else 0
+    exponent = _of_one_hessian(recipe.experiment)
+    if exponent is not None:
+        reach = 0.0
+    elif together > count // 2:
+        exponent = np.nan
+        turned = f"two random differences have not turned into one direction by step {count // 2}"
+        why = f"{turned} (cosine {alignment[-1]:.2g} in the end)"
+    else:
+        settled = growth[max(begin, together) :]
+        exponent, reach = float(settled.mean()), quantile(level) * float(standard_error(settled - settled.mean()))
+    fields = {"exponent": exponent, "exponent_low": exponent - reach, "exponent_high": exponent + reach}
     rates = {name.replace("exponent", "rate"): float(np.exp(value)) for name, value in fields.items()}
-    return xr.Dataset(fields | rates, attrs={"experiment": recipe.name, "seed": chosen, "steps": count, "level": level})
+    seen = {"growth": float(growth[begin:].mean()), "alignment": float(alignment[-1]), "why": why}
+    attrs = {"experiment": recipe.name, "seed": chosen, "steps": count, "level": level}
+    return xr.Dataset(fields | rates | seen, attrs=attrs)
+
+
+def _grown(recipe: Recipe, seed: int, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return how a random difference grows at each step, as a logarithm, and its cosine to another one after it."""
+    here, batches, rng = recipe.start(seed), recipe.batches(seed), generator(seed, "analysis")
+    tangents = [_unit(signs(here.params, rng)) for _ in range(2)]
+    growth, alignment = np.empty(steps), np.empty(steps)
+    for n in range(1, steps + 1):
+        (after, one), (_, other) = (recipe.pushed(here, tangent, batches[n], n) for tangent in tangents)
+        for moved in (one, other):
+            if not 0 < norm(moved) < np.inf:
+                raise StatisticError(
+                    f"experiment {recipe.name!r}, seed {seed}: at step {n} a difference grows {norm(moved)} times, so "
+                    "the products have no exponent"
+                )
+        growth[n - 1], here, tangents = np.log(norm(one)), after, [_unit(one), _unit(other)]
+        alignment[n - 1] = abs(dot(*tangents))
+    return growth, alignment
+
+
+def _of_one_hessian(experiment: Experiment) -> float | None:
+    """Return the exponent of maps that all have the derivative I − hH, where differences need not turn."""
+    if not isinstance(experiment.problem, Quadratic) or not is_plain(experiment.operator):
+        return None
+    return float(np.log(np.abs(1 - experiment.operator.lr * np.array(experiment.problem.spectrum)).max()))
 
 
 def lemma_factor(lr: float, m: float, M: float) -> float:
@@ -119,16 +155,12 @@ def lemma_factor(lr: float, m: float, M: float) -> float:
     return float(np.sqrt(max(0.0, 1 - 2 * lr * m + lr**2 * M**2)))
 
 
-def uniform_factor(source: Source) -> float | None:
-    """Return the factor by which every batch map contracts at the least, or None where it is not known or not below 1.
-
-    Known for plain SGD on the quadratic and on least squares: the largest ‖I − hH‖ of a single example.
-    """
-    return known_factors(Recipe.of(source).experiment).get("uniform_factor")
-
-
 def known_factors(experiment: Experiment) -> dict[str, float]:
-    """Return the factors below 1 that are known: ``uniform_factor``, and ``lemma_factor``, which is no smaller."""
+    """Return the factors below 1 by which every batch map contracts: ``uniform_factor``, ``lemma_factor``, or nothing.
+
+    Known for plain SGD on the quadratic and on least squares. The first is the largest ‖I − hH‖ of a single example,
+    the second is that of Lemma 2.5, which is no smaller.
+    """
     operator, curvatures = experiment.operator, _curvatures(experiment.problem)
     if curvatures is None or not is_plain(operator):
         return {}

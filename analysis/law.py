@@ -135,7 +135,8 @@ def _pairs(ds: xr.Dataset, metric: str, step: int) -> tuple[Floats, Floats]:
         if bad.any():
             raise StatisticError(
                 f"{metric}: order {order!r}, seed {ds['seed'].values[bad][0]} has no finite value at step {step}: it "
-                "is not recorded, not measured, or training diverged; leave a seed out only if that selects nothing"
+                "is not recorded, not measured, or training diverged; leave the seed out only if that does not bias "
+                "the sample"
             )
         made.append(found)
     forward, backward = made
@@ -153,7 +154,7 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
         raise StatisticError(f"{seeds} seeds are too few to compare laws; record {_LEAST} or, to see much, 100")
     if len(set(ds["init_seed"].values.tolist())) > 1:
         raise StatisticError(
-            "the law is over batch streams from one θ₀, and these seeds start from several; record with --init-seed 0"
+            "the law is over batch streams from one θ₀, and these seeds start from several; record with one init seed"
         )
     config: Mapping[str, Any] = ds.attrs.get("trajstore", {}).get("config", {})
     problem, operator = config.get("problem", {}), config.get("operator", {})
@@ -161,8 +162,8 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
         raise StatisticError("how these iterates were made is not known, so the operators may not be independent")
     if problem.get("sampling", "iid") != "iid":
         raise StatisticError(
-            f"batches are drawn by {problem['sampling']!r} and depend on each other, so the laws differ, but for whole "
-            "epochs; record with sampling = 'iid'"
+            f"batches are drawn by {problem['sampling']!r} and depend on each other, so the laws differ, except at "
+            "whole epochs; record with sampling = 'iid'"
         )
     plain = operator.get("family") == "sgd" and operator.get("schedule", {}).get("family", "constant") == "constant"
     if operator.get("by") == "index" and not plain:

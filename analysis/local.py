@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.longrun import quantile, standard_error
-from trajstore.analysis.rounding import of_moves, scale_of
+from trajstore.analysis.longrun import TERMS, effective_size, quantile, standard_error
+from trajstore.analysis.rounding import of_variance, scale_of
 from trajstore.analysis.variance import CONTRIBUTIONS, Kind, check_kind, pairs_of
 from trajstore.analysis.windows import window_of
 
@@ -23,6 +23,9 @@ _SHORTEST, _MOST = 8, 32
 """Recorded steps of a block, and blocks."""
 _FEWEST = 24
 """Blocks: with fewer, the interval holds less often than it says."""
+_TERMS = ((0.7, TERMS), (0.35, 4), (0.0, 2))
+"""Of so many blocks that are worth this share of independent ones, so many cosines: the fewer, the longer the waves."""
+_NOTHING = 1e-9
 
 
 def local_variance_ratio(
@@ -35,13 +38,14 @@ def local_variance_ratio(
 ) -> xr.Dataset:
     """Return how many times the first order varies more than the second in a typical block, for each seed.
 
-    The window is cut into up to 32 blocks of 8 recorded steps or more. ``low`` and ``high`` are the interval of the
-    geometric mean over blocks, which allows for blocks that depend on each other; ``why`` says why there is none. A
-    variance below that of rounding counts as that of rounding, so that the ratio to what has come to rest is a bound.
+    The window is cut into about 32 blocks of 8 recorded steps or more. ``low`` and ``high`` are the interval of the
+    geometric mean over blocks, wider where bursts last so long that blocks depend on each other; ``why`` says why there
+    is none. A variance below that of rounding counts as that of rounding, and that of a metric of few values, such as
+    an accuracy of N images, at least as 1/12N²: so the ratio to what has come to rest is a lower bound.
     """
     check_kind(kind)
     seen = window_of(ds, metric, window, least=_FEWEST * _SHORTEST)
-    found = [_ratio(above, below, kind, level) for above, below in pairs_of(seen, orders)]
+    found = [_ratio(above, below, kind, level, seen.precision) for above, below in pairs_of(seen, orders)]
     columns = zip(("ratio", "low", "high", "why"), zip(*found, strict=True), strict=True)
     return xr.Dataset(
         {name: ("seed", np.array(column)) for name, column in columns},
@@ -56,22 +60,38 @@ def _blocks(steps: int) -> tuple[int, int]:
     return steps // long, long
 
 
-def _ratio(above: Floats, below: Floats, kind: Kind, level: float) -> tuple[float, float, float, str]:
+def _ratio(
+    above: Floats, below: Floats, kind: Kind, level: float, precision: np.dtype[np.floating] | None
+) -> tuple[float, float, float, str]:
     if not (np.isfinite(above).all() and np.isfinite(below).all()):
         return np.nan, np.nan, np.nan, "diverged"
-    (one, least), (two, other) = (_variances(values, kind) for values in (above, below))
-    least = max(least, other)
+    least = of_variance(np.append(above, below), precision)
+    one, two = (_variances(values, kind) for values in (above, below))
     if (one <= least).all() and (two <= least).all():
         return np.nan, np.nan, np.nan, "neither varies, but by rounding"
     logs = np.log(np.maximum(one, least)) - np.log(np.maximum(two, least))
-    mean, reach = float(logs.mean()), quantile(level) * float(standard_error(logs - logs.mean()))
+    mean, terms = float(logs.mean()), _terms(logs)
+    reach = quantile(level, terms) * float(standard_error(logs - mean, terms))
     return float(np.exp(mean)), float(np.exp(mean - reach)), float(np.exp(mean + reach)), ""
 
 
-def _variances(values: Floats, kind: Kind) -> tuple[Floats, float]:
-    """Return the variance in each block, and below what it is rounding."""
+def _terms(logs: Floats) -> int:
+    """Return how many cosines an interval is made from: fewer where bursts outlast the blocks.
+
+    A ratio that grows evenly, as that to an order which settles at a steady rate, is no burst.
+    """
+    x = np.arange(len(logs)) - (len(logs) - 1) / 2
+    rest = logs - logs.mean() - x * (x @ logs) / (x @ x)
+    if np.abs(rest).max() <= _NOTHING * np.abs(logs).max():
+        return TERMS
+    worth = effective_size(rest) / len(logs)
+    return next(terms for least, terms in _TERMS if worth >= least)
+
+
+def _variances(values: Floats, kind: Kind) -> Floats:
+    """Return the variance in each block."""
     count, long = _blocks(len(values))
     scale = scale_of(values)
     parts, lost = CONTRIBUTIONS[kind](values[-count * long :].reshape(count, long) / scale)
     found = parts.sum(-1) / (parts.shape[-1] - lost) * scale**2
-    return np.asarray(found), float(of_moves(values).max() ** 2)
+    return np.asarray(found)

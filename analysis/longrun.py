@@ -27,16 +27,16 @@ ENOUGH = 50
 Floats = NDArray[np.float64]
 
 
-def standard_error(values: Floats) -> Floats:
+def standard_error(values: Floats, terms: int = TERMS) -> Floats:
     """Return the standard error of the mean along the last axis."""
-    waves = _cosines(values.shape[-1])
+    waves = _cosines(values.shape[-1], terms)
     return np.asarray(np.sqrt(((values @ waves.T) ** 2).mean(axis=-1) / values.shape[-1]))
 
 
 @cache
-def quantile(level: float) -> float:
+def quantile(level: float, terms: int = TERMS) -> float:
     """Return how many standard errors a two-sided interval reaches to either side."""
-    return float(stdtrit(TERMS, (1 + level) / 2))
+    return float(stdtrit(terms, (1 + level) / 2))
 
 
 def effective_size(values: Floats) -> float:
@@ -49,7 +49,7 @@ def effective_size(values: Floats) -> float:
 
 
 @cache
-def _cosines(n: int) -> Floats:
+def _cosines(n: int, terms: int) -> Floats:
     """Return the first cosines over n values, orthonormal and orthogonal to constants."""
     places = (np.arange(n) + 0.5) / n
-    return np.asarray(np.sqrt(2 / n) * np.cos(np.pi * np.outer(np.arange(1, TERMS + 1), places)))
+    return np.asarray(np.sqrt(2 / n) * np.cos(np.pi * np.outer(np.arange(1, terms + 1), places)))

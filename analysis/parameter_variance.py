@@ -151,7 +151,7 @@ def _window(slab: Slab, window: int, least: int) -> Need:
     if len(missing):
         raise StatisticError(
             f"{slab.where}: no iterate of step {missing[0]} is stored; "
-            "finish the recording, or select the slabs that are complete"
+            "finish the recording, or select the orders and seeds that are complete"
         )
     stored = len(slab.steps)
     return Need(range(stored - window, stored))

@@ -52,7 +52,9 @@ def outputs_of_slabs(ds: xr.Dataset) -> Iterator[tuple[tuple[int, int], Iterator
         return
     recipe, iterates = Recipe.of(ds), Iterates.of(ds)
     if "counters" not in ds:
-        raise StatisticError("outputs: this dataset has no variable 'counters'; select steps and slabs, not variables")
+        raise StatisticError(
+            "outputs: this dataset has no variable 'counters'; select steps, orders and seeds, not variables"
+        )
     if not iterates.stored.any():
         raise StatisticError(f"outputs: no state of experiment {recipe.name!r} is stored here; finish the recording")
     missing = [dim for dim in (*SLABS, "snapshot") if dim not in ds["counters"].dims]

@@ -45,8 +45,6 @@ class Rate:
     r2: float
     bend: float
     """The slope of the second half less that of the first, over its standard error: beyond ±3 no line fits."""
-    walks: bool
-    """Whether what remains is more of a random walk than of white noise."""
 
 
 def fit_rate(moves: Floats, per_step: int = 1, level: float = 0.95) -> Rate | None:
@@ -63,7 +61,7 @@ def fit_rate(moves: Floats, per_step: int = 1, level: float = 0.95) -> Rate | No
         return None
     # A metric of few values stands still most of the time: it is how often it moves that shrinks.
     y = np.log(blocks).mean(1) if blocks.all() else 0.5 * np.log((blocks**2).mean(1))
-    slope, low, high, walks = _slope(y, level)
+    slope, low, high = _slope(y, level)
     steps, reach = length * per_step, len(moves) / length
     line = y.mean() + slope * (np.arange(count) - (count - 1) / 2)
     unexplained, spread = float(((y - line) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
@@ -76,7 +74,6 @@ def fit_rate(moves: Floats, per_step: int = 1, level: float = 0.95) -> Rate | No
         fall_high=high * reach,
         r2=1 - unexplained / spread if spread > 0 else 1.0,
         bend=_bend(y),
-        walks=walks,
     )
 
 
@@ -86,8 +83,8 @@ def _blocks(moves: Floats, length: int) -> Floats:
     return moves[len(moves) - count * length :].reshape(count, length)
 
 
-def _slope(y: Floats, level: float) -> tuple[float, float, float, bool]:
-    """Return the slope a block, its interval, and whether the residuals walk."""
+def _slope(y: Floats, level: float) -> tuple[float, float, float]:
+    """Return the slope per block, and its interval."""
     q = len(y)
     slopes, errors, evidence = [], [], []
     for whiten, design, outer, constant in _mixtures(q):
@@ -102,17 +99,15 @@ def _slope(y: Floats, level: float) -> tuple[float, float, float, bool]:
     weights /= weights.sum()
     at, scale = np.array(slopes), np.array(errors)
     middle = float(weights @ at)
-
-    walking = float(weights[np.array(_MIXTURES) > 0].sum()) > 0.5
     if not scale.min() > 0:
-        return middle, middle, middle, walking
+        return middle, middle, middle
 
     def quantile(p: float) -> float:
         widest = 1e3 * (np.abs(at - middle).max() + scale.max())
         above = lambda x: float(weights @ stdtr(q - 2, (x - at) / scale)) - p  # noqa: E731
         return float(brentq(above, middle - widest, middle + widest))
 
-    return middle, quantile((1 - level) / 2), quantile((1 + level) / 2), walking
+    return middle, quantile((1 - level) / 2), quantile((1 + level) / 2)
 
 
 def _bend(y: Floats) -> float:
@@ -124,7 +119,7 @@ def _bend(y: Floats) -> float:
 
 def _line(y: Floats) -> tuple[float, float]:
     """Return a slope and its standard error, the residuals taken for a mixture as likely as any."""
-    slope, low, high, _ = _slope(y, 0.68)
+    slope, low, high = _slope(y, 0.68)
     return slope, (high - low) / 2
 
 

@@ -62,12 +62,12 @@ def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tupl
         raise NotFoundError(f"no metric {space!r}; {choices(metric, [*metrics_of(ds), PARAMETERS, OUTPUTS])}")
     seen = window_of(ds, metric, window, least)
     together = space.startswith(SUM)
-    return seen, [[path_of(seen.steps, values, together) for values in rows] for rows in seen.values]
+    return seen, [[path_of(seen.steps, values, seen.precision, together) for values in rows] for rows in seen.values]
 
 
 def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
     if "sketch" not in ds:
-        raise StatisticError("this dataset has no sketches; select steps and slabs of it, not variables")
+        raise StatisticError("this dataset has no sketches; select steps, orders and seeds of it, not variables")
     seen = window_of(ds, "step_distance", window, least, called=PARAMETERS)
     norms = window_of(ds, "param_norm", len(seen), least, called=PARAMETERS).values
     points = with_slabs(ds["sketch"].sel(step=seen.steps)).values.astype(np.float64)
@@ -149,8 +149,10 @@ def embedded(distances: Floats) -> Floats:
     return np.asarray(points * np.where(points[:1] < 0, -1.0, 1.0))
 
 
-def path_of(steps: NDArray[np.int64], values: Floats, together: bool = False) -> Path:
+def path_of(
+    steps: NDArray[np.int64], values: Floats, precision: np.dtype[np.floating] | None, together: bool = False
+) -> Path:
     """Return the path of a metric's values; `together` measures distances as L(x) + L(y)."""
     with np.errstate(invalid="ignore"):  # told as diverged
         moves = values[1:] + values[:-1] if together else np.abs(np.diff(values))
-    return Path(steps, values[:, None], moves, np.zeros(len(moves)) if together else of_moves(values))
+    return Path(steps, values[:, None], moves, np.zeros(len(moves)) if together else of_moves(values, precision))

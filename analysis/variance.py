@@ -30,7 +30,6 @@ from trajstore.orders import Order
 
 __all__ = [
     "Kind",
-    "forward_over_backward",
     "level_variance",
     "rolling_variance",
     "step_variance",
@@ -40,6 +39,7 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
+Precision = np.dtype[np.floating] | None
 Kind = Literal["level", "tail", "step"]
 _ROLLING_BYTES = 2**20
 """Of windows that are worked on together: they stay in the cache."""
@@ -111,15 +111,6 @@ def rolling_variance(ds: xr.Dataset, metric: str, window: int = 100, kind: Kind 
     )
 
 
-def forward_over_backward(variances: xr.DataArray) -> xr.DataArray:
-    """Return the ratio of forward to backward, one for each seed."""
-    for order in ("forward", "backward"):
-        if order not in variances["order"].values:
-            raise StatisticError(f"a ratio needs the orders 'forward' and 'backward'; there is no {order!r} here")
-    ratio = variances.sel(order="forward", drop=True) / variances.sel(order="backward", drop=True)
-    return ratio.rename(f"{variances.name}_ratio")
-
-
 @dataclass(frozen=True)
 class _Estimate:
     """A number with its interval; NaN where there is none, and why."""
@@ -143,7 +134,7 @@ def variance(
     """
     seen = window_of(ds, metric, window, least=8)
     check_kind(kind)
-    slabs = [[_estimate(slab, kind, level) for slab in slabs] for slabs in seen.values]
+    slabs = [[_estimate(slab, kind, level, seen.precision) for slab in slabs] for slabs in seen.values]
     table = _table(seen, SLABS, seen.coords, slabs, kind, level)
     return table.assign(resets=(SLABS, resets_within(ds, seen.steps)))
 
@@ -164,7 +155,7 @@ def variance_ratio(
     """
     seen = window_of(ds, metric, window, least=8)
     check_kind(kind)
-    made = [_ratio(above, below, kind, level, orders) for above, below in pairs_of(seen, orders)]
+    made = [_ratio(pair, kind, level, orders, seen.precision) for pair in pairs_of(seen, orders)]
     table = _table(seen, ("seed",), {"seed": seen.coords["seed"]}, [estimate for estimate, _ in made], kind, level)
     table["basis"] = ("seed", np.array([basis for _, basis in made]))
     return table.assign_attrs(orders=list(orders)).rename(variance="ratio")
@@ -207,13 +198,13 @@ def _variance(values: Floats, kind: Kind) -> Floats:
         return np.asarray(np.where(found <= (4 * np.finfo(float).eps * np.abs(values).max(-1)) ** 2, 0.0, found))
 
 
-def _estimate(values: Floats, kind: Kind, level: float) -> _Estimate:
+def _estimate(values: Floats, kind: Kind, level: float, precision: Precision) -> _Estimate:
     if not np.isfinite(values).all():
         return _Estimate(np.nan, np.nan, np.nan, np.nan, "diverged")
     scale = scale_of(values)
     parts, _ = CONTRIBUTIONS[kind](values / scale)
     found, size = float(_variance(values / scale, kind)) * scale**2, _worth(parts)
-    rests = bool((np.abs(np.diff(values)) <= of_moves(values)).all())
+    rests = bool((np.abs(np.diff(values)) <= of_moves(values, precision)).all())
     if rests or found == 0:
         return _Estimate(0.0, np.nan, np.nan, size, "does not vary, but by rounding")
     halves = sorted((float(parts[: len(parts) // 2].sum()), float(parts[len(parts) // 2 :].sum())))
@@ -235,9 +226,11 @@ def _worth(parts: Floats) -> float:
     return heavy * effective_size(parts)
 
 
-def _ratio(above: Floats, below: Floats, kind: Kind, level: float, names: tuple[str, str]) -> tuple[_Estimate, str]:
+def _ratio(
+    pair: tuple[Floats, Floats], kind: Kind, level: float, names: tuple[str, str], precision: Precision
+) -> tuple[_Estimate, str]:
     """Return the ratio of two variances, and what its interval rests on."""
-    one, other = _estimate(above, kind, level), _estimate(below, kind, level)
+    (above, below), (one, other) = pair, (_estimate(values, kind, level, precision) for values in pair)
     if one.why == "diverged" or other.why == "diverged":
         return _Estimate(np.nan, np.nan, np.nan, np.nan, "diverged"), "none"
     if other.value == 0:

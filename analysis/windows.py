@@ -24,6 +24,7 @@ __all__ = [
     "measured_where",
     "metrics_of",
     "own_metrics",
+    "precision_of",
     "resets_within",
     "stored_window",
     "usual_metric",
@@ -44,6 +45,8 @@ class Window:
     """(order, seed, step); not finite where the slab diverged."""
     coords: dict[str, Any]
     """The coordinates order and seed."""
+    precision: np.dtype[np.floating] | None = None
+    """That of the states from which the values were computed, if it is known."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -122,10 +125,17 @@ def window_of(
             order, seed, step = next(zip(*np.nonzero(missing), strict=True))
             raise StatisticError(
                 f"{what}: order {str(coords['order'][order])!r}, seed {coords['seed'][seed]} {lack} {labels[step]}; "
-                "finish the recording, or select the slabs that are complete"
+                "finish the recording, or select the orders and seeds that are complete"
             )
     values = with_slabs(ds[metric].isel(step=tail)).values.astype(np.float64)
-    return Window(metric, labels.astype(np.int64), values, coords)
+    return Window(metric, labels.astype(np.int64), values, coords, precision_of(ds))
+
+
+def precision_of(ds: xr.Dataset) -> np.dtype[np.floating] | None:
+    """Return the precision of the states of a dataset, if it says so."""
+    layout = ds.attrs.get("trajstore", {}).get("schema", {}).get("layout", {})
+    known = {entry["dtype"] for entry in layout.get("entries", ()) if entry["role"] == "parameter"}
+    return np.dtype(np.float64 if known == {"float64"} else np.float32) if known else None
 
 
 def resets_within(ds: xr.Dataset, steps: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -144,8 +154,8 @@ def stored_window(ds: xr.Dataset, what: str, window: int | None = None, least: i
     asked = max(least, len(places) // 2) if window is None else window
     if asked < least or len(places) < asked:
         raise StatisticError(
-            f"{what}: {len(places)} states are stored, and the window is {asked}; this statistic needs {least} of "
-            "them or more, and as many as the window"
+            f"{what}: {len(places)} states are stored; a window of {asked} needs as many, and this statistic at "
+            f"least {least}"
         )
     tail = places[-asked:]
     steps = ds["snapshot"].values[tail]
@@ -156,7 +166,7 @@ def stored_window(ds: xr.Dataset, what: str, window: int | None = None, least: i
         labels = [np.atleast_1d(ds[dim].values) for dim in SLABS]
         raise StatisticError(
             f"{what}: order {str(labels[0][order])!r}, seed {labels[1][seed]} has no state of step {steps[step]}; "
-            "finish the recording, or select the slabs that are complete"
+            "finish the recording, or select the orders and seeds that are complete"
         )
     return np.asarray(steps, dtype=np.int64)
 
@@ -177,12 +187,13 @@ def _masks(ds: xr.Dataset, metric: str, what: str) -> tuple[NDArray[np.bool_], N
     """Return which steps were recorded, and where the metric was measured, both (order, seed, step)."""
     if not {"measured", "recorded"} <= set(ds.variables):
         raise StatisticError(
-            f"{what}: this dataset does not say at which steps it was measured; select steps and slabs, not variables"
+            f"{what}: this dataset does not say at which steps it was measured; select steps, orders and seeds, "
+            "not variables"
         )
     if metric not in metrics_of(ds) or metric not in ds:
         if what != metric:
             raise StatisticError(
-                f"{what}: this dataset does not have {metric!r}; select steps and slabs, not variables"
+                f"{what}: this dataset does not have {metric!r}; select steps, orders and seeds, not variables"
             )
         raise NotFoundError(f"no metric {metric!r}; {choices(metric, metrics_of(ds))}")
     if "step" not in ds[metric].dims:
@@ -220,7 +231,7 @@ def _refuse_uneven(ds: xr.Dataset, metric: str, steps: NDArray[Any]) -> None:
     gaps = set(np.diff(steps).tolist())
     if len(gaps) <= 1:
         if gaps and min(gaps) < 0:
-            raise StatisticError(f"{metric}: the steps run backwards, from {steps[0]} to {steps[-1]}; turn them round")
+            raise StatisticError(f"{metric}: the steps decrease, from {steps[0]} to {steps[-1]}; sort them")
         return
     why = f" where {ds.attrs['adaptive']} changes most" if ds.attrs.get("adaptive") else ""
     raise StatisticError(

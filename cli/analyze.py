@@ -120,7 +120,10 @@ def _exponents(stored: StoredExperiment) -> Table:
         return Table(f"{title}: {error}", xr.Dataset(), (), {})
     exponents = xr.concat(each, "seed", combine_attrs="drop_conflicts").assign_coords(seed=seeds)
     pairs = {"exponent": ("exponent_low", "exponent_high"), "rate": ("rate_low", "rate_high")}
-    return Table(title, exponents, ("exponent", "rate"), pairs)
+    shown = ("exponent", "rate", "growth")
+    if any(exponents["why"].values.tolist()):
+        return Table(f"{title}; growth is that of a random difference", exponents, (*shown, "why"), pairs)
+    return Table(title, exponents, shown, pairs)
 
 
 ANALYSES: Mapping[str, Callable[..., list[Table]]] = {

@@ -9,7 +9,7 @@ import typer
 from trajstore.cli.console import counted, human_bytes, human_seconds, print_csv, print_json, print_table, say
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
-from trajstore.errors import ConfigurationError, FormatError
+from trajstore.errors import ConfigurationError, DamageError, FormatError
 
 if TYPE_CHECKING:
     import duckdb
@@ -55,7 +55,7 @@ def ls(store: StorePath, json: JSON = False) -> None:
             row["orders"], row["bytes"] = ", ".join(row["orders"]), human_bytes(row["bytes"])
         print_table(list(rows[0]), [list(row.values()) for row in rows])
     if damaged:
-        raise FormatError("; ".join(map(str, damaged)))
+        raise DamageError("; ".join(map(str, damaged)))
 
 
 def info(

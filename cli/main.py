@@ -1,7 +1,7 @@
 """The program: its commands, and how errors end it.
 
-Exit codes: 0 done · 1 the work failed on the way (busy, disk full, …) · 2 the request was wrong, nothing was
-written · 130 interrupted.
+Exit codes: 0 done · 1 the work failed, perhaps midway (busy, disk full, damage, …) · 2 the request was refused,
+nothing was written · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from trajstore.cli import analyze, claims, compute, demo, exchange, inspection, maintenance, plotting, record
 
-from trajstore.errors import BusyError, TrajstoreError, UnreachableError, WriteError
+from trajstore.errors import TrajstoreError
 
 __all__ = ["app", "main"]
 
@@ -25,7 +25,7 @@ _CommandLineError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name_
 app = typer.Typer(
     name="trajstore",
     help="Record forward and backward SGD iterates, keep them in Zarr, ask them in SQL and figures.",
-    epilog="Exit codes: 0 done, 1 failed on the way, 2 wrong request (nothing written), 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed midway, 2 request refused (nothing written), 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -57,14 +57,12 @@ def main() -> None:
     try:
         code = typer.main.get_command(app).main(prog_name="trajstore", standalone_mode=False) or 0
         if code == _INTERRUPTED:
-            _fail("interrupted; what was committed stays, and the same command goes on (`record` with --resume)", code)
+            _fail("interrupted; what was committed is kept; the same command continues (`record` with --resume)", code)
     except _CommandLineError as error:
         wants_help = type(error).__name__ == "NoArgsIsHelpError"
         code = _fail(error.format_message(), 2, "" if wants_help else "trajstore: ")
-    except (BusyError, UnreachableError, WriteError) as error:
-        code = _fail(str(error), 1)
     except TrajstoreError as error:
-        code = _fail(str(error), 2)
+        code = _fail(str(error), error.exit_code)
     except OSError as error:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except MemoryError:

@@ -109,7 +109,7 @@ def rm(
     experiment = opened[exp]
     if not yes:
         if not sys.stdin.isatty():
-            raise ConfigurationError(f"rm removes experiment {exp!r} for good; give --yes to do it without being asked")
+            raise ConfigurationError(f"rm removes experiment {exp!r} for good; give --yes to confirm")
         slabs = counted(sum(slab.recorded > 0 for slab in experiment.slabs()), "recorded slab")
         typer.confirm(f"Remove experiment {exp!r} with {slabs} for good?", abort=True, err=True)
     remove(opened, exp)

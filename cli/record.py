@@ -148,7 +148,9 @@ def _experiments(
         changes["record"] = {key: value for key, value in recorded.items() if value is not None}
     changes = merge(changes, settings)
     if scale != FULL and (what.endswith(".toml") or ":" in what):
-        raise ConfigurationError(f"--scale is of presets, and {what} is none; a file says scale = {scale!r} itself")
+        raise ConfigurationError(
+            f"--scale applies to presets, and {what} is not one; in a file, write scale = {scale!r}"
+        )
     if what.endswith(".toml"):
         return [Experiment.of(merge(read_toml(Path(what)), changes))]
     if ":" in what:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,19 +57,22 @@ def _ratio(name: str, forward: np.ndarray, backward: np.ndarray, kind: str) -> N
 
 def local_ratios(runs: int) -> None:
     """Intervals of local variance ratios at 95%: how many hold the true ratio, 9."""
-    print(f"{'process':40} {'steps':>6} {'hold':>6}")
-    processes: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-        "AR(1), φ = 0.9": lambda x, noise: x,
-        "its exponential": lambda x, noise: np.exp(x * np.sqrt(1 - 0.9**2)),
-        "white noise in bursts": lambda x, noise: np.exp(3 * x * np.sqrt(1 - 0.9**2)) * noise,
-        "AR(1), φ = 0.9, on a slope": lambda x, noise: x + 0.1 * np.arange(x.shape[1]),
-    }
-    for name, process in processes.items():
+    print(f"{'process':40} {'φ':>6} {'steps':>6} {'hold':>6}")
+    bursts = lambda size: lambda x, noise: np.exp(size * x) * noise  # noqa: E731
+    cases: Sequence[tuple[str, float, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = [
+        ("AR(1)", 0.9, lambda x, noise: x),
+        ("its exponential", 0.9, lambda x, noise: np.exp(x)),
+        ("AR(1) on a slope", 0.9, lambda x, noise: x + 0.05 * np.arange(x.shape[1])),
+        ("white noise in bursts of exp(3 x)", 0.9, bursts(3)),
+        *(("white noise in bursts of exp(x)", phi, bursts(1)) for phi in (0.98, 0.99, 0.995)),
+    ]
+    for name, phi, process in cases:
         for steps in (200, 700, 2_000):
-            made = [process(ar1(0.9, steps, runs, 40 + k), ar1(0.0, steps, runs, 50 + k)) for k in range(2)]
+            x = [ar1(phi, steps, runs, 40 + k) * np.sqrt(1 - phi**2) for k in range(2)]
+            made = [process(x[k], ar1(0.0, steps, runs, 50 + k)) for k in range(2)]
             found = local_variance_ratio(runs_of(3 * made[0], made[1]), "loss", steps)
             held = (found["low"] <= 9) & (found["high"] >= 9)
-            print(f"{name:40} {steps:6} {float(held.mean()):6.0%}", flush=True)
+            print(f"{name:40} {phi:6} {steps:6} {float(held.mean()):6.0%}", flush=True)
 
 
 def rates(runs: int) -> None:
@@ -121,15 +124,19 @@ def verdicts(runs: int) -> None:
 
 
 def leg_changes(runs: int) -> None:
-    """Levels before and after a reset that changes nothing: how many are told apart at 95%."""
-    print(f"{'process':40} {'steps':>6} {'given':>6} {'apart':>6}")
-    for phi, steps in ((0.5, 1_000), (0.9, 4_000), (0.99, 40_000)):
-        ds = runs_of(ar1(phi, steps, runs, 30), ar1(phi, steps, runs, 31))
+    """Levels before and after a reset that changes nothing: how many differ at 95%, how many are told `elsewhere`."""
+    print(f"{'process':40} {'steps':>6} {'given':>6} {'differ':>7} {'elsewhere':>10}")
+    descents = [(0.0, 1_000, descent) for descent in (0.25, 0.5, 1.0, 4.0)]
+    for phi, steps, descent in ((0.5, 1_000, 0.0), (0.9, 4_000, 0.0), (0.99, 40_000, 0.0), *descents):
+        line = descent * np.arange(steps) / steps
+        ds = runs_of(ar1(phi, steps, runs, 30) - line, ar1(phi, steps, runs, 31) - line)
         half = (ds["step"] >= steps // 2).broadcast_like(ds["loss"]).transpose(*ds["loss"].dims)
         found = resets(ds.assign(leg=half.astype(int)), "loss")
         given = np.isfinite(found["difference_low"].values)
         apart = (found["difference_low"].values > 0) | (found["difference_high"].values < 0)
-        print(f"AR(1), φ = {phi:<30} {steps:6} {given.mean():6.0%} {apart[given].mean():6.0%}", flush=True)
+        elsewhere = (found["settles"].values == "elsewhere")[given].mean()
+        name = f"AR(1), φ = {phi}, descending by {descent}"
+        print(f"{name:40} {steps:6} {given.mean():6.0%} {apart[given].mean():7.0%} {elsewhere:10.0%}", flush=True)
 
 
 def law(runs: int) -> None:

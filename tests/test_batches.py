@@ -46,6 +46,15 @@ def test_seeds_and_purposes_and_indices_give_different_streams():
     assert generator(0, "noise", 1).standard_normal() == numbers[0]
 
 
+@pytest.mark.parametrize("sampling", ["iid", "shuffle"])
+def test_batches_that_are_drawn_together_are_the_parts_of_larger_ones(sampling):
+    large, small = draws(sampling, 50, 12, 3), draws(sampling, 50, 4, 3, together=3)
+    for i in range(1, 11):
+        assert np.concatenate([small(3 * i - 2), small(3 * i - 1), small(3 * i)]).tolist() == large(i).tolist()
+    with pytest.raises(ConfigurationError, match="drawn_together is 0"):
+        draws(sampling, 50, 4, 3, together=0)
+
+
 def test_a_batch_that_cannot_be_drawn_is_refused():
     with pytest.raises(ConfigurationError, match="at least 1"):
         draws("iid", 10, 0, 0)

@@ -135,7 +135,7 @@ def test_steps_that_are_not_committed_are_nowhere(tmp_path):
 def test_xarray_opens_an_experiment_and_a_tree_of_them(stored):
     path = str(stored)
     truth = stored["net"].dataset()
-    with pytest.raises(ConfigurationError, match=r"say which experiment by group=…; there is net, sparse"):
+    with pytest.raises(ConfigurationError, match=r"say which experiment with group=…; there is net, sparse"):
         xr.open_dataset(path, engine="trajstore")
     with pytest.raises(NotFoundError, match=r"no experiment 'nett' in .*; did you mean 'net'\?"):
         xr.open_dataset(path, engine="trajstore", group="nett")

@@ -264,6 +264,25 @@ def test_examples_drawn_often_are_weighted(tmp_path, monkeypatch, sampling):
     assert float(np.abs(ds["params"] - plain["params"]).max()) < 1e-14
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_loss_that_is_a_sum_is_not_taken_for_a_mean(tmp_path, monkeypatch, batch_size):
+    """Of batches of one example, a sum looks like a mean; of several batches together it does not."""
+    problem = small_net(batch_size, loss=lambda out, y: (out - y).square().sum())
+    ds = recorded(tmp_path, problem, 0.02, ["bracket"], steps=8)
+    monkeypatch.setattr(bracket, "_is_a_mean", lambda *_: False)
+    plain = recorded(tmp_path, problem, 0.02, ["bracket"], steps=8)
+    assert float(np.abs(ds["params"] - plain["params"]).max()) < 1e-14
+
+
+def test_parts_of_a_batch_that_draws_at_random_are_refused(tmp_path):
+    with_dropout = small_net(
+        4, module=lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    )
+    for family in ("order-mean", "order-regularized"):
+        with pytest.raises(ConfigurationError, match=f"operator {family}: the model draws at random, as dropout does"):
+            recorded(tmp_path, with_dropout, 0.1, ["forward"], operator={"family": family, "lr": 0.1})
+
+
 def test_a_loss_that_looks_at_the_batch_as_a_whole_is_not_taken_apart():
     live = small_net(4).build(torch.device("cpu"))
     state = beginning(*live.initial(0), {})
@@ -304,7 +323,7 @@ def test_a_bracket_goes_on_where_it_was_stopped(tmp_path):
 
 
 def test_brackets_are_of_plain_sgd(tmp_path):
-    with pytest.raises(ConfigurationError, match="order 'bracket': bracket legs are defined for SGD with a constant"):
+    with pytest.raises(ConfigurationError, match="bracket legs are defined only for SGD with a constant"):
         recorded(tmp_path, "quadratic", 0.1, ["bracket"], operator={"family": "sgd", "lr": 0.1, "momentum": 0.9})
     ds = recorded(tmp_path, "quadratic", 0.01, ["backward", "bracket"], steps=10)
     far = np.abs(ds["params"].sel(order="backward") - ds["params"].sel(order="bracket"))

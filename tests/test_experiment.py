@@ -62,7 +62,7 @@ def test_families_nest():
         ({"record": {"steps": [1, 9]}}, "record: step 9 is beyond the last step 5"),
         ({"record": {"steps": [-1]}}, "it must hold steps from 0 on"),
         ({"record": {"steps": []}}, "it must hold steps from 0 on"),
-        ({"record": {"steps": [1], "every": 2}}, "leave every and log_until out"),
+        ({"record": {"steps": [1], "every": 2}}, "leave out every and log_until"),
         ({"record": {"log_until": 0}}, "log_until is 0"),
         ({"record": {"log_until": 6}}, "log_until is 6, beyond the last step 5"),
         ({"record": {"codec": "gzip"}}, "record: codec is 'gzip'"),

@@ -118,8 +118,8 @@ def test_norms_distances_and_sketches_are_measured_from_the_first_step_of_each_s
     rows = stored.store.sql("SELECT seed, step, param_norm IS NULL, batch_loss IS NULL FROM metrics ORDER BY ALL")
     assert rows.fetchall() == [(seed, n, False, True) for seed, those in steps.items() for n in those]
     for seed, step, told in [
-        (0, 0, "step 0 was not imported; the nearest that was is step 5; for others, import everything anew"),
-        (3, 20, "step 20 was not imported; the nearest that was is step 10; for others, import everything anew"),
+        (0, 0, "step 0 was not imported; the nearest that was is step 5; for others, import everything again"),
+        (3, 20, "step 20 was not imported; the nearest that was is step 10; for others, import everything again"),
         (0, 50, "step 50 was not imported; the nearest that was is step 40; import checkpoints of it"),
     ]:
         with pytest.raises(NotFoundError, match=f"seed {seed}: {told}"):
@@ -283,7 +283,7 @@ def test_a_file_that_changes_during_an_import_is_an_error_of_writing(tmp_path):
     def change(done: int, where: str) -> None:
         files[-1].write_text("hello")
 
-    with pytest.raises(WriteError, match=r"step0007.pt cannot be read.*; what was imported before stays, and"):
+    with pytest.raises(WriteError, match=r"step0007.pt cannot be read.*; what was imported before is kept;"):
         import_checkpoints(tmp_path / "s.zarr", "mine", files, PATTERN, progress=change, **QUICK)
     stopped = ts.open(tmp_path / "s.zarr")["mine"]
     assert len(digests(stopped)) == stopped.slabs()[0].recorded == 7
@@ -321,7 +321,7 @@ def test_more_files_are_added_and_those_that_are_stored_must_be_the_same(tmp_pat
     with pytest.raises(ConflictError, match=r"differs in record.codec: 'pcodec' / 'portable'"):
         import_checkpoints(path, "mine", first, codec="portable", **how)
     ts.run(ts.Experiment.preset("quadratic", {"steps": 2, "seeds": [0]}), path)
-    with pytest.raises(ConflictError, match="'quadratic' is stored already and was not imported"):
+    with pytest.raises(ConflictError, match="'quadratic' exists already and was not imported"):
         import_checkpoints(path, "quadratic", first, **how)
     assert list(verify(stored.store)) == []
 
@@ -438,9 +438,9 @@ BAD = [
     (["16"], [], "step0016.pt holds 'epoch', 'net'; say with --key under which the state dict is"),
     (["16"], ["--key", "net"], "step0001.pt has no key 'net'; there is 'w', 'b'"),
     (["17"], [], "step0017.pt holds a state dict under each of 'model', 'state_dict'; choose with --key"),
-    (["20"], [], "step0020.pt holds a list, and no state dict"),
-    (["21"], [], "step0021.pt: 'scale' under 'model' is a value of type int, and no tensor; save the state dict with"),
-    (["22"], [], "step0022.pt: 'names' is a value of type list, and no tensor; save the state dict without it"),
+    (["20"], [], "step0020.pt holds a list, not a state dict"),
+    (["21"], [], "step0021.pt: 'scale' under 'model' is a value of type int, not a tensor; save the state dict with"),
+    (["22"], [], "step0022.pt: 'names' is a value of type list, not a tensor; save the state dict without it"),
     (["30"], [], "step0030.pt cannot be read: it is no checkpoint, is cut off, or damaged"),
     (["31"], [], "step0031.pt cannot be read"),
     (["32"], [], "step0032.pt cannot be read"),
@@ -452,7 +452,7 @@ BAD = [
     ([f"seed0/step{10**9}.pt"], [], "step 1000000000 is beyond the largest that can be"),
     (["a.pt", "b.pt"], [], "pattern 'seed{seed}/step{step}.*' does not fit a.pt, b.pt"),
     (["2"], ["--pattern", "seed{seed}/*.pt"], "has no {step}; write it as in seed{seed}/step{step}.pt"),
-    (["2"], ["--pattern", "step{step}.pt"], "has no {seed}; put it in, or give --seed 0"),
+    (["2"], ["--pattern", "step{step}.pt"], "has no {seed}; add it, or give the seed itself (--seed 0)"),
     (["2"], ["--pattern", "seed{seed}/{epoch}{step}.pt"], "'{epoch}' is not one of {seed}, {step}, {order} and *"),
     (["2"], ["--pattern", "*{seed}/*{step}*.pt", "--seed", "1"], "the pattern has {seed}, so leave --seed out"),
     (["2"], ["--order", "a b"], "order 'a b': use up to 100 characters"),
@@ -483,7 +483,7 @@ def test_a_wrong_request_gets_one_clear_line_and_writes_nothing(trajstore, tmp_p
     [
         (14, None, "step0014.pt: buffer 'w' has dtype complex64; real floats and integers can be stored"),
         (18, None, "step0018.pt holds no parameters"),
-        (19, "a.b", "step0019.pt: 'c' under 'a.b' is a value of type int, and no tensor"),
+        (19, "a.b", "step0019.pt: 'c' under 'a.b' is a value of type int, not a tensor"),
         (19, "a.x", "step0019.pt has no key 'a.x'; there is 'b'"),
         (19, "a.b.c", "step0019.pt: there is no state dict under 'a.b.c', but a int"),
     ],
@@ -492,7 +492,7 @@ def test_a_wrong_checkpoint_by_itself(tmp_path, file, key, says):
     broken(tmp_path)
     with pytest.raises(ConfigurationError, match=re.escape(says)):
         import_checkpoints(tmp_path / "s", "mine", [tmp_path / "seed0" / f"step{file:04}.pt"], PATTERN, key=key)
-    with pytest.raises(ConfigurationError, match="safetensors have no keys"):
+    with pytest.raises(ConfigurationError, match="a safetensors file has no nested keys"):
         import_checkpoints(tmp_path / "s", "mine", [tmp_path / "seed0" / "step0001.safetensors"], PATTERN, key="w")
     assert not (tmp_path / "s").exists()
 

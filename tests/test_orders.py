@@ -56,7 +56,7 @@ def test_the_labels_of_the_documentation_survive(label: str):
         ("backward@5", "'backward@5'", 1, "first leg starts at step 0"),
         ("backward+forward@7+backward@7", "'backward@7'", 20, "after step 7"),
         ("forward+forward@10", "'forward@10'", 9, "changes nothing"),
-        ("forward/10", "'forward/10'", 1, "only legs that start anew have windows"),
+        ("forward/10", "'forward/10'", 1, "only legs that restart have windows"),
         ("backward/0", "'0'", 10, "whole number from 1"),
         ("backward/ten", "'ten'", 10, "whole number from 1"),
         ("backward/-5", "'-5'", 10, "whole number from 1"),

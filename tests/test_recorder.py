@@ -213,9 +213,9 @@ def test_what_is_known_later_may_come_in_any_order_of_steps(tmp_path):
                 rec.log(n - 20, sharpness=-n)
         for step, value in ((3, 0.5), (1, float("nan")), (2, 7)):
             rec.log(step, sharpness=value)
-        with pytest.raises(ConflictError, match="'loss' is recorded with its step, and step 5 is recorded already"):
+        with pytest.raises(ConflictError, match="'loss' is given with its step, and step 5 is recorded already"):
             rec.log(5, loss=1)
-        with pytest.raises(ConflictError, match="'sharpness' is known already for step 3, and differs"):
+        with pytest.raises(ConflictError, match="'sharpness' already has another value at step 3"):
             rec.log(3, sharpness=0.6)
         with pytest.raises(ConflictError, match="step 201 is not recorded yet"):
             rec.log(201, sharpness=0.6)
@@ -292,7 +292,7 @@ def test_wrong_requests_are_told(tmp_path):
             rec.step(1)
         with pytest.raises(BusyError, match="order 'forward', seed 0 is being written by process"):
             ts.record(path, "a", net, resume=True).__enter__()
-    with pytest.raises(ConflictError, match="is recorded already, to step 1; give resume=True to go on"):
+    with pytest.raises(ConflictError, match="is recorded already, up to step 1; give resume=True to continue"):
         ts.record(path, "a", net).__enter__()
     with pytest.raises(ConflictError, match=r"differs in record.snapshots: 'every\(1\)' / 'every\(2\)'"):
         ts.record(path, "a", net, snapshots=ts.every(2), seed=1).__enter__()

@@ -87,9 +87,9 @@ def _check_file(file: Path, force: bool) -> None:
     if not (file.exists() or file.is_symlink()):
         return
     if not file.is_file():
-        raise ConfigurationError(f"{file} is no ordinary file; choose another name")
+        raise ConfigurationError(f"{file} is not a regular file; choose another name")
     if not force:
-        raise ConflictError(f"{file} is there already; give --force to replace it")
+        raise ConflictError(f"{file} exists already; give --force to replace it")
 
 
 def _check_folder(folder: Path, force: bool, ours: Callable[[Path], bool]) -> None:
@@ -100,9 +100,9 @@ def _check_folder(folder: Path, force: bool, ours: Callable[[Path], bool]) -> No
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not ours(folder):
-        raise ConfigurationError(f"{folder} has other things in it than exported arrays; choose another folder")
+        raise ConfigurationError(f"{folder} contains other things than exported arrays; choose another folder")
     if not force:
-        raise ConflictError(f"{folder} is there already; give --force to replace it")
+        raise ConflictError(f"{folder} exists already; give --force to replace it")
 
 
 def _temporary(place: Path) -> Path:

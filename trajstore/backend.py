@@ -52,7 +52,7 @@ class TrajstoreBackend(BackendEntrypoint):
         store = open_store(_path(filename_or_obj))
         names = list(store)
         if group is None and len(names) != 1:
-            raise ConfigurationError(f"{store}: say which experiment by group=…; {choices('', names)}")
+            raise ConfigurationError(f"{store}: say which experiment with group=…; {choices('', names)}")
         return _without(opened(store[(names[0] if group is None else group).strip("/")]), drop_variables)
 
     def open_groups_as_dict(

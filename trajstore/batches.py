@@ -33,15 +33,25 @@ def generator(seed: int, purpose: str, i: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def draws(sampling: Sampling, examples: int, batch_size: int, data_seed: int) -> Draw:
+def draws(sampling: Sampling, examples: int, batch_size: int, data_seed: int, together: int = 1) -> Draw:
     """Return the function i ↦ indices of the examples in B_i.
 
     ``iid`` draws with replacement, so that the operators are i.i.d., as the theory wants them. ``shuffle``
     walks through a new permutation every epoch and drops an incomplete last batch, as a DataLoader with
-    ``drop_last`` does.
+    ``drop_last`` does. With `together` = c, B_{c(i−1)+1} … B_{ci} are the parts of one draw: of the i-th batch that is
+    c times as large.
     """
-    if not batch_size >= 1:
-        raise ConfigurationError(f"batch_size is {batch_size}; it must be at least 1")
+    for name, value in (("batch_size", batch_size), ("drawn_together", together)):
+        if not value >= 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+    if together > 1:
+        whole = draws(sampling, examples, batch_size * together, data_seed)
+
+        def part(i: int) -> NDArray[np.int64]:
+            n, k = divmod(i - 1, together)
+            return whole(n + 1)[k * batch_size : (k + 1) * batch_size]
+
+        return part
     if sampling == "iid":
         return _remember(lambda i: generator(data_seed, "examples", i).integers(examples, size=batch_size))
     if batch_size > examples:

@@ -43,7 +43,7 @@ def read(file: Path, key: str | None = None) -> Checkpoint:
     _check(file)
     if file.suffix.lower() == ".safetensors":
         if key is not None:
-            raise ConfigurationError(f"{file}: safetensors have no keys in keys; leave --key out")
+            raise ConfigurationError(f"{file}: a safetensors file has no nested keys; leave --key out")
         return _checked(file, _read_safetensors(file), None)
     return _state_dict(file, _read_pickle(file), key)
 
@@ -92,7 +92,7 @@ def _check(file: Path) -> None:
         if not file.exists():
             raise ConfigurationError(f"{file}: there is no such file")
         if not file.is_file():
-            raise ConfigurationError(f"{file} is no ordinary file")
+            raise ConfigurationError(f"{file} is not a regular file")
         with file.open("rb"):
             pass
     except OSError as error:
@@ -149,7 +149,7 @@ def _state_dict(file: Path, tree: Any, key: str | None) -> Checkpoint:  # noqa: 
     if _is_state_dict(tree):
         return _checked(file, tree, None)
     if not isinstance(tree, Mapping):
-        raise ConfigurationError(f"{file} holds a {type(tree).__name__}, and no state dict")
+        raise ConfigurationError(f"{file} holds a {type(tree).__name__}, not a state dict")
     found = [name for name in _USUAL if _is_state_dict(tree.get(name))]
     if len(found) == 1:
         return _checked(file, tree[found[0]], found[0])
@@ -193,14 +193,14 @@ def _checked(file: Path, tensors: Mapping[Any, Any], key: str | None) -> Checkpo
     under = "" if key is None else f" under {key!r}"
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not name.isprintable():
-            raise ConfigurationError(f"{file}: {name!r}{under} is no name of a tensor")
+            raise ConfigurationError(f"{file}: {name!r}{under} is not the name of a tensor")
         if not isinstance(tensor, Tensor):
             raise ConfigurationError(
-                f"{file}: {name!r}{under} is a value of type {type(tensor).__name__}, and no tensor; save the state "
+                f"{file}: {name!r}{under} is a value of type {type(tensor).__name__}, not a tensor; save the state "
                 "dict without it"
             )
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ConfigurationError(f"{file}: tensor {name!r} is sparse, quantized or empty of data; store it dense")
+            raise ConfigurationError(f"{file}: tensor {name!r} is sparse, quantized or without data; store it dense")
     return Checkpoint({name: tensor.detach() for name, tensor in tensors.items()}, key)
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, cast, get_type_hints
 
-from trajstore.errors import ConfigurationError, choices
+from trajstore.errors import ConfigurationError, ConflictError, choices
 from trajstore.families import family, family_name, family_names
 
-__all__ = ["build", "check_fields", "completed", "defaults", "describe", "differences", "merge"]
+__all__ = ["build", "check_fields", "completed", "defaults", "describe", "differences", "merge", "refuse_differences"]
 
 _PACKAGES = {
     "problem": "trajstore.problems",
@@ -158,6 +158,14 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> lis
         elif left != right:
             found.append(f"{at}{key}: {left!r} / {right!r}")
     return found
+
+
+def refuse_differences(experiment: str, found: Sequence[str], remedy: str = "choose another name") -> None:
+    """Raise if what is stored of an experiment differs from what is requested."""
+    if found:
+        raise ConflictError(
+            f"experiment {experiment!r} exists already and differs in {'; '.join(found)} (stored / requested); {remedy}"
+        )
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from trajstore.appearing import whole_folder
-from trajstore.exporting import Slab, check_outside, origin, reading, slabs_of
+from trajstore.errors import damage_told
+from trajstore.exporting import Slab, check_outside, origin, slabs_of
 from trajstore.measures import start_of
 from trajstore.storage.late import LateSeries
 from trajstore.store import StoredExperiment
@@ -74,7 +75,7 @@ def _write_slab(folder: Path, experiment: StoredExperiment, slab: Slab) -> dict[
     paths = {name: folder / file for name, file in files.items()}
     steps = np.flatnonzero(slab.recorded)
     snapshots = np.array(schema.snapshots, dtype=np.int64)[slab.stored]
-    with reading(slab.where):
+    with damage_told(slab.where):
         for name in ("params", "counters"):
             _write_states(paths[name], _array(group, name), slab, schema.snapshots_per_segment)
         _write_metrics(paths["metrics"], paths["measured"], experiment, slab)
@@ -137,7 +138,7 @@ def _write_batches(folder: Path, experiment: StoredExperiment, seeds: Sequence[i
     for k in seeds if schema.batch_size else ():
         seed = schema.seeds[k]
         written[seed] = f"batch_index.{seed}.npy"
-        with reading(f"experiment {experiment.name!r}, seed {seed}"):
+        with damage_told(f"experiment {experiment.name!r}, seed {seed}"):
             array = _array(experiment.group, "batch_index")
             out = _new_array(folder / written[seed], (schema.steps, schema.batch_size), array.dtype)
             along = _rows_of_a_block(array, 1)

@@ -7,16 +7,21 @@
     │   └── OrderError                      an order label that does not parse or does not fit
     ├── NotFoundError (KeyError)            a store, experiment, slab, step or metric that is not there
     ├── ConflictError (ValueError)          the experiment exists already and differs, or may not be redone
-    ├── BusyError (RuntimeError)            another process is writing what you want to write
-    ├── FormatError (ValueError)            the store is damaged, of a newer format, or no store at all
+    │   └── IrreproducibleError *           steps that are committed were computed again, and came out differently
+    ├── BusyError (RuntimeError) *          another process is writing what you want to write
+    ├── FormatError (ValueError)            no store, or one of a newer format
+    │   └── DamageError *                   a store that is damaged
     ├── QueryError (ValueError)             an SQL statement that is wrong or not allowed
-    ├── WriteError (OSError)                the disk is full, or fails: what was committed stays
-    ├── UnreachableError (OSError)          an object store does not answer, or refuses
-    ├── WorkerError (RuntimeError)          processes that compute died, and it makes no sense to go on
+    ├── WriteError (OSError) *              the disk is full, or fails: what was committed stays
+    ├── UnreachableError (OSError) *        an object store does not answer, or refuses
+    ├── WorkerError (RuntimeError) *        processes that compute died again and again
     └── StatisticError (ValueError)         too little data for the number that was asked for
 
     SlowPlanWarning (UserWarning)           a recording runs slower than it could, and why
     ResumedWarning (UserWarning)            a training loop goes on, and its batches are its own affair
+
+Those with a star may come after some of the work was done, and end the program with exit code 1. The others refuse a
+request before anything is written, with exit code 2.
 
 Each message is one line that says what happened, to which experiment, order, seed and step where
 there are such, and what to do now.
@@ -25,13 +30,17 @@ there are such, and what to do now.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
 
 __all__ = [
     "BusyError",
     "ConfigurationError",
     "ConflictError",
+    "DamageError",
     "FormatError",
+    "IrreproducibleError",
     "NotFoundError",
     "OrderError",
     "QueryError",
@@ -43,11 +52,16 @@ __all__ = [
     "WorkerError",
     "WriteError",
     "choices",
+    "damage_told",
+    "slab_named",
 ]
 
 
 class TrajstoreError(Exception):
     """The root: catch this to catch all of them."""
+
+    exit_code: ClassVar[int] = 2
+    """2: a request was refused, nothing was written. 1: the work failed, perhaps midway."""
 
 
 class ConfigurationError(TrajstoreError, ValueError):
@@ -69,12 +83,26 @@ class ConflictError(TrajstoreError, ValueError):
     """What is already stored contradicts what was asked for."""
 
 
+class IrreproducibleError(ConflictError):
+    """What is computed again is not what is committed."""
+
+    exit_code = 1
+
+
 class BusyError(TrajstoreError, RuntimeError):
     """Another process holds the lock."""
+
+    exit_code = 1
 
 
 class FormatError(TrajstoreError, ValueError):
     """Not a store, or one that this version cannot read."""
+
+
+class DamageError(FormatError):
+    """A store whose files are not what was written."""
+
+    exit_code = 1
 
 
 class QueryError(TrajstoreError, ValueError):
@@ -84,13 +112,19 @@ class QueryError(TrajstoreError, ValueError):
 class WriteError(TrajstoreError, OSError):
     """Something could not be written."""
 
+    exit_code = 1
+
 
 class UnreachableError(TrajstoreError, OSError):
     """An object store that does not answer, or does not let us in."""
 
+    exit_code = 1
+
 
 class WorkerError(TrajstoreError, RuntimeError):
     """Workers that die whatever is done."""
+
+    exit_code = 1
 
 
 class StatisticError(TrajstoreError, ValueError):
@@ -103,6 +137,35 @@ class ResumedWarning(UserWarning):
 
 class SlowPlanWarning(UserWarning):
     """A recording runs slower than it could; the message says what is missing."""
+
+
+_OF_DAMAGE: tuple[type[Exception], ...] = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+)
+"""What zarr raises on files that are damaged."""
+
+
+@contextmanager
+def damage_told(where: str, remedy: str = "`trajstore verify` tells more", *also: type[Exception]) -> Iterator[None]:
+    """Turn what zarr raises on damaged files into one line."""
+    damage = (*_OF_DAMAGE, *also)
+    try:
+        yield
+    except TrajstoreError:
+        raise
+    except damage as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DamageError(f"{where} is damaged ({told}); {remedy}") from None
+
+
+def slab_named(experiment: str | None, order: str, seed: object) -> str:
+    """Name a slab, as every message does."""
+    return f"experiment {experiment!r}, order {order!r}, seed {seed}"
 
 
 def choices(name: str, known: Iterable[str]) -> str:

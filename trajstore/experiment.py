@@ -63,11 +63,13 @@ class Record:
         if self.log_until is not None and self.log_until < 1:
             raise ConfigurationError(f"record: log_until is {self.log_until}; it must be at least 1")
         if self.steps is not None and (self.every != 1 or self.log_until is not None):
-            raise ConfigurationError("record: steps is a whole grid; leave every and log_until out")
+            raise ConfigurationError("record: steps is the whole grid; leave out every and log_until")
         if self.steps is not None and min(self.steps, default=-1) < 0:
             raise ConfigurationError(f"record: steps is {list(self.steps)}; it must hold steps from 0 on")
         if (self.adaptive is None) != (self.tolerance is None):
-            raise ConfigurationError("record: adaptive and tolerance go together: a metric, and how well to know it")
+            raise ConfigurationError(
+                "record: adaptive and tolerance go together: a metric, and how closely to follow it"
+            )
         if self.adaptive is not None and (self.steps is not None or self.log_until is not None):
             raise ConfigurationError("record: adaptive chooses the steps; leave steps and log_until out")
         if self.tolerance is not None and not 0 < self.tolerance < math.inf:
@@ -120,8 +122,7 @@ class Experiment:
             order.check(self.steps, list(self.metrics) if order.metrics else [])
             if any(leg.kind == "bracket" for leg in order.legs) and not is_plain(self.operator):
                 raise ConfigurationError(
-                    f"order {str(order)!r}: bracket legs are defined for SGD with a constant learning rate and nothing "
-                    "else"
+                    f"order {str(order)!r}: bracket legs are defined only for SGD with a constant learning rate"
                 )
 
     @classmethod
@@ -150,7 +151,7 @@ class Experiment:
         if self.steps < config["steps"]:
             raise ConfigurationError(
                 f"experiment {self.name!r} has {config['steps']} steps already; an experiment never shrinks, "
-                f"so --extend needs at least --steps {config['steps']}"
+                f"so an extension needs at least {config['steps']} steps"
             )
         longer = (config["steps"],) if self.steps > config["steps"] else ()
         orders = tuple(map(Order.parse, config["orders"]))

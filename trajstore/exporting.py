@@ -6,8 +6,7 @@ One state as safetensors, the metrics as one Parquet file; `dumping` writes whol
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trajstore.appearing import whole_file
-from trajstore.errors import ConfigurationError, FormatError, NotFoundError, TrajstoreError, WriteError, choices
+from trajstore.errors import ConfigurationError, NotFoundError, WriteError, choices, damage_told, slab_named
 from trajstore.store import StoredExperiment
 
-__all__ = ["Slab", "check_outside", "export_metrics", "export_state", "origin", "reading", "slabs_of"]
+__all__ = ["Slab", "check_outside", "export_metrics", "export_state", "origin", "slabs_of"]
 
 
 def export_state(
@@ -31,7 +30,7 @@ def export_state(
 
     check_outside(experiment, file)
     with whole_file(file, force=force) as partial:
-        with reading(f"experiment {experiment.name!r}, order {order!r}, seed {seed}, step {step}"):
+        with damage_told(f"{slab_named(experiment.name, order, seed)}, step {step}"):
             tensors = experiment.state_dict(order=order, seed=seed, step=step)
         for name in experiment.schema.layout.tied:
             tensors[name] = tensors[name].clone()  # safetensors refuses tensors that share their memory
@@ -62,7 +61,7 @@ def export_metrics(
         try:
             for number, slab in enumerate(slabs_of(experiment, orders, seeds)):
                 part = Path(folder, f"{number}.parquet")
-                with reading(slab.where):
+                with damage_told(slab.where):
                     write_slab(part, experiment, slab.order, slab.seed, *slab.corner, slab.recorded)
                 parts.append(str(part))
             told = ", ".join(f"{key}: {literal(value)}" for key, value in origin(experiment).items())
@@ -92,7 +91,7 @@ class Slab:
     @property
     def where(self) -> str:
         """What an error calls it."""
-        return f"experiment {self.experiment!r}, order {self.order!r}, seed {self.seed}"
+        return slab_named(self.experiment, self.order, self.seed)
 
 
 def slabs_of(
@@ -125,18 +124,6 @@ def origin(experiment: StoredExperiment) -> dict[str, str]:
         "experiment": experiment.name,
         "config_digest": stored["config_digest"],
     }
-
-
-@contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Turn what zarr raises on damaged chunks into one line."""
-    try:
-        yield
-    except TrajstoreError:
-        raise
-    except (ValueError, LookupError, AssertionError) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise FormatError(f"{where}: what is stored is damaged ({told}); `trajstore verify` tells more") from None
 
 
 def check_outside(experiment: StoredExperiment, output: Path) -> None:

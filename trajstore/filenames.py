@@ -32,7 +32,9 @@ def told_apart(
         if given is not None and field in pattern.fields:
             raise ConfigurationError(f"the pattern has {{{field}}}, so leave --{field} out")
     if seed is None and "seed" not in pattern.fields:
-        raise ConfigurationError(f"pattern {pattern.text!r} has no {{seed}}; put it in, or give --seed 0")
+        raise ConfigurationError(
+            f"pattern {pattern.text!r} has no {{seed}}; add it, or give the seed itself (--seed 0)"
+        )
     if seed is not None and not 0 <= seed < 2**63:
         raise ConfigurationError(f"seed {seed} must be a whole number from 0 to 2^63 − 1")
     if not files:

@@ -66,7 +66,8 @@ def schema_of(experiment: Experiment, live: LiveProblem) -> Schema:
     ]
     layout, stream = Layout.of(entries, tied), live.batches(experiment.seeds[0])
     if isinstance(experiment.operator, ChecksBatches):
-        experiment.operator.check(stream.batch_size)
+        # A number that is not one per example is a key of random draws.
+        experiment.operator.check(stream.batch_size, draws=any(t.ndim == 0 for t in stream[1]))
     if taken := [name for name in live.examples if name in MEASURES]:
         raise ConfigurationError(f"metric {taken[0]!r}: every experiment has one of that name ({MEASURES[taken[0]]})")
     metrics = {**live.examples, **dict.fromkeys(MEASURES), "batch_loss": stream.batch_size or None}

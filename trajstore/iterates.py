@@ -116,8 +116,8 @@ def layout_of(ds: xr.Dataset) -> Layout:
         return Layout.from_json(ds.attrs["trajstore"]["schema"]["layout"])
     except (KeyError, TypeError):
         raise ConfigurationError(
-            "this dataset does not say how its states are laid out: it is no experiment's, or its attributes were "
-            "dropped on the way (keep them by xr.set_options(keep_attrs=True))"
+            "this dataset does not say how its states are laid out: it does not come from an experiment, or its "
+            "attributes were dropped on the way (keep them with xr.set_options(keep_attrs=True))"
         ) from None
 
 

@@ -181,7 +181,7 @@ def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, s
     ahead = [n for n in range(len(theirs.records)) if ours.records[n, 0] > theirs.records[n, 0]]
     if ahead:
         raise ConflictError(
-            f"{ours.name}: each of the two stores has steps that the other does not have; resume one of them first"
+            f"{ours.name}: each of the two stores has steps that the other lacks; resume one of them first"
         )
     for spec in source.schema.arrays():
         if {"order", "seed"} <= set(spec.dims) and spec.name != "committed" and not _is_late(source.schema, spec.name):

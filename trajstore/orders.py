@@ -133,7 +133,7 @@ def _parse_leg(label: str, part: str, at: int) -> Leg:
         hint = choices(match["kind"], KINDS) if match["kind"] else "a leg is 'forward', 'backward' or 'bracket'"
         raise _wrong(label, at, match["kind"] or part, hint)
     if kind == "forward" and match["window"] is not None:
-        raise _wrong(label, at, part, "only legs that start anew have windows; a forward leg would go on unchanged")
+        raise _wrong(label, at, part, "only legs that restart have windows; a forward leg would continue unchanged")
     if match["metric"] is not None and not re.fullmatch(r"train_\w+", match["metric"]):
         where = at + match.start("metric")
         raise _wrong(label, where, match["metric"], "a reset may depend on a training metric only, as in '?train_loss'")

@@ -51,11 +51,11 @@ class Wishes:
         if self.lanes is not None and not 1 <= self.lanes <= 4096:
             raise ConfigurationError(f"lanes is {self.lanes}; it must be from 1 to 4096")
         if self.lanes is not None and self.engine == "reference":
-            raise ConfigurationError("lanes are the wavefront's; leave them out with engine 'reference'")
+            raise ConfigurationError("lanes belong to engine 'wavefront'; leave them out with engine 'reference'")
         if self.workers is not None and not 0 <= self.workers <= 1024:
             raise ConfigurationError(f"workers is {self.workers}; it must be from 0 to 1024")
         if self.workers is not None and self.scheduler is not None:
-            raise ConfigurationError("workers are started here, a scheduler has its own; give one of them")
+            raise ConfigurationError("a scheduler has workers of its own; give workers or a scheduler, not both")
 
     @property
     def where(self) -> torch.device:

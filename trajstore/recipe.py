@@ -110,8 +110,8 @@ class Recipe:
             outputs: Any = self.live.outputs(state.params, state.buffers)
         if not isinstance(outputs, Tensor):
             raise ConfigurationError(
-                f"experiment {self.name!r}: its module gives a {type(outputs).__name__}, and outputs are those of one "
-                "that gives a tensor"
+                f"experiment {self.name!r}: its module returns a {type(outputs).__name__}; outputs need one "
+                "that returns a tensor"
             )
         return np.asarray(outputs.reshape(len(outputs), -1).double().numpy())
 
@@ -156,8 +156,7 @@ def experiment_of(source: Source) -> Experiment:
         ) from None
     if other := differences(completed("problem", config["problem"]), made):
         raise ConflictError(
-            f"experiment {name!r} was recorded with another problem than the one there is by now; what differs is "
-            f"{other[0][:200]}"
+            f"experiment {name!r}: its problem has changed since it was recorded (stored / now): {other[0][:200]}"
         )
     return experiment
 
@@ -175,8 +174,8 @@ def refuse_other_data(source: Source, live: LiveProblem) -> None:
     before = {fill["data"] for fill in attributes["fills"] if "data" in fill}
     if here is not None and before - {here}:
         raise ConflictError(
-            f"experiment {name!r} was recorded with other data, of digest {min(before)[:12]}…, and those that are read "
-            f"now have {here[:12]}…; put the same files in their place"
+            f"experiment {name!r}: its data have changed since it was recorded, from digest {min(before)[:12]}… to "
+            f"{here[:12]}…; put the same files in their place"
         )
 
 
@@ -185,7 +184,7 @@ def _attributes(source: Source) -> tuple[str, Mapping[str, Any]]:
         return source.name, source.attributes
     if "trajstore" not in source.attrs:
         raise ConfigurationError(
-            "this dataset does not say how it was made: it is no experiment's, or its attributes were dropped on the "
-            "way (keep them by xr.set_options(keep_attrs=True))"
+            "this dataset does not say how it was made: it does not come from an experiment, or its "
+            "attributes were dropped on the way (keep them with xr.set_options(keep_attrs=True))"
         )
     return str(source.attrs.get("experiment", "")), source.attrs["trajstore"]

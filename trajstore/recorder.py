@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trajstore import trees
-from trajstore.configuration import differences
-from trajstore.errors import ConfigurationError, ConflictError, OrderError, ResumedWarning
+from trajstore.configuration import differences, refuse_differences
+from trajstore.errors import ConfigurationError, ConflictError, OrderError, ResumedWarning, slab_named
 from trajstore.experiment import check_name
 from trajstore.fills import noted
 from trajstore.measures import MEASURES
@@ -164,7 +164,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         """Begin: declare what is to be recorded, and record θ₀, or go on."""
         if self._begun:
-            raise ConflictError("this recorder was used already; make another with ts.record")
+            raise ConflictError("this recorder has been used; make another with ts.record")
         self._begun = True
         try:
             self._begin()
@@ -223,7 +223,7 @@ class Recorder:
         self._check()
         number = self.last if step is None else step
         if not 0 <= number <= self.last:
-            raise ConflictError(f"{self._named}: step {number} is not recorded yet, so nothing can be said of it")
+            raise ConflictError(f"{self._named}: step {number} is not recorded yet, so nothing can be logged for it")
         values = self._scalars(metrics)
         with_step = {k: v for k, v in values.items() if k not in self._ledger.schema.late}
         if self._pending is not None and number == self._pending.number:
@@ -249,11 +249,11 @@ class Recorder:
         for name, value in metrics.items():
             if name in self._ledger.schema.metrics:
                 raise ConflictError(
-                    f"{self._named}: metric {name!r} is recorded with its step, and step {number} is recorded already; "
-                    "log what comes later under another name"
+                    f"{self._named}: metric {name!r} is given with its step, and step {number} is recorded already; "
+                    "log later values under another name"
                 )
             if self._late.setdefault(name, {}).setdefault(number, value) != value and not math.isnan(value):
-                raise ConflictError(f"{self._named}: {name!r} is known already for step {number}, and differs")
+                raise ConflictError(f"{self._named}: {name!r} already has another value at step {number}")
 
     def keep(self) -> None:
         """Have the last step be one to go on from, as when a checkpoint is written; it is committed with the next."""
@@ -268,11 +268,11 @@ class Recorder:
 
     @property
     def _named(self) -> str:
-        return f"experiment {self._table['name']!r}, order {self._order!r}, seed {self._seed}"
+        return slab_named(self._table["name"], self._order, self._seed)
 
     def _check(self) -> None:
         if not self._begun or self.closed:
-            raise ConflictError("record inside of `with ts.record(...) as rec:`")
+            raise ConflictError("record inside `with ts.record(...) as rec:`")
         self._observing.check()
         self._writing.check()
 
@@ -287,7 +287,7 @@ class Recorder:
         found = self._ledger.last_step
         if found >= 0 and not self._resume:
             raise ConflictError(
-                f"{what} is recorded already, to step {found}; give resume=True to go on, or another seed or name"
+                f"{what} is recorded already, up to step {found}; give resume=True to continue, or another seed or name"
             )
         self._writing, self._observing = Pipeline(), Pipeline(threads=1, depth=_AHEAD)
         _at_exit(weakref.ref(self))
@@ -316,7 +316,7 @@ class Recorder:
         stored = self._ledger.slots.latest(found)
         if stored is None:
             raise ConflictError(
-                f"{self._named}: it was recorded to step {found}, and no state to go on from can be read; "
+                f"{self._named}: it was recorded up to step {found}, but no state to resume from can be read; "
                 "record it again under another seed or name"
             )
         self.last, content = stored
@@ -380,7 +380,9 @@ class Recorder:
             return
         schema = self._ledger.schema
         if taken := [name for name in pending.metrics if name in schema.late or name in self._late]:
-            raise ConflictError(f"{self._named}: metric {taken[0]!r} came late before; go on giving it to `log`")
+            raise ConflictError(
+                f"{self._named}: metric {taken[0]!r} was first given to `log`; keep giving it to `log`, not to `step`"
+            )
         if new := [name for name in pending.metrics if name not in schema.metrics]:
             self._grow(schema.steps, new)
         self._observing.submit([], partial(self._observe, pending))
@@ -438,11 +440,7 @@ class Recorder:
                 return schema
             found = differences({k: v for k, v in stored.config.items() if k not in sizes}, self._table)
             found += _different(stored.schema.layout, self._watched.layout())
-            if found:
-                raise ConflictError(
-                    f"experiment {name!r} is stored already and differs in {'; '.join(found)} (stored / asked for); "
-                    "choose another name"
-                )
+            refuse_differences(name, found)
             self._group = zarr.open_group(root.store, path=name, mode="r+", zarr_format=3)
             if schema != stored.schema:
                 grow(self._group, schema, config, [])

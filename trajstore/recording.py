@@ -16,7 +16,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.configuration import differences
+from trajstore.configuration import differences, refuse_differences
 from trajstore.distributing import Job, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
@@ -234,14 +234,11 @@ def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, re
         if new.snapshots[: len(schema.snapshots)] != schema.snapshots:
             found.append("record: steps up to the last one would be recorded at other places")
     found += differences(shape, wanted, "schema.")
-    if found:
-        raise ConflictError(
-            f"experiment {stored.name!r} is stored already and differs in {'; '.join(found)} (stored / asked for); "
-            "choose another name" + ("" if extend else ", or give --extend if it is to grow by orders, seeds or steps")
-        )
+    growth = "" if extend else ", or extend it (--extend, extend=True) by orders, seeds or steps"
+    refuse_differences(stored.name, found, f"choose another name{growth}")
     if not (resume or extend):
         raise ConflictError(
-            f"experiment {stored.name!r} is stored already with this configuration; "
-            "give --resume to go on with it, or another --name"
+            f"experiment {stored.name!r} exists already with this configuration; "
+            "continue it with --resume (in Python resume=True), or choose another name"
         )
     return experiment

@@ -59,7 +59,9 @@ def replay(stored: StoredExperiment) -> Iterator[Replayed]:
     refuse_other_data(stored, live)
     schema = stored.schema
     if schema_of(experiment, live) != replace(schema, late=()):
-        raise ConflictError(f"experiment {stored.name!r}: its problem is another one by now; it cannot be replayed")
+        raise ConflictError(
+            f"experiment {stored.name!r}: its problem has changed since it was recorded, so it cannot be replayed"
+        )
     _, engine = ready(_plan(stored), live, experiment.operator, run_seeds(experiment))
     observe = Observer(experiment, schema)
     for k, seed in enumerate(schema.seeds):
@@ -98,6 +100,6 @@ def _compare(told: Replayed, stored: Observation, again: Observation) -> None:
 def _plan(stored: StoredExperiment) -> Plan:
     fills = [fill for fill in stored.attributes["fills"] if "plan" in fill]
     if not fills:
-        raise ConfigurationError(f"experiment {stored.name!r} does not say by which plan it was recorded")
+        raise ConfigurationError(f"experiment {stored.name!r} has no record of the plan it was computed with")
     plan = replace(Plan.from_json(fills[0]["plan"]), workers=0)
     return replace(plan, compiled=False) if plan.compiled and missing_for_compiling("cpu") else plan

@@ -16,7 +16,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import ConfigurationError, NotFoundError
+from trajstore.errors import ConfigurationError, NotFoundError, slab_named
 from trajstore.recipe import Recipe
 from trajstore.state import State
 from trajstore.storage.states import States
@@ -55,9 +55,7 @@ class Revived(Recipe):
         i, k = schema.orders.index(order), self._place(seed)
         places = {step: place for place, step in enumerate(schema.snapshots) if self._there[i, k, place]}
         if missing := [step for step in steps if step not in places]:
-            raise NotFoundError(
-                f"experiment {self.name!r}, order {order!r}, seed {seed}: no state is stored for step {missing[0]}"
-            )
+            raise NotFoundError(f"{slab_named(self.name, order, seed)}: no state is stored for step {missing[0]}")
         params, counters = self._arrays
         return [
             self.state(params[i, k, :, places[s]], np.asarray(counters[i, k, :, places[s]]).astype(np.int64))
@@ -69,13 +67,13 @@ def revive(stored: StoredExperiment) -> Revived:
     """Make an experiment compute again; refuse one whose recipe or memory is not stored."""
     if not isinstance(stored, StoredExperiment):
         raise ConfigurationError(
-            f"this takes the stored experiment, store['NAME'], and not a {type(stored).__name__} of it"
+            f"this takes the stored experiment, store['NAME'], not a {type(stored).__name__} of it"
         )
     recipe = Recipe.of(stored)
     memory = recipe.start(recipe.schema.seeds[0]).memory
     if memory and not any(e.role == "memory" for e in recipe.schema.layout.entries):
         raise ConfigurationError(
-            f"experiment {stored.name!r}: its optimizer has a memory ({', '.join(memory)}) that was not stored, so no "
-            "step can be made from its states; record with record.optimizer_state=true"
+            f"experiment {stored.name!r}: its optimizer keeps a state ({', '.join(memory)}) that was not stored, so no "
+            "step can be taken from its snapshots; record with record.optimizer_state=true"
         )
     return Revived(recipe.name, recipe.schema, recipe.experiment, recipe.live, stored)

@@ -20,7 +20,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import GroupNotFoundError
 
-from trajstore.errors import ConflictError, FormatError, NotFoundError, TrajstoreError, choices
+from trajstore.errors import ConflictError, DamageError, FormatError, NotFoundError, choices, damage_told, slab_named
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_lock
 from trajstore.storage.reader import Commits
@@ -59,7 +59,7 @@ def check_place(store: Store) -> None:
     place.check()
     if not store.is_missing():
         if not place.exists(DOCUMENT):
-            raise FormatError(f"{place} is a folder with other things in it and no trajstore; choose another path")
+            raise FormatError(f"{place} is a folder with other contents, not a trajstore; choose another path")
         _ = store.root
 
 
@@ -121,7 +121,7 @@ class Store:
         except (GroupNotFoundError, NotADirectoryError, FileNotFoundError):
             raise FormatError(f"{self} is not a trajstore (it has no Zarr v3 group)") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise FormatError(f"{self}: zarr.json is damaged ({error})") from None
+            raise DamageError(f"{self}: zarr.json is damaged ({error})") from None
         if "trajstore" not in group.attrs:
             raise FormatError(f"{self} is a Zarr group, but not a trajstore")
         attributes: Any = group.attrs["trajstore"]
@@ -144,7 +144,7 @@ class Store:
         if name not in self:
             raise NotFoundError(f"no experiment {name!r} in {self}; {choices(name, self)}")
         where = f"experiment {name!r} in {self}"
-        with _damage_told(where):
+        with _reading(where):
             group = self.root[name]
             assert isinstance(group, zarr.Group)
             attributes: Any = group.attrs["trajstore"]
@@ -215,12 +215,12 @@ class StoredExperiment:
     @cached_property
     def schema(self) -> Schema:
         """The shapes, labels and layout."""
-        with _damage_told(f"experiment {self.name!r} in {self.store}"):
+        with _reading(f"experiment {self.name!r} in {self.store}"):
             return Schema.of(self.group)
 
     def commits(self) -> Commits:
         """Read the commit records as they are now."""
-        with _damage_told(f"experiment {self.name!r} in {self.store}"):
+        with _reading(f"experiment {self.name!r} in {self.store}"):
             return Commits.of(self.group, self.schema)
 
     def complete(self, commits: Commits) -> NDArray[np.bool_]:
@@ -277,7 +277,7 @@ class StoredExperiment:
 
     def array(self, spec: ArraySpec) -> zarr.Array[Any]:
         """Return an array, which is as long as was declared, or longer where the experiment is just growing."""
-        with _damage_told(f"experiment {self.name!r} in {self.store}"):
+        with _reading(f"experiment {self.name!r} in {self.store}"):
             array, lengths = array_of(self.group, spec.name), self.schema.lengths()
             if len(array.shape) != len(spec.dims) or any(
                 n < lengths[dim] for n, dim in zip(array.shape, spec.dims, strict=True)
@@ -288,7 +288,7 @@ class StoredExperiment:
     def _values(self, name: str) -> np.ndarray[Any, Any]:
         spec = next(spec for spec in self.schema.arrays() if spec.name == name)
         array = self.array(spec)
-        with _damage_told(f"experiment {self.name!r} in {self.store}"):
+        with _reading(f"experiment {self.name!r} in {self.store}"):
             return np.asarray(array[tuple(slice(0, n) for n in self._shape)])
 
     @property
@@ -297,7 +297,7 @@ class StoredExperiment:
 
     def locked(self, order: str, seed: int) -> AbstractContextManager[None]:
         """Hold the lock of a slab."""
-        what = f"experiment {self.name!r}, order {order!r}, seed {seed}"
+        what = slab_named(self.name, order, seed)
         return self.store.place.lock(slab_lock(self.name, order, seed), what)
 
     def dataset(self) -> xr.Dataset:
@@ -315,7 +315,7 @@ class StoredExperiment:
         schema = self.schema
         i = _position(self.name, "order", order, schema.orders)
         k = _position(self.name, "seed", seed, schema.seeds)
-        at = f"experiment {self.name!r}, order {order!r}, seed {seed}"
+        at = slab_named(self.name, order, seed)
         commits = self.commits()
         there = np.array(schema.snapshots)[commits.snapshots[i, k]].tolist()
         if step not in there:
@@ -323,7 +323,7 @@ class StoredExperiment:
         s = schema.snapshots.index(step)
         arrays = {spec.name: spec for spec in schema.arrays()}
         params, counters = self.array(arrays["params"]), self.array(arrays["counters"])
-        with _damage_told(at):
+        with _reading(at):
             states = States.of(self.store.place, params, schema.codec)
             return states[i, k, :, s], np.asarray(counters[i, k, :, s]).astype(np.int64)
 
@@ -334,7 +334,7 @@ class StoredExperiment:
             return min(steps, key=lambda other: abs(other - step))
 
         if self.schema.made_by == "import" and there:
-            how = self.go_on if step > there[-1] else "for others, import everything anew under another name"
+            how = self.go_on if step > there[-1] else "for others, import everything again under another name"
             return f"step {step} was not imported; the nearest that was is step {nearest(there)}; {how}"
         if self.schema.made_by != "import" and step not in self.schema.snapshots:
             return f"no state is stored for step {step}; the nearest is step {nearest(self.schema.snapshots)}"
@@ -368,24 +368,8 @@ class StoredExperiment:
         return experiment_html(self)
 
 
-@contextmanager
-def _damage_told(where: str) -> Iterator[None]:
-    """Turn what zarr raises on damaged files into one line."""
-    try:
-        yield
-    except TrajstoreError:
-        raise
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        RuntimeError,
-        FileNotFoundError,
-    ) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise FormatError(f"{where} is damaged ({told}); move its folder away, or restore it") from None
+def _reading(where: str) -> AbstractContextManager[None]:
+    return damage_told(where, "move its folder away, or restore it", FileNotFoundError)
 
 
 def standing(place: Place, name: str) -> Standing:
@@ -407,7 +391,7 @@ def refuse_foreign(store: Store, name: str) -> None:
     """Refuse to write where something else is."""
     if standing(store.place, name) == "foreign":
         raise ConflictError(
-            f"{store}/{name} is there and is no experiment, or has lost its zarr.json; "
+            f"{store}/{name} exists but is not an experiment, or has lost its zarr.json; "
             "move it away, or choose another name"
         )
 

@@ -115,7 +115,7 @@ def streamed(ds: xr.Dataset, statistics: Sequence[Statistic[Any] | PerLayer[Any]
     """
     names = [statistic.name for statistic in statistics]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigurationError(f"two statistics are called {min(twice)!r}; ask for them in two calls")
+        raise ConfigurationError(f"two statistics are called {min(twice)!r}; compute them in two calls")
     iterates, wanted = Iterates.of(ds), list(statistics)
     asked = list(dict.fromkeys(s.of if isinstance(s, PerLayer) else s for s in wanted))
     entries = iterates.layers(layers)

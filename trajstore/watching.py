@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trajstore.errors import ConfigurationError, FormatError
+from trajstore.errors import ConfigurationError, ConflictError
 from trajstore.storage.layout import Entry, Layout, Role
 
 __all__ = ["Watched", "random_state"]
@@ -104,7 +104,9 @@ class Watched:
         for name, thing in own.items():
             if thing is not None:
                 if name not in tree:
-                    raise FormatError(f"{what}: no state of {name!r} was stored; give what was given when it began")
+                    raise ConflictError(
+                        f"{what}: no state of {name!r} was stored; give the objects that were given when it began"
+                    )
                 thing.load_state_dict(tree[name])
         _set_random_state(tree["random"])
 

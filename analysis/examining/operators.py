@@ -29,11 +29,18 @@ def bracket_is_near(stored: StoredExperiment) -> Iterator[Finding]:
         sketch = ds["sketch"].sel(seed=seed).transpose("order", "step", "component")
         there = ds["recorded"].sel(seed=seed).values.all(0) & (ds["step"].values >= 2)  # they are equal until 1
         one, two, near = (sketch.sel(order=o).values[there].astype(float) for o in ("forward", "backward", "bracket"))
-        steps = ds["step"].values[there]
-        far = np.linalg.norm(near - two, axis=1) >= np.linalg.norm(one - two, axis=1)
+        steps, statistic = ds["step"].values[there], "nearer up to step"
+        with np.errstate(over="ignore", invalid="ignore"):  # told as diverged
+            of_bracket, of_forward = (np.linalg.norm(order - two, axis=1) for order in (near, one))
+        known = np.isfinite(of_bracket) & np.isfinite(of_forward)
+        if not len(steps) or not known[0]:
+            told = "diverged" if len(steps) else "no step from 2 on is recorded of all three orders"
+            yield Finding(OPEN, f"seed {seed}", statistic, evidence=told)
+            continue
+        far = ~known | (of_bracket >= of_forward)
         until = float(steps[far.argmax() - 1] if far.any() else steps[-1]) if not far[0] else 0.0
         told = f"of the recorded steps {steps[0]} to {steps[-1]}, from the sketch"
-        yield Finding(HOLDS if until else FAILS, f"seed {seed}", "nearer up to step", until, evidence=told)
+        yield Finding(HOLDS if until else FAILS, f"seed {seed}", statistic, until, evidence=told)
 
 
 def beats(variants: Mapping[str, StoredExperiment]) -> Iterator[Finding]:

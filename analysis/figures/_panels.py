@@ -166,7 +166,7 @@ def seed_panels(seeds: Sequence[int], given: Given, height: float = 2.3) -> Pane
 
 def _refuse_many(count: int) -> None:
     if count > _MOST:
-        raise ConfigurationError(f"{count} panels are more than can be read; choose some seeds, as in --seed 0-4")
+        raise ConfigurationError(f"{count} panels are more than can be read; choose fewer seeds")
 
 
 def selected(ds: xr.Dataset, seed: Seeds = None, order: Orders = None) -> xr.Dataset:
@@ -234,7 +234,9 @@ def recorded(ds: xr.Dataset, metric: str, order: str, seed: int) -> tuple[NDArra
 def refuse_empty(found: xr.DataArray, what: str) -> xr.DataArray:
     """Return what is to be drawn, unless nothing of it is finite."""
     if not bool(np.isfinite(found).any()):
-        raise StatisticError(f"{what}: every slab has diverged, so there is nothing to draw; select what came before")
+        raise StatisticError(
+            f"{what}: every slab has diverged, so there is nothing to draw; select the steps before that"
+        )
     return found
 
 

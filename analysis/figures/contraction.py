@@ -63,7 +63,7 @@ def _edges(found: list[xr.Dataset]) -> np.ndarray[tuple[int], np.dtype[np.float6
     values = np.concatenate([factors["factor"].values for factors in found])
     values = values[np.isfinite(values)]
     if not len(values):
-        raise StatisticError("all pairs that were drawn are the same iterates but for rounding, and have no factor")
+        raise StatisticError("all pairs that were drawn are equal up to rounding, so there is no factor")
     low, high = float(values.min()), float(values.max())
     room = 0.05 * max(high - low, 0.02)
     return np.linspace(min(low, 1) - room, max(high, 1) + room, _BINS + 1)
@@ -88,4 +88,6 @@ def _said(rate: xr.Dataset | None) -> str:
     if rate is None:
         return ""
     value, low, high = (float(rate[name]) for name in ("rate", "rate_low", "rate_high"))
+    if np.isnan(value):
+        return "rate of the products not known"
     return f"rate of the products {interval(value, low, high)}"

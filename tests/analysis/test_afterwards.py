@@ -90,7 +90,7 @@ def test_what_cannot_be_computed_is_refused(stored, record, tmp_path):
         compute(stored, "sharpness", samples=0)
     heavy = record({**TABLE, "name": "heavy", "operator": {"family": "sgd", "lr": 0.05, "momentum": 0.9}})
     with pytest.raises(
-        ConfigurationError, match="its optimizer has a memory \\(momentum_buffer\\) that was not stored"
+        ConfigurationError, match="its optimizer keeps a state \\(momentum_buffer\\) that was not stored"
     ):
         compute(heavy, "invariance_gap")
     import torch

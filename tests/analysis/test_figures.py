@@ -455,7 +455,7 @@ def test_what_diverged_is_told(record):
 
 def test_more_panels_than_can_be_read_are_refused(laws):
     for name in ("learning-curves", "rolling-variance", "distances", "plane"):
-        with pytest.raises(ConfigurationError, match="30 panels are more than can be read; choose some seeds"):
+        with pytest.raises(ConfigurationError, match="30 panels are more than can be read; choose fewer seeds"):
             draw(name, laws)
     assert len(draw("learning-curves", laws, seed=range(5)).axes) == 6
 

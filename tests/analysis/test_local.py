@@ -29,6 +29,31 @@ def test_neither_a_descent_nor_bursts_take_the_interval_away():
     assert float(((found["low"] <= 9) & (found["high"] >= 9)).mean()) >= 0.88
 
 
+def test_bursts_that_outlast_the_blocks_make_it_wider():
+    volatility = [np.exp(ar1(0.99, 700, RUNS, 30 + k) * np.sqrt(1 - 0.99**2)) for k in range(2)]
+    forward, backward = (v * ar1(0, 700, RUNS, 40 + k) for k, v in enumerate(volatility))
+    found = local_variance_ratio(runs_of(3 * forward, backward), "loss", 700)
+    assert float(((found["low"] <= 9) & (found["high"] >= 9)).mean()) >= 0.82  # 70% by eight cosines
+
+
+def test_a_ratio_that_grows_evenly_is_no_burst():
+    rng = np.random.default_rng(0)
+    forward, backward = rng.standard_normal((2, 1, 700))
+    found = local_variance_ratio(runs_of(forward, backward * np.exp(-0.01 * np.arange(700))), "loss", 700)
+    assert float(found["low"][0]) > 10
+
+
+def test_a_metric_of_few_values_is_known_no_better_than_these():
+    """Of 200 images, an accuracy that stands still varies by less than its steps, and not by less than rounding."""
+    rng = np.random.default_rng(0)
+    latent = np.array([3.0, 1.0])[:, None, None] * 0.004 * rng.standard_normal((2, 20, 400)) + 0.6
+    forward, backward = (latent * 200).round() / 200
+    backward[:, 100:300] = 0.6
+    found = local_variance_ratio(runs_of(forward, backward), "loss", 400)
+    assert float(found["ratio"].max()) < 9 * 10  # the whole ratio of such steps to a standstill is 70
+    assert float(found["ratio"].min()) > 5
+
+
 def test_it_is_the_geometric_mean_over_blocks():
     rng = np.random.default_rng(0)
     forward, backward = rng.standard_normal((2, 1, 320))

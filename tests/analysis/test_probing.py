@@ -117,7 +117,7 @@ def test_a_problem_from_a_file_computes_again_as_long_as_it_is_the_same(mine, tm
     (tmp_path / "mine.py").write_text(MINE.replace("x**2", "x**3"))
     forget("mine")
     for asked in (lambda: outputs(ds), lambda: list(replay(mine)), lambda: compute(mine, "gradient_norm")):
-        with pytest.raises(ConflictError, match="experiment 'mine' was recorded with another problem"):
+        with pytest.raises(ConflictError, match="experiment 'mine': its problem has changed since it was recorded"):
             asked()
 
 

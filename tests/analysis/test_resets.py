@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from trajstore.analysis import resets
 
-from tests.analysis.processes import ar1
+from tests.analysis.processes import ar1, runs_of
 from trajstore.errors import NotFoundError, StatisticError
 
 H = 0.1
@@ -112,6 +112,17 @@ def sham(values):
 def test_a_reset_that_changes_nothing_is_hardly_ever_told_apart(phi, steps):
     told = resets(sham(ar1(phi, steps, 200, 1)), "loss")["settles"]
     assert float((told == "elsewhere").mean()) <= 0.08
+
+
+def test_what_the_metric_was_doing_anyway_is_no_effect_of_a_reset():
+    line = np.arange(1_000) / 1_000
+    ds = runs_of(ar1(0, 1_000, 100, 30) - line, ar1(0, 1_000, 100, 31) - line)
+    half = (ds["step"] >= 500).broadcast_like(ds["loss"]).transpose(*ds["loss"].dims)
+    found = resets(ds.assign(leg=half.astype(int)), "loss")
+    assert (found["difference_high"].values < 0).mean() > 0.9
+    assert (found["settles"].values == "elsewhere").mean() < 0.15
+    jump = resets(ds.assign(leg=half.astype(int), loss=ds["loss"] - 5 * half), "loss")
+    assert (jump["settles"].values == "elsewhere").mean() > 0.95
 
 
 def test_a_leg_that_rests_or_diverges_is_told_as_such():

@@ -287,7 +287,7 @@ def test_ctrl_c_is_one_line_and_what_was_committed_stays(tmp_path, workers):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group hears it
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")
-    told = "interrupted; what was committed stays, and the same command goes on (`record` with --resume)"
+    told = "interrupted; what was committed is kept; the same command continues (`record` with --resume)"
     assert err == f"trajstore: {told}\n"
     assert not all(s.complete for s in ts.open(tmp_path / "s.zarr")["fig4"].slabs())
 

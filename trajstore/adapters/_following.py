@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trajstore.adapters._names import Names
-from trajstore.errors import ConflictError, ResumedWarning, choices
+from trajstore.errors import ConflictError, ResumedWarning, choices, slab_named
 from trajstore.policies import Policy
 from trajstore.recorder import Recorder, record
 from trajstore.storage.codecs import Codec
@@ -129,7 +129,7 @@ class Follower:
             return
         if at > recorder.last:
             raise ConflictError(
-                f"{self._named}: the trainer goes on from step {at}, but the recording from step {recorder.last}; "
+                f"{self._named}: the trainer resumes at step {at}, but the recording at step {recorder.last}; "
                 "give the trainer a checkpoint that is no later, or record under another seed or name"
             )
         norms = stored.dataset()["param_norm"].sel(order=self._order, seed=self._seed)
@@ -146,13 +146,13 @@ class Follower:
             same = all(torch.equal(here[name], tensor) for name, tensor in self._there.items())
         if not same:
             raise ConflictError(
-                f"{self._named}: the trainer's step {number} is not what is recorded of step {number}; give the "
+                f"{self._named}: the trainer's step {number} differs from the recorded step {number}; give the "
                 "trainer a checkpoint of that run, and its batches and randomness, or record under another seed or name"
             )
 
     @property
     def _named(self) -> str:
-        return f"experiment {self._name!r}, order {self._order!r}, seed {self._seed}"
+        return slab_named(self._name, self._order, self._seed)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

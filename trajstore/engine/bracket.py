@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -28,6 +29,10 @@ __all__ = ["Brackets"]
 
 _TOGETHER = 1024
 """Examples of one product."""
+_LOOKED_AT = 16
+"""Examples at the least by which to tell whether a loss is a mean."""
+_ROUNDING = 64
+"""Units in the last place: what a sum in another order may differ by."""
 
 
 class Brackets:
@@ -98,7 +103,7 @@ class _Earlier:
         if (
             isinstance(stream, RowBatches)
             and not stream.keyed
-            and _is_a_mean(problem, stream[anchor.step + 1], self._start)
+            and _is_a_mean(problem, _some(stream, anchor.step), self._start)
         ):
             self._drawn = Counter()
 
@@ -132,16 +137,23 @@ class _Earlier:
                 yield often * len(rows) / self._stream.batch_size, tuple(t[rows] for t in self._stream.tensors)
 
 
+def _some(stream: Batches, step: int) -> Batch:
+    """Return the next few batches as one."""
+    batches = [stream[step + 1], stream[step + 2]]
+    while sum(len(batch[0]) for batch in batches) < _LOOKED_AT:
+        batches.append(stream[step + 1 + len(batches)])
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
 def _is_a_mean(problem: LiveProblem, batch: Batch, state: State) -> bool:
-    """Tell whether the loss of a batch is the mean over its examples."""
+    """Tell whether the loss of examples is the mean of their losses, however they are put together."""
     with torch.no_grad():
         whole, after = problem.loss(state.params, state.buffers, batch)
         if any(not torch.equal(b, after[name]) for name, b in state.buffers.items()):
             return False  # it looks at the batch as a whole
-        size, half = len(batch[0]), len(batch[0]) // 2
-        if half == 0:
-            return True
-        parts = [(k, problem.loss(state.params, state.buffers, tuple(t[s] for t in batch))[0])
-                 for k, s in ((half, slice(half)), (size - half, slice(half, None)))]  # fmt: skip
-        mean = sum(k * loss for k, loss in parts) / size
-        return bool(torch.isclose(whole, torch.as_tensor(mean), rtol=1e-4, atol=0))
+        size = len(batch[0])
+        cuts = sorted({0, max(1, size // 7), size // 2, size})  # of different sizes
+        parts = [(b - a, problem.loss(state.params, state.buffers, tuple(t[a:b] for t in batch))[0])
+                 for a, b in pairwise(cuts)]  # fmt: skip
+        mean = torch.as_tensor(sum(k * loss for k, loss in parts) / size)
+        return bool(torch.isclose(whole, mean, rtol=_ROUNDING * torch.finfo(whole.dtype).eps, atol=0))

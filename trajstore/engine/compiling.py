@@ -110,7 +110,13 @@ def _replayed(step: Callable[..., None], *tensors: Any) -> Callable[[], None]:  
 
     leaves = pytree.tree_leaves(tensors)
     on_cpu = leaves[0].device.type == "cpu"
-    patches = {"post_grad_custom_post_pass": _SmallProducts(), "cpp_wrapper": on_cpu}
+    patches = {
+        "post_grad_custom_post_pass": _SmallProducts(),
+        "cpp_wrapper": on_cpu,
+        # The hash of a mask uses each of its values twice, and they are written out anew for every use until they
+        # have as many operations as this: with torch's 30, dropout in several lanes takes minutes to compile.
+        "realize_opcount_threshold": 8,
+    }
 
     def compile_step(patches: dict[str, Any]) -> None:
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:  # noqa: ANN401

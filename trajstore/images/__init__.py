@@ -104,7 +104,7 @@ def _load(chosen: Selection, where: Path) -> Loaded:
         count = len(part.labels)
         if wanted is not None and wanted > count:
             which = "train" if train else "test"
-            raise ConfigurationError(f"images: {which} is {wanted}, and there are {count} images in that part")
+            raise ConfigurationError(f"images: {which} is {wanted}, but that part has only {count} images")
         if count == 0:
             raise ConfigurationError(f"images: there are none in the {'train' if train else 'test'} part")
         drawn = generator(0, "images", int(train)).permutation(count)[: wanted or count]
@@ -116,7 +116,7 @@ def _load(chosen: Selection, where: Path) -> Loaded:
         classes = max(classes, part.classes)
     if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
         first, second = ("×".join(map(str, x.shape[1:])) for x, _ in parts)
-        raise ConfigurationError(f"images: those to train on are {first} and those to test on {second}; give size")
+        raise ConfigurationError(f"images: training images are {first} and test images {second}; give size")
     return Loaded(parts[0], parts[1], classes, digest.hexdigest())
 
 

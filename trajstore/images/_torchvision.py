@@ -35,7 +35,7 @@ class Torchvision(Selection):
             fetch = f"from torchvision.datasets import {self.name}; {self.name}('{root}', download=True)"
             raise ConfigurationError(
                 f"images: {self.name} is not in the folder {root}, or not whole ({str(error).partition('.')[0]}); "
-                f'fetch it by python -c "{fetch}", say by TRAJSTORE_DATA where it is, or take images = "shapes", which '
+                f'fetch it by python -c "{fetch}", set TRAJSTORE_DATA to its folder, or take images = "shapes", which '
                 "needs no download"
             ) from None
         pixels = np.asarray(found.data)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trajstore.checkpoints import Structure, difference, read, shared, structure
-from trajstore.configuration import differences
+from trajstore.configuration import differences, refuse_differences
 from trajstore.errors import ConfigurationError, ConflictError
 from trajstore.filenames import Slab, Source
 from trajstore.measures import MEASURES
@@ -62,7 +62,9 @@ def looked_through(sources: Sequence[Source], key: str | None) -> tuple[Layout, 
             common, ties = own, shared(tensors)
             _layout(common, ties, first)
         elif told := difference(own, common, str(first)):
-            raise ConfigurationError(f"{source.file}: {told}; the checkpoints of an experiment have the same tensors")
+            raise ConfigurationError(
+                f"{source.file}: {told}; all checkpoints of an experiment must have the same tensors"
+            )
         else:
             ties = _both(ties, shared(tensors))
         if found is not None:
@@ -90,7 +92,7 @@ def _layout(tensors: Structure, ties: Mapping[str, str], file: Path) -> Layout:
     except ConfigurationError as error:
         raise ConfigurationError(f"{file}: {error}") from None
     if not layout.parameters:
-        raise ConfigurationError(f"{file} holds no parameters: no floats but what batch normalisation counts")
+        raise ConfigurationError(f"{file} holds no parameters, at most the statistics of batch normalisation")
     return layout
 
 
@@ -120,7 +122,7 @@ def schema_of(asked: Import, stored: StoredExperiment | None) -> Schema:
         step = min(set(snapshots[: len(before.snapshots)]) - set(before.snapshots))
         raise ConflictError(
             f"experiment {asked.name!r} was imported to step {before.steps}, and step {step} before that has no place "
-            "in it; import everything anew under another name"
+            "in it; import everything again under another name"
         )
     return replace(
         before,
@@ -132,13 +134,9 @@ def schema_of(asked: Import, stored: StoredExperiment | None) -> Schema:
 def _refuse_other_kind(asked: Import, stored: StoredExperiment) -> None:
     """Refuse an experiment that was made otherwise, or of other tensors."""
     if stored.schema.made_by != "import":
-        raise ConflictError(f"experiment {asked.name!r} is stored already and was not imported; choose another name")
+        raise ConflictError(f"experiment {asked.name!r} exists already and was not imported; choose another name")
     sizes = ("steps", "orders", "seeds")
-    if found := differences({k: v for k, v in stored.config.items() if k not in sizes}, asked.table):
-        raise ConflictError(
-            f"experiment {asked.name!r} is stored already and differs in {'; '.join(found)} (stored / asked for); "
-            "choose another name"
-        )
+    refuse_differences(asked.name, differences({k: v for k, v in stored.config.items() if k not in sizes}, asked.table))
     first = next(iter(next(iter(asked.sources.values())).values())).file
     if told := difference(structure_of(asked.layout), structure_of(stored.schema.layout), "what is stored"):
         raise ConflictError(f"experiment {asked.name!r}: {first} does not fit: {told}; choose another name")

@@ -49,7 +49,7 @@ def fill(asked: Import, stored: StoredExperiment, slab: Slab, sketch: Sketch, pr
                 if missing:
                     _write(asked, ledger, slab, missing, digests, sketch, progress)
             except (ConfigurationError, ConflictError) as error:  # refusals, but by now something is written
-                raise WriteError(f"{error}; what was imported before stays, and importing again goes on") from None
+                raise WriteError(f"{error}; what was imported before is kept; import again to continue") from None
             finally:  # of a file whose step is not there it would say nothing
                 files |= {_plain(sources[n].name): digest for n, digest in digests.items() if ledger.committed[n]}
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from trajstore.checkpoints import difference, read, same_numbers, structure
-from trajstore.errors import ConfigurationError, ConflictError
-from trajstore.exporting import reading
+from trajstore.errors import ConfigurationError, ConflictError, damage_told
 from trajstore.filenames import Slab, Source
 from trajstore.importing.asking import Import, structure_of
 from trajstore.storage.layout import Layout
@@ -51,8 +50,8 @@ def missing_steps(asked: Import, ledger: Ledger, slab: Slab) -> list[int]:
     for step in missing:
         if step < last and ledger.records[schema.segment_of(step), 0] >= 0:
             raise ConflictError(
-                f"{ledger.name}: step {step} ({steps[step].file}) comes before step {last}, which is stored already, "
-                "and steps are only added after it; import everything anew under another name"
+                f"{ledger.name}: step {step} ({steps[step].file}) comes before step {last}, which is stored already; "
+                "steps can only be added after it: import everything again under another name"
             )
     if missing and asked.table["record"]["dtype"] is not None:
         first, before = measured_against(ledger, missing)
@@ -120,7 +119,7 @@ class States:
         if number != self._number:
             first = number * schema.snapshots_per_segment
             at = (*ledger.corner, slice(None), slice(first, first + len(places)))
-            with reading(f"{ledger.name}, step {step}"):
+            with damage_told(f"{ledger.name}, step {step}"):
                 self._params, self._counters = (
                     np.asarray(array_of(ledger.group, name)[at]) for name in ("params", "counters")
                 )
@@ -134,7 +133,7 @@ def flat(asked: Import, source: Source, ledger: Ledger) -> tuple[Tensor, Snapsho
     layout, rounded = ledger.schema.layout, asked.table["record"]["dtype"]
     tensors, _ = read(source.file, asked.key)
     if told := difference(structure(tensors), structure_of(layout), f"experiment {asked.name!r}"):
-        raise ConfigurationError(f"{source.file}: {told}; it was changed, or does not belong to these")
+        raise ConfigurationError(f"{source.file}: {told}; it was changed, or does not belong to this series")
     _refuse_other_than_tied(asked, source, tensors, layout)
     floats = torch.float64 if layout.dtype == np.float64 else torch.float32
     params = torch.empty(layout.size("params"), dtype=floats)

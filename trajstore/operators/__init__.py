@@ -57,10 +57,10 @@ class Operator(Protocol):
 
 @runtime_checkable
 class ChecksBatches(Protocol):
-    """What an operator may add that cannot take every batch size."""
+    """What an operator may add that cannot take all batches."""
 
-    def check(self, batch_size: int) -> None:
-        """Raise a ConfigurationError if it cannot take batches of so many examples."""
+    def check(self, batch_size: int, draws: bool) -> None:
+        """Raise a ConfigurationError if it cannot take batches of so many examples, or losses that draw at random."""
 
 
 @runtime_checkable

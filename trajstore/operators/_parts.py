@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor
-
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Batch, By, require_range
 from trajstore.schedules import Schedule
@@ -38,22 +36,23 @@ class OfParts:
         """Return nothing: there is none."""
         return {}
 
-    def check(self, batch_size: int) -> None:
-        """Refuse a batch that cannot be cut into parts of equal size."""
+    def check(self, batch_size: int, draws: bool) -> None:
+        """Refuse a batch that cannot be cut into equal parts, or whose parts would not be parts of the whole."""
+        if draws:
+            raise ConfigurationError(
+                f"operator {self.name}: the model draws at random, as dropout does, and a part of a batch would have "
+                "other draws than in the whole; leave the dropout out"
+            )
         if batch_size == 0:
             raise ConfigurationError(f"operator {self.name}: batches of this problem hold no examples to cut")
         if batch_size % self.parts:
             raise ConfigurationError(
                 f"operator {self.name}: parts is {self.parts} and does not divide the batch size {batch_size}; the "
-                f"next one that it divides is {-(-batch_size // self.parts) * self.parts}"
+                f"next batch size it divides is {-(-batch_size // self.parts) * self.parts}"
             )
 
 
 def cut(batch: Batch, parts: int) -> list[Batch]:
-    """Return the parts, in order. What has no examples, the key of random draws, is the same for all."""
+    """Return the parts, in order."""
     size = len(batch[0]) // parts
-    return [tuple(_rows(t, k * size, size) for t in batch) for k in range(parts)]
-
-
-def _rows(t: Tensor, begin: int, size: int) -> Tensor:
-    return t[begin : begin + size] if t.ndim else t
+    return [tuple(t[k * size : (k + 1) * size] for t in batch) for k in range(parts)]

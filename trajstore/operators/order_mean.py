@@ -64,9 +64,9 @@ class OrderMean(OfParts):
 
     def _in_order(self, small: Small, state: State, batch: Batch, order: Tensor) -> tuple[Tensors, Tensors]:
         params, buffers = state.params, state.buffers
-        stacked = [t.reshape(self.parts, -1, *t.shape[1:]) if t.ndim else t for t in batch]
+        stacked = [t.reshape(self.parts, -1, *t.shape[1:]) for t in batch]
         for at in order:
-            part = tuple(t.index_select(0, at[None])[0] if t.ndim else t for t in stacked)
+            part = tuple(t.index_select(0, at[None])[0] for t in stacked)
             params, buffers = small(params, buffers, part)
         return params, buffers
 

@@ -34,6 +34,8 @@ class Classifier(ABC):
     images: Images = field(default_factory=Shapes)
     batch_size: int = 8
     sampling: Sampling = "iid"
+    drawn_together: int = 1
+    """With c, c successive batches are the parts of one c times as large: small batches to pair with large ones."""
     dtype: DType = "float32"
     init: Literal["torch", "lecun", "he"] = "torch"
     """torch's and torchvision's initialisation, or normal weights and zero biases; `lecun` is what Flax does."""
@@ -66,6 +68,7 @@ class Classifier(ABC):
             test=data.test,
             batch_size=self.batch_size,
             sampling=self.sampling,
+            drawn_together=self.drawn_together,
             metrics={"accuracy": _accuracy},
             eval_batch=self.eval_batch,
             dtype=self.dtype,

@@ -49,9 +49,9 @@ class ModuleProblem:
     """θ₀ and the loss of a module on (inputs, targets).
 
     `metrics` are extra scores besides the loss, each a mean over the examples given `(outputs, targets)`;
-    they appear as ``train_<name>`` and ``test_<name>``. `eval_batch` bounds the memory of an evaluation. `dtype`
-    casts module and data; None leaves them as they are. Frozen parameters (``requires_grad = False``) stay as
-    they are.
+    they appear as ``train_<name>`` and ``test_<name>``. With `drawn_together` = c, c successive batches are the parts
+    of one that is c times as large. `eval_batch` bounds the memory of an evaluation. `dtype` casts module and data;
+    None leaves them as they are. Frozen parameters (``requires_grad = False``) stay as they are.
     """
 
     module: Callable[[], nn.Module]
@@ -60,6 +60,7 @@ class ModuleProblem:
     test: tuple[Tensor, Tensor] | None = None
     batch_size: int = 1
     sampling: Sampling = "iid"
+    drawn_together: int = 1
     metrics: Mapping[str, Score] = field(default_factory=dict)
     eval_batch: int = 1000
     dtype: DType | None = None
@@ -75,7 +76,9 @@ class ModuleProblem:
                 raise ConfigurationError(f"{name} data: {len(x)} inputs and {len(y)} targets; need as many, and some")
         if self.eval_batch < 1:
             raise ConfigurationError(f"eval_batch is {self.eval_batch}; it must be at least 1")
-        draws(self.sampling, len(self.train[0]), self.batch_size, 0)  # refuses a batch that cannot be drawn
+        draws(
+            self.sampling, len(self.train[0]), self.batch_size, 0, self.drawn_together
+        )  # refuses what cannot be drawn
 
     @property
     def splits(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -123,7 +126,7 @@ class _Live:
 
     def batches(self, data_seed: int) -> Batches:
         f = self._family
-        draw = draws(f.sampling, len(f.train[0]), f.batch_size, data_seed)
+        draw = draws(f.sampling, len(f.train[0]), f.batch_size, data_seed, f.drawn_together)
         keyed = bool(self._dropouts) or self.draws
         return RowBatches(draw, f.batch_size, self._splits["train"], data_seed if keyed else None)
 

@@ -169,7 +169,7 @@ class Bucket:
         if holder is None or holder["token"] != lease.token:
             now = "was taken away" if holder is None else f"was taken over by {_named(holder)}"
             name = lease.key.removeprefix(f"{_LOCKS}/")
-            raise BusyError(f"{self.address}: the lock {name!r} {now}; nothing more is written, and --resume goes on")
+            raise BusyError(f"{self.address}: the lock {name!r} {now}; nothing more is written; --resume continues")
 
     def keeper(self, *, read_only: bool, durability: Durability = "segment") -> ZarrStore:
         """Return the Zarr store; an object that was put is durable, whatever is asked for."""

@@ -180,10 +180,12 @@ class Guarded(ZarrStore):
                 if records:
                     if self._get_record(key) == bytes(content):
                         return  # it was put after all: what came back was the answer to a second try
-                    raise ReplacedError(f"{self._bucket.address}: somebody else has replaced {key}; --resume goes on")
+                    raise ReplacedError(
+                        f"{self._bucket.address}: another process has replaced {key}; --resume continues"
+                    )
                 version = objects.version(there, key)
                 self._bucket.check_held(lease, key)
-        raise UnreachableError(f"{self._bucket.address}: {key} is replaced by somebody else again and again")
+        raise UnreachableError(f"{self._bucket.address}: {key} is replaced by another process again and again")
 
 
 def _prefix_of(key: str, prefixes: Container[str]) -> str | None:

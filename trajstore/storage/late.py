@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import ConflictError, FormatError, TrajstoreError
+from trajstore.errors import ConflictError, DamageError, TrajstoreError, slab_named
 from trajstore.storage.codecs import write_block
 from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import LATE_SPAN, LATE_WORDS, Schema, late_records
@@ -29,7 +29,7 @@ class LateSeries:
 
     def __init__(self, group: zarr.Group, schema: Schema, corner: Corner, name: str) -> None:
         self._group, self._schema, self._corner, self._name = group, schema, corner, name
-        self.what = f"experiment {group.basename!r}, order {schema.orders[corner[0]]!r}, seed {schema.seeds[corner[1]]}"
+        self.what = slab_named(group.basename, schema.orders[corner[0]], schema.seeds[corner[1]])
 
     def put(self, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
         """Make values durable, then true."""
@@ -43,7 +43,7 @@ class LateSeries:
             again = known[at]
             if stored[at[again]].tobytes() != values[here][again].tobytes():
                 differs = int(at[again][stored[at[again]] != values[here][again]][0]) + begin
-                raise ConflictError(f"{self.what}: {self._name!r} is known already for step {differs}, and differs")
+                raise ConflictError(f"{self.what}: {self._name!r} already has another value at step {differs}")
             stored[at], known[at] = values[here], True
             width = min(LATE_SPAN, self._schema.steps + 1 - begin)
             write_block(array, (*self._corner, begin), stored[:width][None, None])
@@ -66,7 +66,7 @@ class LateSeries:
         for span in range(self._schema.spans):
             try:
                 stored, known, (*digest, _) = self._span(span)
-            except FormatError:
+            except DamageError:
                 yield span
                 continue
             if known.any() and digest != _digest(span * LATE_SPAN, stored, known).tolist():
@@ -102,7 +102,7 @@ class LateSeries:
             raise  # a lock that was lost is no damage
         except _DECODING as error:
             told = f"{self.what}: {self._name!r} of steps {begin} to {begin + LATE_SPAN - 1} is damaged ({error})"
-            raise FormatError(f"{told}; `trajstore verify --repair` takes it out") from None
+            raise DamageError(f"{told}; `trajstore verify --repair` takes it out") from None
         known = np.unpackbits(record[: LATE_SPAN // 64].astype("<i8").view(np.uint8), bitorder="little").astype(bool)
         stored = np.full(LATE_SPAN, np.nan)
         stored[: len(found)] = found

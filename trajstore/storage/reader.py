@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import FormatError, TrajstoreError
+from trajstore.errors import DamageError, TrajstoreError
 from trajstore.storage.schema import Schema
 
 __all__ = ["Commits"]
@@ -88,7 +88,7 @@ class Commits:
 def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[Any]:
     array = group.get(name)
     if not isinstance(array, zarr.Array):
-        raise FormatError(f"experiment {group.basename!r}: array {name!r} is missing; the store is damaged")
+        raise DamageError(f"experiment {group.basename!r}: array {name!r} is missing; the store is damaged")
     try:
         found = np.asarray(array[where])
         if found.shape[: len(where)] != tuple(part.stop - part.start for part in where):
@@ -97,4 +97,4 @@ def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[A
     except TrajstoreError:
         raise  # a lock that was lost is no damage
     except (ValueError, RuntimeError) as error:
-        raise FormatError(f"experiment {group.basename!r}: a chunk of {name!r} is damaged ({error})") from None
+        raise DamageError(f"experiment {group.basename!r}: a chunk of {name!r} is damaged ({error})") from None

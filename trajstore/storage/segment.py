@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import ConfigurationError, ConflictError
+from trajstore.errors import ConfigurationError, IrreproducibleError
 from trajstore.storage.codecs import write_block
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.schema import Schema
@@ -74,9 +74,9 @@ class Written(NamedTuple):
     def refuse_other(self, before: list[int], what: str) -> None:
         """Raise where the record before vouches for something else."""
         if before[0] > 0 and before != self.record and before not in self.prefixes:
-            raise ConflictError(
-                f"{what}: steps that are committed came out differently; what is committed never changes: "
-                "record with the plan that it was begun with, or under another name"
+            raise IrreproducibleError(
+                f"{what}: steps computed again differ from the committed ones, which never change: "
+                "record with the plan it was begun with, or under another name"
             )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import ConfigurationError, ConflictError, FormatError, WriteError
+from trajstore.errors import ConfigurationError, ConflictError, DamageError, WriteError, slab_named
 from trajstore.storage.codecs import write_block
 from trajstore.storage.late import LateSeries
 from trajstore.storage.pipeline import Pipeline
@@ -45,7 +45,7 @@ class Ledger:
     def __init__(self, group: zarr.Group, schema: Schema, order: int, seed: int) -> None:
         self._store, self.group, self.schema, self.corner = keeper_of(group), group, schema, (order, seed)
         self._committed_array = array_of(group, "committed")
-        self.name = f"experiment {group.basename!r}, order {schema.orders[order]!r}, seed {schema.seeds[seed]}"
+        self.name = slab_named(group.basename, schema.orders[order], schema.seeds[seed])
         self._fence = guarded(group, schema, self.corner)
         commits = self._fenced()
         self.records = commits.records[0, 0].copy()
@@ -84,7 +84,7 @@ class Ledger:
         if record[0] <= 0:
             return segment, segment.cut().written()
         if written.record != record or len(segment) != record[0]:
-            raise FormatError(f"{self.steps_named(number)} are not what was committed; {self._repair}")
+            raise DamageError(f"{self.steps_named(number)} differ from what was committed; {self._repair}")
         return segment, written
 
     def stored(self, step: int) -> Observation:
@@ -112,7 +112,7 @@ class Ledger:
                     rows.append(Observation(step, int(series["leg"][at]), metrics, series["sketch"][at], state))
                 yield rows
         except (ValueError, RuntimeError, IndexError) as error:  # the last where a document tells of a shorter array
-            raise FormatError(f"{self.steps_named(number)} are damaged ({error}); {self._repair}") from None
+            raise DamageError(f"{self.steps_named(number)} are damaged ({error}); {self._repair}") from None
 
     def adopt(self, written: Written, resume: bytes | None = None) -> None:
         """Commit a segment whose states are durable, in any order of segments."""
@@ -284,7 +284,7 @@ class SlabWriter:
                 steps = f"steps {cut.rows[0].step} to {cut.rows[-1].step}" if cut.rows else "a segment"
                 raise WriteError(
                     f"{self.ledger.name}: {steps} could not be written ({error.strerror or error}); "
-                    f"what was committed before stays, and {self._schema.again} goes on"
+                    f"what was committed before is kept; {self._schema.again} continues"
                 ) from error
 
         return named
