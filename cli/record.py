@@ -112,6 +112,11 @@ def record(
         return
     if store is None:
         raise ConfigurationError("say where to record: --store PATH (or --dry-run to see what it takes)")
+    if len(experiments) > 1:  # what contradicts is known before the first of them is recorded
+        from trajstore.recording import refuse_conflict
+
+        for experiment in experiments:
+            refuse_conflict(experiment, store, resume=resume, extend=extend)
     told = []
     for experiment in experiments:
         stored = record_with_progress(

@@ -209,13 +209,13 @@ def test_lightning_goes_on_after_an_error_within_a_step(lightning, tmp_path, who
 def test_lightning_refuses_what_cannot_go_on(lightning, tmp_path, whole):
     path = tmp_path / "s.zarr"
     trained(lightning, path, module(lightning), 2)
-    with pytest.raises(ConflictError, match="is recorded already, to step 6; give resume=True"):
+    with pytest.raises(ConflictError, match="is recorded already, up to step 6; give resume=True"):
         trained(lightning, path, module(lightning), 4)
-    with pytest.raises(ConflictError, match="seed 0: the trainer's step 0 is not what is recorded of step 0; give the"):
+    with pytest.raises(ConflictError, match="seed 0: the trainer's step 0 differs from the recorded step 0; give the"):
         trained(lightning, path, module(lightning, seed=1), 4, resume=True)
-    with pytest.raises(ConflictError, match="the trainer's step 1 is not what is recorded"):
+    with pytest.raises(ConflictError, match="the trainer's step 1 differs from the recorded step 1"):
         trained(lightning, path, module(lightning, dropout=0.5), 4, resume=True)
-    with pytest.raises(ConflictError, match="the trainer goes on from step 9, but the recording from step 6; give"):
+    with pytest.raises(ConflictError, match="the trainer resumes at step 9, but the recording at step 6; give"):
         trained(lightning, path, module(lightning), 4, checkpoint=whole / "epoch=2.ckpt", resume=True)
     assert ts.open(path)["a"].slabs()[0].last_step == 6
     trained(lightning, path, module(lightning), 4, checkpoint=whole / "epoch=1.ckpt", resume=True)
@@ -409,12 +409,12 @@ def test_transformers_refuses_what_cannot_go_on(hugging, tmp_path, hugged):
     path = tmp_path / "s.zarr"
     prepared(hugging, path, language_model(), 6)[0].train()
     trainer, _ = prepared(hugging, path, language_model(), 12)
-    with pytest.raises(ConflictError, match="is recorded already, to step 6; give resume=True"):
+    with pytest.raises(ConflictError, match="is recorded already, up to step 6; give resume=True"):
         trainer.train()
     trainer, _ = prepared(hugging, path, language_model(3), 12, resume=True)
-    with pytest.raises(ConflictError, match="the trainer's step 0 is not what is recorded of step 0"):
+    with pytest.raises(ConflictError, match="the trainer's step 0 differs from the recorded step 0"):
         trainer.train()
-    with pytest.raises(ConflictError, match="the trainer goes on from step 9, but the recording from step 6"):
+    with pytest.raises(ConflictError, match="the trainer resumes at step 9, but the recording at step 6"):
         trainer.train(resume_from_checkpoint=str(hugged / "checkpoint-9"))
     trainer.train(resume_from_checkpoint=str(hugged / "checkpoint-6"))
     assert_equal(path, hugged / "s.zarr")

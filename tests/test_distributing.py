@@ -120,7 +120,7 @@ def test_a_scheduler_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("trajstore.distributing.cluster._PATIENCE", 1)
     with pytest.raises(ConfigurationError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         ts.run(ts.Experiment.of(TABLE), tmp_path / "s.zarr", scheduler="tcp://127.0.0.1:9")
-    with pytest.raises(ConfigurationError, match="give one of them"):
+    with pytest.raises(ConfigurationError, match="give workers or a scheduler, not both"):
         ts.run(ts.Experiment.of(TABLE), tmp_path / "s.zarr", scheduler="tcp://127.0.0.1:9", workers=2)
 
 

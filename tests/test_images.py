@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 import struct
 
 import numpy as np
@@ -111,6 +112,29 @@ def test_what_is_wrong_with_a_folder_is_said(data):
         build("images", {"family": "folder", "path": "mixed"}).load()
 
 
+def test_classes_of_the_test_part_are_those_to_train_on(data):
+    write_folder(data / "pets")
+    shutil.rmtree(data / "pets" / "test" / "cat")
+    labels = build("images", {"family": "folder", "path": "pets"}).load().test[1]
+    assert set(labels.tolist()) == {1}  # the dogs
+    (data / "pets" / "test" / "dog").rename(data / "pets" / "test" / "emu")
+    images._load.cache_clear()
+    with pytest.raises(ConfigurationError, match="has a class 'emu', of which there is none to train on"):
+        build("images", {"family": "folder", "path": "pets"}).load()
+
+
+def test_idx_files_that_do_not_fit_or_are_damaged_are_named(data):
+    raw = data / "FashionMNIST" / "raw"
+    write_idx(raw, (pixels(20, 1), [3] * 20), (pixels(10, 1), [3] * 10))
+    short = (raw / "t10k-labels-idx1-ubyte").read_bytes()
+    (raw / "train-labels-idx1-ubyte").write_bytes(short)
+    with pytest.raises(ConfigurationError, match="do not fit: they hold 20 images and 10 labels"):
+        build("images", {"family": "fashion-mnist"}).load()
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"no such file of MNIST")
+    with pytest.raises(ConfigurationError, match=r"FashionMNIST in .* are damaged .*; fetch them again"):
+        build("images", {"family": "fashion-mnist"}).load()
+
+
 def test_files_that_are_not_there_are_named_with_the_command_that_fetches_them(data):
     with pytest.raises(ConfigurationError, match=r"FashionMNIST is not in the folder .*; fetch it by python -c"):
         build("images", "fashion-mnist").load()
@@ -216,5 +240,7 @@ def test_what_the_data_were_is_in_the_record_and_others_are_refused(data, trajst
         analysis.outputs(stored.dataset())
     with pytest.raises(ConflictError, match="its data have changed since it was recorded"):
         ts.run(ts.Experiment.of({**table, "seeds": [0, 1]}), data / "s.zarr", extend=True)
+    assert stored.schema.seeds == (0,)  # it has not grown
+    assert stored.commits().complete.all()
     with pytest.raises(ConflictError, match="its data have changed since it was recorded"):
         list(replay(stored))

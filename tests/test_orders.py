@@ -75,6 +75,13 @@ def test_an_error_points_at_the_offending_part(label: str, part: str, character:
     assert hint in message
 
 
+def test_a_metric_needs_a_window_and_has_to_be_a_loss():
+    with pytest.raises(OrderError, match="a metric follows a window, as in 'backward/100"):
+        Order.parse("backward?train_loss")
+    with pytest.raises(OrderError, match="a reset depends on a loss that has fallen, and 'train_accuracy' is none"):
+        Order.parse("backward/5?train_accuracy").check(20, ["train_loss", "train_accuracy"])
+
+
 def test_chains_are_the_definition():
     assert list(Leg("forward").chain(4)) == [1, 2, 3, 4]
     assert list(Leg("backward").chain(4)) == [4, 3, 2, 1]

@@ -215,7 +215,7 @@ def test_provenance_tells_where_a_recording_comes_from(record):
 
 def test_an_existing_experiment_needs_resume_and_an_equal_configuration(record):
     record()
-    with pytest.raises(ConflictError, match=r"'net' is stored already with this configuration; give --resume"):
+    with pytest.raises(ConflictError, match="'net' exists already with this configuration; continue it with --resume"):
         record()
     with pytest.raises(ConflictError, match=r"differs in operator.lr: 0.05 / 0.1; steps: 12 / 13"):
         record(steps=13, operator={"family": "sgd", "lr": 0.1}, resume=True)
@@ -332,7 +332,7 @@ def test_places_that_are_no_store_are_refused(tmp_path):
     with pytest.raises(FormatError, match="not a trajstore"):
         ts.open(tmp_path / "folder")
     experiment = ts.Experiment.preset("quadratic", {"steps": 2})
-    with pytest.raises(FormatError, match="other things in it"):
+    with pytest.raises(FormatError, match="a folder with other contents"):
         ts.run(experiment, tmp_path / "folder")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="is a file"):
@@ -407,7 +407,7 @@ def test_what_others_keep_in_the_store_is_left_alone(record, tmp_path):
     record()
     root = ts.store.open_root(tmp_path / "runs.zarr")
     root.create_group("mine").create_array("data", data=np.arange(3))
-    with pytest.raises(ConflictError, match="is there and is no experiment"):
+    with pytest.raises(ConflictError, match="exists but is not an experiment"):
         record(name="mine")
     assert root["mine"]["data"][...].tolist() == [0, 1, 2]
     assert list(ts.open(tmp_path / "runs.zarr")) == ["net"]

@@ -119,15 +119,21 @@ class Order:
                     f"order {str(self)!r}: leg {str(leg)!r} starts at step {leg.start}, but the last step is {steps}"
                 )
             if leg.metric is not None and leg.metric not in metrics:
-                known = [m for m in metrics if m.startswith("train_")]
+                known = [m for m in metrics if m.startswith("train_") and m.endswith("loss")]
                 raise OrderError(
                     f"order {str(self)!r}: no metric {leg.metric!r} to decide on; {choices(leg.metric, known)}"
+                )
+            if leg.metric is not None and not leg.metric.endswith("loss"):
+                raise OrderError(
+                    f"order {str(self)!r}: a reset depends on a loss that has fallen, and {leg.metric!r} is none; use "
+                    "'?train_loss'"
                 )
 
 
 def _parse_leg(label: str, part: str, at: int) -> Leg:
     match = _LEG.fullmatch(part)
-    assert match is not None  # every group may be empty or missing
+    if match is None:
+        raise _wrong(label, at, part, "a metric follows a window, as in 'backward/100?train_loss'")
     kind = next((k for k in KINDS if k == match["kind"]), None)
     if kind is None:
         hint = choices(match["kind"], KINDS) if match["kind"] else "a leg is 'forward', 'backward' or 'bracket'"

@@ -103,7 +103,6 @@ def run(
     ]
     if not any(missing):
         return store[experiment.name]
-    refuse_other_data(stored, live)
     plan = _stored_plan(stored, wishes) or plan or plan_for(experiment, live, wishes)
     plan, fit = afford(plan, experiment, live, schema, wishes)
     packs = list(_waves(plan, experiment, missing, fit))
@@ -219,7 +218,7 @@ class _Metered:
 
 
 def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, resume: bool, extend: bool) -> Experiment:
-    """Return the stored experiment, grown by what is asked for; refuse one that contradicts it."""
+    """Return the stored experiment, grown by what is asked for; refuse one, or data, that contradict it."""
     config, schema = stored.config, stored.schema
     experiment = asked.grown_from(config) if extend else replace(asked, stops=tuple(config["stops"]))
     own = experiment.config()
@@ -236,6 +235,7 @@ def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, re
     found += differences(shape, wanted, "schema.")
     growth = "" if extend else ", or extend it (--extend, extend=True) by orders, seeds or steps"
     refuse_differences(stored.name, found, f"choose another name{growth}")
+    refuse_other_data(stored, live)
     if not (resume or extend):
         raise ConflictError(
             f"experiment {stored.name!r} exists already with this configuration; "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -44,16 +45,30 @@ def _ratios(stored: StoredExperiment, orders: list[str]) -> Iterator[Finding]:
         costs = {seed: _cost(ds, order, seed) for seed in stored.schema.seeds}
         for metric, kind in product(own_metrics(ds), _KINDS):
             statistic = f"{_KINDS[kind]}, forward over {order}"
-            try:
-                found = local_variance_ratio(ds, metric, kind=kind, orders=(_FORWARD, order))
-            except StatisticError as error:  # of this order: of others there may be enough
-                yield Finding(OPEN, metric, statistic, evidence=str(error))
-                continue
-            for seed in found["seed"].values.tolist():
-                one = found.sel(seed=seed)
+            ask = partial(local_variance_ratio, metric=metric, kind=kind, orders=(_FORWARD, order))
+            for seed, one in _each_seed(ds.sel(order=[_FORWARD, order]), ask):
+                about = f"seed {seed}, {metric}"
+                if isinstance(one, str):
+                    yield Finding(OPEN, about, statistic, evidence=one)
+                    continue
                 ratio, why = number_of(one, "ratio", "low", "high"), str(one["why"].item())
-                finding = by_interval(1.0, f"seed {seed}, {metric}", statistic, ratio, why)
+                finding = by_interval(1.0, about, statistic, ratio, why)
                 yield replace(finding, evidence=f"{finding.evidence}; {costs[seed]}")
+
+
+def _each_seed(ds: xr.Dataset, ask: Callable[[xr.Dataset], xr.Dataset]) -> Iterator[tuple[int, xr.Dataset | str]]:
+    """Yield what there is to say of each seed, or why there is nothing; one that lacks steps takes no other along."""
+    seeds = ds["seed"].values.tolist()
+    try:
+        found = ask(ds)
+    except StatisticError as error:
+        if len(seeds) == 1:
+            yield seeds[0], str(error)
+            return
+        for seed in seeds:
+            yield from _each_seed(ds.sel(seed=[seed]), ask)
+    else:
+        yield from ((seed, found.sel(seed=seed)) for seed in seeds)
 
 
 def converges(stored: StoredExperiment) -> Iterator[Finding]:
@@ -69,12 +84,14 @@ def forward_wanders(stored: StoredExperiment) -> Iterator[Finding]:
 
 
 def _verdicts(stored: StoredExperiment, order: str, means: Mapping[str, Verdict]) -> Iterator[Finding]:
-    found = convergence(stored.dataset().sel(order=[order]))
-    for seed in found["seed"].values.tolist():
-        one = found.sel(order=order, seed=seed)
+    for seed, found in _each_seed(stored.dataset().sel(order=[order]), convergence):
+        statistic = "how much moves shrink over the last half"
+        if isinstance(found, str):
+            yield Finding(OPEN, f"{order}, seed {seed}", statistic, evidence=found)
+            continue
+        one = found.sel(order=order)
         verdict, why = str(one["verdict"].item()), str(one["why"].item())
         evidence = f"{verdict}{f': {why}' if why else ''}"
-        statistic = "how much moves shrink over the last half"
         yield Finding(
             means.get(verdict, OPEN), f"{order}, seed {seed}", statistic, *number_of(one, "shrinks"), evidence
         )
@@ -86,10 +103,13 @@ def lower_loss(stored: StoredExperiment) -> Iterator[Finding]:
     losses = [metric for metric in own_metrics(ds) if metric.endswith("loss")]
     for order in (order for order in _others(stored) if not _is_windowed(order)):
         for metric in losses:
-            seen = window_of(ds, metric, None, least=ENOUGH)
-            gaps = [one - other for one, other in pairs_of(seen, (_FORWARD, order))]
-            for seed, gap in zip(seen.coords["seed"].tolist(), gaps, strict=True):
-                about, statistic = f"seed {seed}, {metric}", f"mean of forward less {order}"
+            statistic, ask = f"mean of forward less {order}", partial(_gaps, metric=metric, order=order)
+            for seed, one in _each_seed(ds.sel(order=[_FORWARD, order]), ask):
+                about = f"seed {seed}, {metric}"
+                if isinstance(one, str):
+                    yield Finding(OPEN, about, statistic, evidence=one)
+                    continue
+                gap = one["gap"].values
                 if not np.isfinite(gap).all():
                     yield Finding(OPEN, about, statistic, evidence="diverged")
                     continue
@@ -97,6 +117,13 @@ def lower_loss(stored: StoredExperiment) -> Iterator[Finding]:
                 reach = quantile(0.95) * float(standard_error(gap - mean)) if size >= ENOUGH else np.nan
                 why = f"the window is worth {size:.0f} independent values, and an interval takes {ENOUGH}"
                 yield by_interval(0.0, about, statistic, (mean, mean - reach, mean + reach), why)
+
+
+def _gaps(ds: xr.Dataset, metric: str, order: str) -> xr.Dataset:
+    """Return by how much forward is above an order over the last half."""
+    seen = window_of(ds, metric, None, least=ENOUGH)
+    gaps = np.array([one - other for one, other in pairs_of(seen, (_FORWARD, order))])
+    return xr.Dataset({"gap": (("seed", "step"), gaps)}, {"seed": seen.coords["seed"]})
 
 
 def elsewhere(stored: StoredExperiment) -> Iterator[Finding]:
@@ -154,6 +181,8 @@ def _cost(ds: xr.Dataset, order: str, seed: int) -> str:
     """Say how many operator applications the recorded steps of a slab took, those of one forward run being 1."""
     slab, legs = ds.sel(order=order, seed=seed), Order.parse(order).legs
     there = slab["recorded"].values
+    if not there.any():
+        return "nothing is recorded yet"
     steps, starts = slab["step"].values[there], slab["leg"].values[there]
     kinds = [max((leg for leg in legs if leg.start <= start), key=lambda leg: leg.start).kind for start in starts]
     chains = np.where(np.array(kinds) == _BACKWARD, steps - starts, np.diff(steps, prepend=0))

@@ -32,6 +32,9 @@ def same_law(stored: StoredExperiment) -> Iterator[Finding]:
     ds = stored.dataset()
     recorded = ds["step"].values[ds["recorded"].values.all((0, 1))]
     recorded = recorded[recorded > 1]  # they are equal at 0 and 1
+    if not len(recorded):
+        yield Finding(OPEN, "", "", evidence="no step from 2 on is recorded of all orders and seeds")
+        return
     steps = sorted({int(recorded[np.abs(recorded - at).argmin()]) for at in (5, recorded[-1] // 2, recorded[-1])})
     found = law(ds, [PARAMETERS, *own_metrics(ds)], steps)
     seeds = len(schema.seeds)

@@ -27,6 +27,7 @@ _FAR = 0.01
 _FEW = 8
 """Stored states of a slab; with fewer, forward may be still by chance."""
 _BACKWARD, _FORWARD = "backward", "forward"
+_NOTHING = "nothing is recorded yet"
 
 
 def bound(stored: StoredExperiment) -> Iterator[Finding]:
@@ -37,6 +38,9 @@ def bound(stored: StoredExperiment) -> Iterator[Finding]:
     ds = stored.dataset()
     for seed in stored.schema.seeds:
         steps, states = _states(ds, _BACKWARD, seed)
+        if not len(steps):
+            yield Finding(OPEN, f"seed {seed}", "largest distance over C kⁿ", evidence=_NOTHING)
+            continue
         allowed = limit_bound(ds, seed, steps)
         # The bound is above the distance to every later iterate, so that θ* need not be known.
         far = np.linalg.norm(states - states[-1], axis=1)
@@ -82,7 +86,7 @@ def jumps(stored: StoredExperiment) -> Iterator[Finding]:
     recipe, ds, statistic = Recipe.of(stored), stored.dataset(), "share of stored steps at which forward jumps"
     for seed in stored.schema.seeds:
         forward, backward = (_states(ds, order, seed)[1][1:, 0] for order in (_FORWARD, _BACKWARD))
-        if len(forward) < _FEW:
+        if min(len(forward), len(backward)) < _FEW:
             yield Finding(OPEN, f"seed {seed}", statistic, evidence="too few states")
             continue
         share = float((np.diff(forward) != 0).mean())
@@ -109,6 +113,9 @@ def closed_form(stored: StoredExperiment) -> Iterator[Finding]:
         for order in (o for o in (_FORWARD, _BACKWARD) if o in stored.schema.orders):
             expected = _closed(step, h, noise, start, order)
             steps, states = _states(ds, order, seed)
+            if not len(steps):
+                yield Finding(OPEN, f"{order}, seed {seed}", "largest relative error", evidence=_NOTHING)
+                continue
             scale = max(1.0, float(np.abs(expected).max()))
             worst = float(np.abs(states - expected[steps]).max()) / scale
             allowed = _rounding(stored)

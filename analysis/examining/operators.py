@@ -17,6 +17,8 @@ from trajstore.store import StoredExperiment
 
 __all__ = ["beats", "bracket_is_near", "stronger_is_better"]
 
+_EARLY = 5
+"""The step up to which nothing but the learning rate speaks against a bracket."""
 _REGULARIZED, _GAIN = "order-regularized", "loss of the base less loss"
 
 
@@ -35,6 +37,10 @@ def bracket_is_near(stored: StoredExperiment) -> Iterator[Finding]:
         known = np.isfinite(of_bracket) & np.isfinite(of_forward)
         if not len(steps) or not known[0]:
             told = "diverged" if len(steps) else "no step from 2 on is recorded of all three orders"
+            yield Finding(OPEN, f"seed {seed}", statistic, evidence=told)
+            continue
+        if of_bracket[0] >= of_forward[0] and steps[0] > _EARLY:
+            told = f"it is of small n h, and the first step that is recorded of all three orders is {steps[0]}"
             yield Finding(OPEN, f"seed {seed}", statistic, evidence=told)
             continue
         far = ~known | (of_bracket >= of_forward)

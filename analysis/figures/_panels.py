@@ -179,7 +179,7 @@ def selected(ds: xr.Dataset, seed: Seeds = None, order: Orders = None) -> xr.Dat
         if asked is None:
             continue
         known = ds[dim].values.tolist()
-        wanted = np.atleast_1d(np.asarray(asked)).tolist()
+        wanted = list(dict.fromkeys(np.atleast_1d(np.asarray(asked)).tolist()))
         for one in wanted:
             if one not in known:
                 # The seed with the most similar digits is of no help.

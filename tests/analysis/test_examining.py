@@ -81,6 +81,21 @@ def test_what_theory_says_holds_of_sparse_grids_and_of_float32(tmp_path):
     assert set(verdicts(table, "bracket", "wild")) == {"not decidable here"}
 
 
+def test_what_is_half_recorded_is_examined_as_far_as_it_goes(tmp_path):
+    table = {"name": "q", "problem": {"family": "quadratic"}, "operator": {"family": "sgd", "lr": 0.1}, "steps": 400}
+    both = ["forward", "backward", "bracket"]
+    place = tmp_path / "s.zarr"
+    ts.run(ts.Experiment.of({**table, "orders": ["forward"], "seeds": [0, 1]}), place, workers=0)
+    ts.run(ts.Experiment.of({**table, "orders": both, "seeds": [0]}), place, workers=0, extend=True)
+    table = claims(ts.open(place))
+    for claim in ("bound", "closed-form", "converges", "less-variance", "bracket"):
+        chosen = table[(table["claim"] == claim) & table["about"].str.contains("seed 1")]
+        assert "not decidable here" in chosen["verdict"].tolist(), claim
+    for claim in ("bound", "converges", "less-variance"):
+        chosen = table[(table["claim"] == claim) & table["about"].str.contains("seed 0")]
+        assert set(chosen["verdict"]) == {"holds"}, claim
+
+
 def test_every_claim_has_a_row_and_says_what_it_lacks(table):
     assert list(dict.fromkeys(table["claim"])) == list(CLAIMS)
     lacking = table[table["experiment"] == ""].set_index("claim")

@@ -241,7 +241,7 @@ def test_an_engine_that_was_asked_for_is_used(tmp_path):
         ({"device": "mps"}, "device 'mps'"),
         ({"lanes": 0}, "lanes is 0"),
         ({"lanes": -3}, "lanes is -3"),
-        ({"engine": "reference", "lanes": 4}, "lanes are the wavefront's"),
+        ({"engine": "reference", "lanes": 4}, "lanes belong to engine 'wavefront'"),
     ],
 )
 def test_choices_that_there_are_not_are_refused(tmp_path, how, says):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,10 +35,18 @@ class Torchvision(Selection):
         except RuntimeError as error:
             fetch = f"from torchvision.datasets import {self.name}; {self.name}('{root}', download=True)"
             raise ConfigurationError(
-                f"images: {self.name} is not in the folder {root}, or not whole ({str(error).partition('.')[0]}); "
+                f"images: {self.name} is not in the folder {root}, or is incomplete ({str(error).partition('.')[0]}); "
                 f'fetch it by python -c "{fetch}", set TRAJSTORE_DATA to its folder, or take images = "shapes", which '
                 "needs no download"
             ) from None
+        except (AssertionError, ValueError, IndexError, EOFError, UnpicklingError) as error:
+            told = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise ConfigurationError(
+                f"images: the files of {self.name} in {root} are damaged ({told}); fetch them again"
+            ) from None
+        if len(found.targets) != len(found.data):
+            counts = f"{len(found.data)} images and {len(found.targets)} labels"
+            raise ConfigurationError(f"images: the files of {self.name} in {root} do not fit: they hold {counts}")
         pixels = np.asarray(found.data)
         pixels = pixels[..., None] if pixels.ndim == 3 else pixels  # grey
         return Part(np.asarray(found.targets, dtype=np.int64), len(found.classes), lambda positions: pixels[positions])

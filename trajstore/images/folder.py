@@ -16,7 +16,7 @@ __all__ = ["FAMILY", "Folder"]
 
 @dataclass(frozen=True)
 class Folder(Selection):
-    """Images of one size, in colour; the classes are the sorted names of their folders."""
+    """Images of one size, in colour; the classes are the sorted names of the folders to train on."""
 
     path: str = "."
     """Where ``train`` and ``test`` lie; relative to the folder of TRAJSTORE_DATA, or ``data``."""
@@ -35,6 +35,11 @@ class Folder(Selection):
         except FileNotFoundError as error:
             raise ConfigurationError(f"images: {' '.join(str(error).split())}") from None
 
+        classes = sorted(found.classes if train else (p.name for p in (where.parent / "train").iterdir() if p.is_dir()))
+        if strange := [name for name in found.classes if name not in classes]:
+            raise ConfigurationError(f"images: {where} has a class {strange[0]!r}, of which there is none to train on")
+        labels = np.array([classes.index(name) for name in found.classes], dtype=np.int64)
+
         def images(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
             first: NDArray[np.uint8] | None = None
             for k, at in enumerate(positions.tolist()):
@@ -48,7 +53,7 @@ class Folder(Selection):
             assert first is not None  # there is at least one image
             return first
 
-        return Part(np.array(found.targets, dtype=np.int64), len(found.classes), images)
+        return Part(labels[found.targets], len(classes), images)
 
 
 def _of_another_size(path: Path, pixels: NDArray[np.uint8], others: NDArray[np.uint8]) -> str:

@@ -106,7 +106,8 @@ def _divided(table: Mapping[str, Any], by: Mapping[str, Any], where: str) -> dic
         elif isinstance(value, float):
             quotients[key] = value / divisor
         else:
-            raise ConfigurationError(f"{where}: {key} is {value!r}, which cannot be divided by {divisor}")
+            hint = "write it with a point, as in 1.0" if key == "lr" else "choose one that it divides"
+            raise ConfigurationError(f"{where}: {key} is {value!r}, and this variant divides it by {divisor}; {hint}")
     return {**table, **quotients}
 
 
