@@ -221,7 +221,7 @@ BAD = [
     (["record", "quadratic", "--store", "s.zarr", "--steps", "6", "--seeds", "0", "--dry-run"], "steps: 5 / 6"),
     (["sql", "s.zarr", "SELECT CAST('a' AS INT)"], "Conversion Error"),
     (["sql", "s.zarr", "SELECT now()"], "cast it"),
-    (["record", "quadratic", "--store", "s.zarr", "--steps", "5", "--seeds", "0"], "give --resume"),
+    (["record", "quadratic", "--store", "s.zarr", "--steps", "5", "--seeds", "0"], "continue it with --resume"),
     (["record", "quadratic", "--store", "s.zarr", "--steps", "6", "--seeds", "0", "--resume"], "steps: 5 / 6"),
     (["record", "fig4", "--store", "s", "--memory", "4 apples"], "--memory '4 apples' is not a size"),
     (["record", "fig4", "--store", "s", "--memory", "500MB", "--workers", "0"], "one process would take about 1."),
