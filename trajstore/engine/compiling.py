@@ -85,7 +85,8 @@ def compiled(tick: Tick) -> Advance:
         nonlocal known
         if known is None or known[0] is not states:
             cursor = torch.zeros(1, dtype=torch.int64, device=indices.device)
-            known = states, _replayed(step, states, batches, indices, cursor), cursor
+            keyed = any(t.ndim == indices.ndim for t in batches)  # a number for each lane: the key of random draws
+            known = states, _replayed(step, states, batches, indices, cursor, keyed=keyed), cursor
         _, again, cursor = known
         cursor.zero_()
         for _ in range(ticks):
@@ -94,7 +95,7 @@ def compiled(tick: Tick) -> Advance:
     return advance
 
 
-def _replayed(step: Callable[..., None], *tensors: Any) -> Callable[[], None]:  # noqa: ANN401
+def _replayed(step: Callable[..., None], *tensors: Any, keyed: bool) -> Callable[[], None]:  # noqa: ANN401
     """Compile a step on tensors that stay where they are, and return what takes it again and again."""
     calls: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
 
@@ -110,13 +111,12 @@ def _replayed(step: Callable[..., None], *tensors: Any) -> Callable[[], None]:  
 
     leaves = pytree.tree_leaves(tensors)
     on_cpu = leaves[0].device.type == "cpu"
-    patches = {
-        "post_grad_custom_post_pass": _SmallProducts(),
-        "cpp_wrapper": on_cpu,
-        # The hash of a mask uses each of its values twice, and they are written out anew for every use until they
-        # have as many operations as this: with torch's 30, dropout in several lanes takes minutes to compile.
-        "realize_opcount_threshold": 8,
-    }
+    patches = {"post_grad_custom_post_pass": _SmallProducts(), "cpp_wrapper": on_cpu}
+    if keyed:
+        # The hash of a mask uses each of its values twice, and they are written out again for every use until they
+        # have as many operations as this: with torch's 30, dropout in several lanes takes minutes to compile. Without
+        # dropout it is left as it is: less is fused, and a network with batch normalisation is a fifth slower.
+        patches["realize_opcount_threshold"] = 8
 
     def compile_step(patches: dict[str, Any]) -> None:
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:  # noqa: ANN401
