@@ -102,8 +102,7 @@ def lyapunov(source: Source, seed: int | None = None, steps: int | None = None, 
     _refuse_more_than_parameters(recipe)
     growth, alignment = _grown(recipe, chosen, count)
     begin, reach, why = count // 4, np.nan, ""
-    apart = np.flatnonzero(alignment < _ALIGNED)
-    together = int(apart[-1]) + 1 if len(apart) else 0
+    together = int(np.argmax(alignment >= _ALIGNED)) if alignment.max() >= _ALIGNED else count
     exponent = _of_one_hessian(recipe.experiment)
     if exponent is not None:
         reach = 0.0
