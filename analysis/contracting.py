@@ -126,14 +126,14 @@ def _grown(recipe: Recipe, seed: int, steps: int) -> tuple[NDArray[np.float64], 
     tangents = [_unit(signs(here.params, rng)) for _ in range(2)]
     growth, alignment = np.empty(steps), np.empty(steps)
     for n in range(1, steps + 1):
-        (after, one), (_, other) = (recipe.pushed(here, tangent, batches[n], n) for tangent in tangents)
-        for moved in (one, other):
-            if not 0 < norm(moved) < np.inf:
-                raise StatisticError(
-                    f"experiment {recipe.name!r}, seed {seed}: at step {n} a difference grows {norm(moved)} times, so "
-                    "the products have no exponent"
-                )
-        growth[n - 1], here, tangents = np.log(norm(one)), after, [_unit(one), _unit(other)]
+        here, moved = recipe.pushed(here, tangents, batches[n], n)
+        sizes = [norm(difference) for difference in moved]
+        if not all(0 < size < np.inf for size in sizes):
+            raise StatisticError(
+                f"experiment {recipe.name!r}, seed {seed}: at step {n} a difference grows {sizes[0]} times, so the "
+                "products have no exponent"
+            )
+        growth[n - 1], tangents = np.log(sizes[0]), [_unit(difference) for difference in moved]
         alignment[n - 1] = abs(dot(*tangents))
     return growth, alignment
 

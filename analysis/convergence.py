@@ -20,13 +20,13 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.longrun import effective_size, quantile, standard_error
+from trajstore.analysis.longrun import effective_size, line_of, quantile, standard_error
 from trajstore.analysis.rates import Rate, fit_rate
 from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.spaces import Path, paths_of
 from trajstore.analysis.windows import SLABS, resets_within
 
-__all__ = ["RULE", "Evidence", "Rule", "Verdict", "convergence", "judge", "line_of"]
+__all__ = ["RULE", "Evidence", "Rule", "Verdict", "convergence", "judge"]
 
 Verdict = Literal["point", "distribution", "drifting", "undecided"]
 Floats = NDArray[np.float64]
@@ -204,20 +204,11 @@ def _diameter(points: Floats) -> float:
 def _drift(points: Floats) -> tuple[float, float]:
     """Return how far a fitted line goes, in standard deviations about it, and the standard error of that."""
     n = len(points)
-    slope, errors, spread = line_of(points)
+    slope, errors, residual = line_of(points)
+    spread = float((residual**2).sum() / (n - 2))
     if spread == 0:
         return (np.inf if slope.any() else 0.0), 0.0
     return (n - 1) * float(np.sqrt((slope**2).sum() / spread)), (n - 1) * float(np.sqrt((errors**2).sum() / spread))
-
-
-def line_of(points: Floats) -> tuple[Floats, Floats, float]:
-    """Return the slopes of a fitted line, their standard errors, and the variance about it, over all coordinates."""
-    n = len(points)
-    x = (np.arange(n) - (n - 1) / 2)[:, None]
-    centred = points - points.mean(0)
-    slope = (x * centred).sum(0) / (x**2).sum()
-    residual = centred - slope * x
-    return slope, n * standard_error((x * residual).T) / (x**2).sum(), float((residual**2).sum() / (n - 2))
 
 
 def _principal(points: Floats) -> Floats:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.longrun import TERMS, effective_size, quantile, standard_error
-from trajstore.analysis.rounding import of_variance, scale_of
+from trajstore.analysis.longrun import TERMS, effective_size, line_of, quantile, standard_error
+from trajstore.analysis.rounding import Precision, of_variance, scale_of
 from trajstore.analysis.variance import CONTRIBUTIONS, Kind, check_kind, pairs_of
 from trajstore.analysis.windows import window_of
 
@@ -61,7 +61,7 @@ def _blocks(steps: int) -> tuple[int, int]:
 
 
 def _ratio(
-    above: Floats, below: Floats, kind: Kind, level: float, precision: np.dtype[np.floating] | None
+    above: Floats, below: Floats, kind: Kind, level: float, precision: Precision
 ) -> tuple[float, float, float, str]:
     if not (np.isfinite(above).all() and np.isfinite(below).all()):
         return np.nan, np.nan, np.nan, "diverged"
@@ -80,8 +80,7 @@ def _terms(logs: Floats) -> int:
 
     A ratio that grows evenly, as that to an order which settles at a steady rate, is no burst.
     """
-    x = np.arange(len(logs)) - (len(logs) - 1) / 2
-    rest = logs - logs.mean() - x * (x @ logs) / (x @ x)
+    rest = line_of(logs[:, None])[2][:, 0]
     if np.abs(rest).max() <= _NOTHING * np.abs(logs).max():
         return TERMS
     worth = effective_size(rest) / len(logs)

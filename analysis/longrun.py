@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-__all__ = ["ENOUGH", "TERMS", "effective_size", "quantile", "standard_error"]
+__all__ = ["ENOUGH", "TERMS", "effective_size", "line_of", "quantile", "standard_error"]
 
 TERMS = 8
 """Cosine coefficients, and degrees of freedom."""
@@ -46,6 +46,16 @@ def effective_size(values: Floats) -> float:
     from arviz_stats.base import array_stats  # brings pandas and scipy along: half a second
 
     return float(array_stats.ess(values, chain_axis=None, draw_axis=-1, method="mean"))
+
+
+def line_of(points: Floats) -> tuple[Floats, Floats, Floats]:
+    """Fit a line to each column; return the slopes per row, their standard errors, and what is left."""
+    n = len(points)
+    x = (np.arange(n) - (n - 1) / 2)[:, None]
+    centred = points - points.mean(0)
+    slope = (x * centred).sum(0) / (x**2).sum()
+    residual = centred - slope * x
+    return slope, n * standard_error((x * residual).T) / (x**2).sum(), residual
 
 
 @cache

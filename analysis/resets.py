@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.convergence import judge, line_of
-from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
+from trajstore.analysis.convergence import judge
+from trajstore.analysis.longrun import ENOUGH, effective_size, line_of, quantile, standard_error
+from trajstore.analysis.rounding import Precision
 from trajstore.analysis.spaces import path_of
 from trajstore.analysis.windows import SLABS, measured_steps, precision_of, with_slabs
 
@@ -108,7 +109,7 @@ def _reset(
     places: tuple[int, int, int],
     start: int,
     forward: Floats | None,
-    precision: np.dtype[np.floating] | None,
+    precision: Precision,
 ) -> Reset:
     first, begin, end = places
     before, after = _level(values[first:begin], precision), _level(values[begin:end], precision)
@@ -157,7 +158,7 @@ def _settles(legs: Floats, difference: tuple[float, float], beyond_trend: bool) 
     return "elsewhere" if abs(difference[0]) > difference[1] and beyond_trend else "not told apart"
 
 
-def _level(leg: Floats, precision: np.dtype[np.floating] | None) -> _Level:
+def _level(leg: Floats, precision: Precision) -> _Level:
     """Return the level of a leg.
 
     The mean of its last half, if that is worth enough independent values for an interval; where it settles to a point,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["of_moves", "of_size", "of_variance", "scale_of"]
+__all__ = ["Precision", "of_moves", "of_size", "of_variance", "scale_of"]
 
 _UNITS = 4.0
 """Differences below so many units in the last place are rounding, not training."""
@@ -14,9 +14,11 @@ _WHOLE = 1e-3
 """How far from a whole number a multiple may be by rounding."""
 
 Floats = NDArray[np.float64]
+Precision = np.dtype[np.floating] | None
+"""That of the states from which values were computed; None if it is not known."""
 
 
-def of_moves(values: Floats, dtype: np.dtype[np.floating] | None = None) -> Floats:
+def of_moves(values: Floats, dtype: Precision = None) -> Floats:
     """Return below what the difference of each two successive values is rounding.
 
     Values that are all float32 were computed as such. `dtype` is that of the states they were computed from: of float32
@@ -27,7 +29,7 @@ def of_moves(values: Floats, dtype: np.dtype[np.floating] | None = None) -> Floa
     return of_size(np.maximum(sizes[1:], sizes[:-1]), coarser)
 
 
-def of_variance(values: Floats, dtype: np.dtype[np.floating] | None = None) -> float:
+def of_variance(values: Floats, dtype: Precision = None) -> float:
     """Return below what a variance of some of these values is that of rounding, or of a metric of few values."""
     return max(float(of_moves(values, dtype).max()) ** 2, _quantum(values) ** 2 / 12)
 

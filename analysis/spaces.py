@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.rounding import of_moves
+from trajstore.analysis.rounding import Precision, of_moves
 from trajstore.analysis.windows import SLABS, Window, metrics_of, stored_window, window_of, with_slabs
 
 from trajstore.errors import NotFoundError, StatisticError, choices
@@ -149,9 +149,7 @@ def embedded(distances: Floats) -> Floats:
     return np.asarray(points * np.where(points[:1] < 0, -1.0, 1.0))
 
 
-def path_of(
-    steps: NDArray[np.int64], values: Floats, precision: np.dtype[np.floating] | None, together: bool = False
-) -> Path:
+def path_of(steps: NDArray[np.int64], values: Floats, precision: Precision, together: bool = False) -> Path:
     """Return the path of a metric's values; `together` measures distances as L(x) + L(y)."""
     with np.errstate(invalid="ignore"):  # told as diverged
         moves = values[1:] + values[:-1] if together else np.abs(np.diff(values))

@@ -22,7 +22,7 @@ import xarray as xr
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
-from trajstore.analysis.rounding import of_moves, scale_of
+from trajstore.analysis.rounding import Precision, of_moves, scale_of
 from trajstore.analysis.windows import SLABS, Window, resets_within, window_of
 
 from trajstore.errors import ConfigurationError, OrderError, StatisticError, choices
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-Precision = np.dtype[np.floating] | None
 Kind = Literal["level", "tail", "step"]
 _ROLLING_BYTES = 2**20
 """Of windows that are worked on together: they stay in the cache."""

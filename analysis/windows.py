@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from trajstore.analysis.rounding import Precision
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 from trajstore.measures import MEASURES
@@ -45,8 +46,7 @@ class Window:
     """(order, seed, step); not finite where the slab diverged."""
     coords: dict[str, Any]
     """The coordinates order and seed."""
-    precision: np.dtype[np.floating] | None = None
-    """That of the states from which the values were computed, if it is known."""
+    precision: Precision = None
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -131,7 +131,7 @@ def window_of(
     return Window(metric, labels.astype(np.int64), values, coords, precision_of(ds))
 
 
-def precision_of(ds: xr.Dataset) -> np.dtype[np.floating] | None:
+def precision_of(ds: xr.Dataset) -> Precision:
     """Return the precision of the states of a dataset, if it says so."""
     layout = ds.attrs.get("trajstore", {}).get("schema", {}).get("layout", {})
     known = {entry["dtype"] for entry in layout.get("entries", ()) if entry["role"] == "parameter"}

@@ -5,7 +5,7 @@ A stored experiment has its recipe, and so has a dataset of it, in its attribute
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,12 +72,15 @@ class Recipe:
         with torch.no_grad():
             return self.experiment.operator.apply(self._gradient, state, batch, torch.tensor(index))
 
-    def pushed(self, state: State, tangent: Tensors, batch: Batch, index: int) -> tuple[State, Tensors]:
-        """Return T_index(state), and what becomes of an infinitely small difference of the parameters."""
+    def pushed(
+        self, state: State, tangents: Sequence[Tensors], batch: Batch, index: int
+    ) -> tuple[State, list[Tensors]]:
+        """Return T_index(state), and what becomes of infinitely small differences of the parameters."""
         operator = self.experiment.operator
         if isinstance(operator, Pushes):
             with torch.no_grad():
-                moved = operator.push(self._gradient, state, tangent, batch, torch.tensor(index))
+                i = torch.tensor(index)
+                moved = [operator.push(self._gradient, state, tangent, batch, i) for tangent in tangents]
             return self.apply(state, batch, index), moved
         gradient, i = functional_gradient(self.live), torch.tensor(index)
 
@@ -87,9 +90,8 @@ class Recipe:
 
         # Twice backwards instead of once forwards: not all that torch can do backwards it can do forwards.
         _, pull, after = torch.func.vjp(step, state.params, has_aux=True)  # type: ignore[misc]
-        push = torch.func.vjp(lambda cotangent: pull(cotangent)[0], tangent)[1]
-        (moved,) = push(tangent)
-        return after, moved
+        push = torch.func.vjp(lambda cotangent: pull(cotangent)[0], tangents[0])[1]
+        return after, [push(tangent)[0] for tangent in tangents]
 
     def gradient(self, state: State, batch: Batch) -> Tensors:
         """Return the gradient of the loss on a batch."""

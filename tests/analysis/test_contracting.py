@@ -147,9 +147,9 @@ def test_an_operators_own_derivative_is_the_one_that_is_had_without_it(record, m
     recipe = Recipe.of(record({**RIDGE, "steps": 5, "operator": operator}))
     here, batch = recipe.start(0), recipe.batches(0)[3]
     tangent = signs(here.params, generator(0, "analysis"))
-    after, known = recipe.pushed(here, tangent, batch, 3)
+    after, (known,) = recipe.pushed(here, [tangent], batch, 3)
     monkeypatch.setattr("trajstore.recipe.Pushes", type("Nobody", (), {}))
-    again, found = recipe.pushed(here, tangent, batch, 3)
+    again, (found,) = recipe.pushed(here, [tangent], batch, 3)
     assert known["theta"].numpy() == pytest.approx(found["theta"].numpy(), abs=1e-14)
     assert again.params["theta"].numpy() == pytest.approx(after.params["theta"].numpy(), abs=1e-14)
 
