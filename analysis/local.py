@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import TERMS, effective_size, line_of, quantile, standard_error
-from trajstore.analysis.rounding import Precision, of_variance, scale_of
+from trajstore.analysis.rounding import Precision, of_moves, of_steps, scale_of
 from trajstore.analysis.variance import CONTRIBUTIONS, Kind, check_kind, pairs_of
 from trajstore.analysis.windows import window_of
 
@@ -65,11 +65,13 @@ def _ratio(
 ) -> tuple[float, float, float, str]:
     if not (np.isfinite(above).all() and np.isfinite(below).all()):
         return np.nan, np.nan, np.nan, "diverged"
-    least = of_variance(np.append(above, below), precision)
-    one, two = (_variances(values, kind) for values in (above, below))
-    if (one <= least).all() and (two <= least).all():
+    lost = of_steps(np.append(above, below)) / np.sqrt(12)
+    one, two = (_log_variances(values, kind) for values in (above, below))
+    little, less = (_least(values, precision, lost) for values in (above, below))
+    still = (one <= little) & (two <= less)
+    if still.all():
         return np.nan, np.nan, np.nan, "neither varies, but by rounding"
-    logs = np.log(np.maximum(one, least)) - np.log(np.maximum(two, least))
+    logs = np.where(still, 0.0, np.maximum(one, little) - np.maximum(two, less))
     mean, terms = float(logs.mean()), _terms(logs)
     reach = quantile(level, terms) * float(standard_error(logs - mean, terms))
     return float(np.exp(mean)), float(np.exp(mean - reach)), float(np.exp(mean + reach)), ""
@@ -87,10 +89,24 @@ def _terms(logs: Floats) -> int:
     return next(terms for least, terms in _TERMS if worth >= least)
 
 
-def _variances(values: Floats, kind: Kind) -> Floats:
-    """Return the variance in each block."""
+def _in_blocks(values: Floats) -> Floats:
     count, long = _blocks(len(values))
-    scale = scale_of(values)
-    parts, lost = CONTRIBUTIONS[kind](values[-count * long :].reshape(count, long) / scale)
-    found = parts.sum(-1) / (parts.shape[-1] - lost) * scale**2
-    return np.asarray(found)
+    return values[-count * long :].reshape(count, long)
+
+
+def _log_variances(values: Floats, kind: Kind) -> Floats:
+    """Return the logarithm of the variance in each block."""
+    blocks = _in_blocks(values)
+    scale = np.array([[scale_of(block)] for block in blocks])
+    parts, lost = CONTRIBUTIONS[kind](blocks / scale)
+    with np.errstate(divide="ignore"):  # of what stands still it is −∞
+        return np.asarray(np.log(parts.sum(-1) / (parts.shape[-1] - lost)) + 2 * np.log(scale[:, 0]))
+
+
+def _least(values: Floats, precision: Precision, lost: float) -> Floats:
+    """Return the logarithm of what each block varies by at the least.
+
+    Each has that of its own values, so that one value far off blurs its own block and no other.
+    """
+    deviations = np.maximum(of_moves(_in_blocks(values), precision).max(-1), lost)
+    return np.asarray(2 * np.log(np.maximum(deviations, np.finfo(float).tiny)))

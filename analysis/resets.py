@@ -70,7 +70,7 @@ def resets(ds: xr.Dataset, metric: str) -> xr.Dataset:
     legs = with_slabs(ds["leg"].isel(step=steps)).values
     labels = ds["step"].values[steps]
     orders, seeds = (np.atleast_1d(ds[dim].values) for dim in SLABS)
-    found, precision = [], precision_of(ds)
+    found, precision = [], precision_of(ds, metric)
     for i, order in enumerate(map(str, orders)):
         for k, seed in enumerate(seeds.tolist()):
             there = (legs[i, k] >= 0) & known[i, k]

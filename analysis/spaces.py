@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.rounding import Precision, of_moves
+from trajstore.analysis.rounding import Precision, of_moves, of_zero
 from trajstore.analysis.windows import SLABS, Window, metrics_of, stored_window, window_of, with_slabs
 
 from trajstore.errors import NotFoundError, StatisticError, choices
@@ -74,9 +74,9 @@ def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Wind
     moves = seen.values[..., 1:]
     if seen.gap != _recorded_gap(ds):  # the distances that were recorded are those to iterates in between
         moves = np.sqrt((np.diff(points, axis=2) ** 2).sum(-1))
-    dtype = ds["params"].dtype if "params" in ds else np.dtype(np.float64)
+    precision = Precision(ds["params"].dtype if "params" in ds else np.dtype(np.float64))
     return seen, [
-        [Path(seen.steps, points[i, k], moves[i, k], of_moves(norms[i, k], dtype)) for k in range(points.shape[1])]
+        [Path(seen.steps, points[i, k], moves[i, k], of_moves(norms[i, k], precision)) for k in range(points.shape[1])]
         for i in range(points.shape[0])
     ]
 
@@ -102,7 +102,7 @@ def _of_layer(ds: xr.Dataset, space: str, window: int | None, least: int) -> tup
     coords = {dim: np.atleast_1d(ds[dim].values) for dim in SLABS}
     return Window(space, steps, moves, coords), [
         [
-            Path(steps, embedded(apart[i, k]), moves[i, k, 1:], of_moves(norms[i, k], ds["params"].dtype))
+            Path(steps, embedded(apart[i, k]), moves[i, k, 1:], of_moves(norms[i, k], Precision(ds["params"].dtype)))
             for k in range(moves.shape[1])
         ]
         for i in range(moves.shape[0])
@@ -128,7 +128,7 @@ def _of_outputs(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window,
                 points.append(here)
             norms.append(float(np.linalg.norm(here)))
             before = here
-        path = Path(steps, np.array(points), np.array(moves), of_moves(np.array(norms), ds["params"].dtype))
+        path = Path(steps, np.array(points), np.array(moves), of_moves(np.array(norms), Precision(ds["params"].dtype)))
         rows[i].append(path)
     return Window(OUTPUTS, steps, np.array([[path.moves for path in row] for row in rows]), coords), rows
 
@@ -153,4 +153,5 @@ def path_of(steps: NDArray[np.int64], values: Floats, precision: Precision, toge
     """Return the path of a metric's values; `together` measures distances as L(x) + L(y)."""
     with np.errstate(invalid="ignore"):  # told as diverged
         moves = values[1:] + values[:-1] if together else np.abs(np.diff(values))
-    return Path(steps, values[:, None], moves, np.zeros(len(moves)) if together else of_moves(values, precision))
+    nothing = np.full(len(moves), 2 * of_zero(values, precision))
+    return Path(steps, values[:, None], moves, nothing if together else of_moves(values, precision))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.rounding import Precision
+from trajstore.analysis.rounding import UNKNOWN, Precision
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 from trajstore.measures import MEASURES
@@ -46,7 +46,7 @@ class Window:
     """(order, seed, step); not finite where the slab diverged."""
     coords: dict[str, Any]
     """The coordinates order and seed."""
-    precision: Precision = None
+    precision: Precision = UNKNOWN
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -128,14 +128,20 @@ def window_of(
                 "finish the recording, or select the orders and seeds that are complete"
             )
     values = with_slabs(ds[metric].isel(step=tail)).values.astype(np.float64)
-    return Window(metric, labels.astype(np.int64), values, coords, precision_of(ds))
+    return Window(metric, labels.astype(np.int64), values, coords, precision_of(ds, metric))
 
 
-def precision_of(ds: xr.Dataset) -> Precision:
-    """Return the precision of the states of a dataset, if it says so."""
+def precision_of(ds: xr.Dataset, metric: str) -> Precision:
+    """Return what is known of how a metric was computed: the dtype of the states, and how large it was at first."""
     layout = ds.attrs.get("trajstore", {}).get("schema", {}).get("layout", {})
     known = {entry["dtype"] for entry in layout.get("entries", ()) if entry["role"] == "parameter"}
-    return np.dtype(np.float64 if known == {"float64"} else np.float32) if known else None
+    recorded, measured = _masks(ds, metric, metric)
+    there = recorded & measured
+    first = int(there.any((0, 1)).argmax())
+    begun = np.abs(with_slabs(ds[metric].isel(step=first)).values[there[..., first]].astype(np.float64))
+    begun = begun[np.isfinite(begun)]
+    start = float(np.median(begun)) if len(begun) else 0.0
+    return Precision(np.dtype(np.float64 if known == {"float64"} else np.float32) if known else None, start)
 
 
 def resets_within(ds: xr.Dataset, steps: NDArray[np.int64]) -> NDArray[np.int64]:
