@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.core.buffer.cpu import Buffer
+from zarr.buffer.cpu import Buffer
 
 from trajstore.configuration import differences
 from trajstore.errors import ConflictError

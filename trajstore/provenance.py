@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import warnings
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -32,12 +33,18 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "precision": {
-            "float32_matmul": torch.get_float32_matmul_precision(),
+            "float32_matmul": _float32_matmul(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "mkldnn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
         },
         "environment": {k: v for k, v in os.environ.items() if k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
     }
+
+
+def _float32_matmul() -> str:
+    with warnings.catch_warnings():  # torch 2.9 warns whoever asks that one may later have to ask otherwise
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.get_float32_matmul_precision()
 
 
 def _version(package: str) -> str | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from trajstore import trees
 from trajstore.engine import Iterate
 from trajstore.engine.walk import Progress
+from trajstore.pytree import tree_map
 from trajstore.state import State
 
 __all__ = ["pack", "unpack"]

@@ -19,9 +19,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.base import optimize
-from dask.delayed import delayed
-from dask.local import get_sync
+from dask import delayed, optimize
+from dask import get as get_here
 from dask.optimization import cull
 from numpy.typing import NDArray
 
@@ -163,7 +162,7 @@ class _Piece:
     key: tuple[Any, ...]
 
     def __call__(self) -> NDArray[Any]:
-        return np.asarray(get_sync(self.graph, self.key))
+        return np.asarray(get_here(self.graph, self.key))
 
 
 def _pieces(array: Any) -> Callable[..., _Piece]:  # noqa: ANN401  dask has no types

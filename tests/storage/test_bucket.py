@@ -20,8 +20,9 @@ import numpy as np
 import obstore
 import pytest
 import zarr
+from zarr.abc.buffer import Buffer
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.buffer import default_buffer_prototype
 from zarr.storage import ObjectStore
 
 from tests.torture import Report

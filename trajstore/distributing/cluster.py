@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def connected(workers: int) -> Iterator[Client]:
     options: dict[str, Any] = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     # Importing torch takes seconds: all do it at once, before the first needs it.
     options |= {"preload_nanny": ["trajstore._ends_with_parent"], "preload": ["trajstore.distributing.workshop"]}
-    worker = {"cls": _worker(), "options": {"worker_kwargs": options}}
+    worker = {"cls": _worker(), "options": options}
     own = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
     with (
         _quiet(),
@@ -44,19 +45,33 @@ def connected(workers: int) -> Iterator[Client]:
 
 def _worker() -> type[Any]:
     """Return what starts a worker: a process of its own, which does not run the caller's main module again."""
-    from distributed.deploy.subprocess import SubprocessWorker
+    from distributed.deploy.spec import ProcessInterface
 
-    class Worker(SubprocessWorker):
-        """A worker in a session of its own.
+    class Worker(ProcessInterface):  # type: ignore[misc]  # it has no types
+        """A worker, and the nanny that starts it, in a session of their own.
 
         A terminal sends Ctrl-C to all processes of a session's foreground, and one that is just starting would answer
         with a traceback. It is for the client to hear.
         """
 
-        async def _start(self) -> None:
-            spec = json.dumps({"cls": self.worker_class, "opts": self.worker_kwargs})
-            command = [sys.executable, "-m", "dask", "spec", self.scheduler, "--spec", spec]
-            self.process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+        def __init__(self, scheduler: str, name: str | int | None = None, **options: Any) -> None:  # noqa: ANN401
+            super().__init__(scheduler=scheduler, name=name)
+            spec = json.dumps({"cls": "distributed.Nanny", "opts": options})
+            self.command = [sys.executable, "-m", "dask", "spec", scheduler, "--spec", spec]
+            self.process: asyncio.subprocess.Process | None = None
+
+        async def start(self) -> None:
+            """Start both."""
+            self.process = await asyncio.create_subprocess_exec(*self.command, start_new_session=True)
+            await super().start()
+
+        async def close(self) -> None:
+            """End the processes of its session: the nanny, and the worker that it started."""
+            if self.process is not None and self.process.returncode is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                await self.process.wait()
+            self.process = None
+            await super().close()
 
     return Worker
 

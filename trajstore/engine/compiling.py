@@ -19,8 +19,8 @@ from torch._functorch import config as functorch_config
 from torch._inductor import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.exc import CppCompileError, InductorError
-from torch.utils import _pytree as pytree
 
+from trajstore import pytree
 from trajstore.engine.wavefront import Advance, Tick
 from trajstore.operators import Batch
 from trajstore.state import State

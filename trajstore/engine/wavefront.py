@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from trajstore import pytree
 from trajstore.engine import Iterate, Work
 from trajstore.engine.bracket import Brackets
 from trajstore.operators import Batch, Gradient, Operator

@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import Buffer, BufferPrototype
 
 from trajstore.errors import UnreachableError
 from trajstore.storage import objects
 from trajstore.storage.leases import Lease
 from trajstore.storage.objects import elsewhere
-from trajstore.storage.place import DECLARING, ReplacedError
+from trajstore.storage.place import DECLARING, ReplacedError, check_writable
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
@@ -130,12 +130,12 @@ class Guarded(ZarrStore):
 
     async def delete(self, key: str) -> None:
         """Take out what is there, if the lock is still held."""
-        self._check_writable()
+        check_writable(self)
         await elsewhere(self._delete, key)
 
     async def delete_dir(self, prefix: str) -> None:
         """Take out what is below a prefix, as long as the lock is held."""
-        self._check_writable()
+        check_writable(self)
         for key, _ in await elsewhere(self._bucket.files, prefix.rstrip("/")):
             await elsewhere(self._delete, key)
 
@@ -164,7 +164,7 @@ class Guarded(ZarrStore):
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Put an object, unless somebody else has replaced it."""
-        self._check_writable()
+        check_writable(self)
         content: Any = value.as_buffer_like()
         lease, there, version = self._lease(key), self._bucket.objects, self._seen.get(key)
         records = _prefix_of(key, self._records) is not None

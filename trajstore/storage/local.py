@@ -14,8 +14,10 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from zarr.core.buffer import Buffer
+from zarr.abc.buffer import Buffer
 from zarr.storage import LocalStore
+
+from trajstore.storage.place import check_writable
 
 __all__ = ["DurableStore", "user_cache"]
 
@@ -39,7 +41,7 @@ class DurableStore(LocalStore):
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Write a file durably under a temporary name, then rename it."""
-        self._check_writable()
+        check_writable(self)
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")

@@ -10,8 +10,8 @@ from typing import Literal, Protocol, runtime_checkable
 from urllib.parse import quote, unquote
 
 import zarr
+from zarr.abc.buffer import Buffer
 from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import Buffer
 
 from trajstore.errors import BusyError, ConfigurationError, choices
 
@@ -23,6 +23,7 @@ __all__ = [
     "Keeper",
     "Place",
     "ReplacedError",
+    "check_writable",
     "keeper_of",
     "place_of",
     "slab_lock",
@@ -168,6 +169,12 @@ def keeper_of(group: zarr.Group) -> Keeper:
     store = group.store
     assert isinstance(store, Keeper)
     return store
+
+
+def check_writable(store: ZarrStore) -> None:
+    """Raise a ValueError, as Zarr's own stores do, where a Zarr store was opened to be read only."""
+    if store.read_only:
+        raise ValueError(f"{store} was opened to be read, and cannot be written")
 
 
 def slab_lock(experiment: str, order: str, seed: int) -> str:
