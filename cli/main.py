@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from trajstore.cli import analyze, claims, compute, demo, exchange, inspection, maintenance, plotting, record
+from trajstore.cli import analyze, claims, compute, demo, doctor, exchange, inspection, maintenance, plotting, record
 
 from trajstore.errors import TrajstoreError
 
@@ -47,6 +47,7 @@ app.command("verify")(maintenance.verify)
 app.command("merge")(maintenance.merge)
 app.command("rm")(maintenance.rm)
 app.command("unlock")(maintenance.unlock)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

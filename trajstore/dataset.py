@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import dask.array
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from xarray.backends import BackendArray
-from xarray.core import indexing
 
 from trajstore import accessor as accessor  # registers `ds.traj`
 from trajstore.storage.schema import ArraySpec, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
+from trajstore.unpromised import GoneError
 
 if TYPE_CHECKING:
     from trajstore.store import Store, StoredExperiment
+    from trajstore.unpromised import ExplicitIndexer
 
 __all__ = ["dataset", "datatree", "opened"]
 
@@ -71,8 +74,7 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
         source, attributes = _Committed.of(experiment, spec, mask), dict(array_of(experiment.group, spec.name).attrs)
         if spec.name == "measured" and late and len(schema.metrics) < _BITS:
             source, attributes = _with_late(source, attributes, {name: known for name, (known, _) in late.items()})
-        data = indexing.LazilyIndexedArray(source)
-        variables[spec.name] = xr.Variable(spec.dims, data, attributes, encoding)
+        variables[spec.name] = xr.Variable(spec.dims, _lazy(source, spec, encoding), attributes, encoding)
     labels = {
         name: (dim, np.array(values.tolist()) if name == "order" else values, {"description": what})
         for name, (dim, values, what) in schema.coordinates().items()
@@ -81,6 +83,17 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
     adaptive = {"adaptive": metric} if metric else {}
     attrs = {"trajstore": experiment.attributes, "experiment": experiment.name, **adaptive}
     return xr.Dataset(variables, {**labels, **masks}, attrs)
+
+
+def _lazy(source: _Committed, spec: ArraySpec, encoding: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Return an array that is read when it is asked for."""
+    try:
+        from trajstore.unpromised import LazilyIndexedArray
+    except GoneError as gone:
+        warnings.warn(str(gone), stacklevel=3)
+        chunks = tuple(encoding["preferred_chunks"][dim] for dim in spec.dims)
+        return dask.array.from_array(source, chunks)  # type: ignore[no-untyped-call]
+    return LazilyIndexedArray(source)
 
 
 def _with_late(
@@ -130,8 +143,12 @@ class _Committed(BackendArray):
             there = np.expand_dims(mask[1], tuple(at for at, dim in enumerate(spec.dims) if dim not in mask[0]))
         return cls(source, tuple(lengths[dim] for dim in spec.dims), array.dtype, spec.fill, there)
 
-    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:  # noqa: ANN401
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._read)
+    def __getitem__(self, key: ExplicitIndexer | tuple[slice | int, ...]) -> Any:  # noqa: ANN401
+        if isinstance(key, tuple):  # dask asks so
+            return self._read(key)
+        from trajstore.unpromised import IndexingSupport, explicit_indexing_adapter
+
+        return explicit_indexing_adapter(key, self.shape, IndexingSupport.BASIC, self._read)
 
     def _read(self, key: tuple[slice | int, ...]) -> NDArray[Any]:
         where = tuple(

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Generic, Protocol, TypeVar
 
+import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask import delayed, optimize
-from dask import get as get_here
+from dask.delayed import delayed
 from dask.optimization import cull
 from numpy.typing import NDArray
 
@@ -162,12 +162,12 @@ class _Piece:
     key: tuple[Any, ...]
 
     def __call__(self) -> NDArray[Any]:
-        return np.asarray(get_here(self.graph, self.key))
+        return np.asarray(dask.get(self.graph, self.key))  # type: ignore[attr-defined]
 
 
 def _pieces(array: Any) -> Callable[..., _Piece]:  # noqa: ANN401  dask has no types
     """Return what finds a block of an array by its position."""
-    (optimized,) = optimize(array)  # type: ignore[no-untyped-call]  # reading and selecting become one
+    (optimized,) = dask.optimize(array)  # type: ignore[attr-defined, no-untyped-call]  # reading and selecting become one
     graph = dict(optimized.__dask_graph__())
 
     def find(*at: int) -> _Piece:

@@ -47,7 +47,7 @@ def _worker() -> type[Any]:
     """Return what starts a worker: a process of its own, which does not run the caller's main module again."""
     from distributed.deploy.spec import ProcessInterface
 
-    class Worker(ProcessInterface):  # type: ignore[misc]  # it has no types
+    class Worker(ProcessInterface):
         """A worker, and the nanny that starts it, in a session of their own.
 
         A terminal sends Ctrl-C to all processes of a session's foreground, and one that is just starting would answer
@@ -55,7 +55,7 @@ def _worker() -> type[Any]:
         """
 
         def __init__(self, scheduler: str, name: str | int | None = None, **options: Any) -> None:  # noqa: ANN401
-            super().__init__(scheduler=scheduler, name=name)
+            super().__init__(scheduler=scheduler, name=name)  # type: ignore[no-untyped-call]
             spec = json.dumps({"cls": "distributed.Nanny", "opts": options})
             self.command = [sys.executable, "-m", "dask", "spec", scheduler, "--spec", spec]
             self.process: asyncio.subprocess.Process | None = None
@@ -63,7 +63,7 @@ def _worker() -> type[Any]:
         async def start(self) -> None:
             """Start both."""
             self.process = await asyncio.create_subprocess_exec(*self.command, start_new_session=True)
-            await super().start()
+            await super().start()  # type: ignore[no-untyped-call]
 
         async def close(self) -> None:
             """End the processes of its session: the nanny, and the worker that it started."""
@@ -71,7 +71,7 @@ def _worker() -> type[Any]:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 await self.process.wait()
             self.process = None
-            await super().close()
+            await super().close()  # type: ignore[no-untyped-call]
 
     return Worker
 

@@ -6,9 +6,10 @@ import os
 import shutil
 import sysconfig
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+from trajstore.unpromised import COMPILING
 
 __all__ = ["missing_for_compiling"]
 
@@ -22,6 +23,8 @@ def missing_for_compiling(device: str = "cpu") -> tuple[str, ...]:
         missing.append("a C++ compiler (on Debian: apt install g++)")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         missing.append("Python's headers (on Debian: apt install python3-dev)")
-    if device == "cuda" and torch.utils._triton.has_triton() is False:
+    if device == "cuda" and find_spec("triton") is None:
         missing.append("Triton (pip install triton)")
+    if not missing and (gone := COMPILING.gone()):
+        missing.append(gone)
     return tuple(missing)

@@ -14,16 +14,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._functorch import config as functorch_config
-from torch._inductor import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.exc import CppCompileError, InductorError
 
 from trajstore import pytree
 from trajstore.engine.wavefront import Advance, Tick
 from trajstore.operators import Batch
 from trajstore.state import State
+from trajstore.unpromised import (
+    BackendCompilerFailed,
+    CppCompileError,
+    CustomGraphPass,
+    InductorError,
+    boxed,
+    compile_fx,
+    functorch_config,
+)
 
 __all__ = ["compiled"]
 
@@ -106,8 +110,7 @@ def _replayed(step: Callable[..., None], *tensors: Any, keyed: bool) -> Callable
             calls.append((code, list(arguments)))
             return code(arguments)
 
-        noting._boxed_call = True  # type: ignore[attr-defined]
-        return noting
+        return boxed(noting)
 
     leaves = pytree.tree_leaves(tensors)
     on_cpu = leaves[0].device.type == "cpu"

@@ -237,8 +237,7 @@ def _key_dropouts(module: nn.Module, device: torch.device) -> dict[str, _KeyedDr
     salt = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in _DROPOUTS:
-                assert isinstance(child, nn.modules.dropout._DropoutNd)
+            if isinstance(child, _DROPOUTS) and type(child) in _DROPOUTS:
                 setattr(parent, name, _KeyedDropout(child.p, salt, type(child) is not nn.Dropout).to(device))
                 salt += 1
     return {name: m for name, m in module.named_modules() if isinstance(m, _KeyedDropout)}
