@@ -12,13 +12,25 @@ FITS := from importlib.metadata import version as v; \
 	print("--system-site-packages" * (fits("torch", 2, 9) and fits("torchvision", 0, 24)))
 SITE = $(shell $(PYTHON) -c '$(FITS)' 2>/dev/null)
 
-.PHONY: demo test slow torture check lint types docs notebooks clean
+.PHONY: demo test lowest slow torture check lint types docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/trajstore demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+
+# The tests with the oldest releases that pyproject.toml names, in an environment of their own.
+OLD := .venv-lowest
+lowest: $(OLD)/.installed
+	$(OLD)/bin/python -m pytest -n $(JOBS) --dist loadscope
+
+$(OLD)/.installed: pyproject.toml tests/lowest.py
+	@$(PYTHON) -m venv --clear $(OLD)
+	@$(OLD)/bin/python tests/lowest.py test > $(OLD)/oldest.txt
+	@echo "Installing the oldest releases that are supported into $(OLD) ..."
+	@$(OLD)/bin/python -m pip --quiet --disable-pip-version-check install -e ".[test]" -c $(OLD)/oldest.txt
+	@touch $@
 
 # Executes the notebooks, and compares what they say with what is committed.
 slow: $(VENV)/.installed-test
@@ -61,4 +73,4 @@ $(VENV)/.installed-%: pyproject.toml $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis docs/_build
+	rm -rf $(VENV) $(OLD) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis docs/_build

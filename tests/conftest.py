@@ -1,16 +1,31 @@
 from __future__ import annotations
 
+import locale
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import trajstore as ts
-from trajstore.engine import Engine, Iterate, Work
-from trajstore.orders import Leg
-from trajstore.problems import factory
+# Whoever runs the tests may have set up other things for their own work: no test may depend on that, and no process
+# that a test starts. This comes before anything is imported that reads it.
+_THEIRS = (
+    "AWS_", "CLICOLOR", "COLUMNS", "DASK_", "FORCE_COLOR", "LINES", "MPL", "NO_COLOR", "PYTHONIOENCODING",
+    "PYTHONWARNINGS", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_COMPILE", "TORCH_LOGS", "TRAJSTORE_",
+)  # fmt: skip
+for _name in [name for name in os.environ if name.startswith(_THEIRS)]:
+    del os.environ[_name]
+os.environ.update(MPLBACKEND="agg", LC_ALL="C.UTF-8")
+with suppress(locale.Error):
+    locale.setlocale(locale.LC_ALL, "")
+
+import trajstore as ts  # noqa: E402
+from trajstore.engine import Engine, Iterate, Work  # noqa: E402
+from trajstore.orders import Leg  # noqa: E402
+from trajstore.problems import factory  # noqa: E402
 
 Record = Callable[..., ts.StoredExperiment]
 

@@ -51,7 +51,7 @@ def execute(path: Path) -> NotebookNode:
         client = NotebookClient(
             notebook,
             km=ThisPython(transport="ipc", connection_file=f"{folder}/kernel"),
-            timeout=300,
+            timeout=3000,
             record_timing=False,
             coalesce_streams=True,
             resources={"metadata": {"path": folder}},

@@ -14,7 +14,6 @@ import pytest
 
 import trajstore as ts
 from tests.torture import (
-    HANGS,
     NAME,
     NET,
     REFERENCE,
@@ -29,6 +28,7 @@ from tests.torture import (
     start,
     wrong,
 )
+from tests.waiting import HANGS, until
 from trajstore.errors import BusyError, NotFoundError
 from trajstore.storage.writer import Ledger
 from trajstore.store import check_place
@@ -216,10 +216,7 @@ def hold(table: dict, place: Path, begun: Path, release: Path) -> None:
 
     def tell(done: int, where: str) -> None:
         begun.touch()
-        for _ in range(1000):
-            if release.exists():
-                return
-            time.sleep(0.05)
+        until(release.exists, "the other writer was refused")
 
     ts.run(ts.Experiment.of(table), place, progress=tell, **REFERENCE)
 
@@ -229,10 +226,7 @@ def test_a_second_writer_of_a_slab_is_told_who_holds_it(tmp_path):
     holder, connection = start(hold, table, place, tmp_path / "begun", tmp_path / "release")
     with closing(connection):
         connection.recv()
-        for _ in range(1000):
-            if (tmp_path / "begun").exists():
-                break
-            time.sleep(0.05)
+        until((tmp_path / "begun").exists, "recording begins")
         message = rf"order 'forward', seed 3 is being written by process {holder.pid} on .* since"
         with pytest.raises(BusyError, match=message):
             ts.run(ts.Experiment.of(table), place, resume=True, **REFERENCE)

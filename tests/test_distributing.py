@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
+from contextlib import suppress
 
 import numpy as np
+import psutil
 import pytest
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
+from tests.waiting import until
 from trajstore.distributing import connected
 from trajstore.engine.parts import bundles, parts_of
 from trajstore.engine.reference import ReferenceEngine
@@ -72,14 +73,13 @@ def test_a_wave_on_workers_is_the_same_up_to_rounding(tmp_path, cluster, here):
 
 
 def test_a_worker_that_is_killed_changes_nothing(tmp_path, here):
-    killed = []
+    killed, others = [], set(_workers_of(os.getpid()))
 
     def kill_one(done: int, where: str) -> None:
         if not killed:
-            workers = subprocess.run(["pgrep", "-f", "multiprocessing.spawn"], capture_output=True, text=True).stdout
-            mine = [int(pid) for pid in workers.split() if _descends(int(pid), os.getpid())]
-            os.kill(mine[0], signal.SIGKILL)
-            killed.append(mine[0])
+            mine = min(set(_workers_of(os.getpid())) - others)
+            os.kill(mine, signal.SIGKILL)
+            killed.append(mine)
 
     stored = ts.run(ts.Experiment.of(TABLE), tmp_path / "s.zarr", engine="reference", workers=2, progress=kill_one)
     assert killed
@@ -87,12 +87,13 @@ def test_a_worker_that_is_killed_changes_nothing(tmp_path, here):
     assert not list((tmp_path / "s.zarr").rglob("*.partial"))
 
 
-def _descends(pid: int, ancestor: int) -> bool:
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return False
+def _workers_of(ancestor: int) -> list[int]:
+    """Return the workers among a process's descendants."""
+    found = []
+    for process in psutil.Process(ancestor).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended in between
+            found += [process.pid] if "multiprocessing.spawn" in " ".join(process.cmdline()) else []
+    return found
 
 
 def deadly() -> ts.ModuleProblem:
@@ -130,18 +131,11 @@ def test_workers_end_with_a_client_that_is_killed(tmp_path):
         "ts.run(ts.Experiment.preset('fig4', {'steps': 1400}), 's.zarr', engine='reference', workers=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline, born = time.monotonic() + 60, []
-    while not born and time.monotonic() < deadline:
-        time.sleep(0.2)
-        told = subprocess.run(["pgrep", "-f", "multiprocessing.spawn"], capture_output=True, text=True).stdout
-        born = [int(pid) for pid in told.split() if _descends(int(pid), process.pid)]
-    assert born
+    until(lambda: _workers_of(process.pid), "a worker is born")
+    born = _workers_of(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in born) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in born)
+    until(lambda: not any(map(psutil.pid_exists, born)), "the worker ends")
 
 
 def test_parts_are_every_recorded_step_once_and_bounded():

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.torture import (
-    HANGS,
     REFERENCE,
     TINY,
     Report,
@@ -32,6 +31,7 @@ from tests.torture import (
     side_by_side,
     start,
 )
+from tests.waiting import HANGS
 from trajstore.errors import TrajstoreError
 from trajstore.storage.local import DurableStore
 
@@ -219,7 +219,7 @@ def writing_after_an_error(variant: Variant, place: Path) -> list[str]:
         if key.startswith("net/params/c/1/"):
             encoding.set()
             time.sleep(1)
-        if key.startswith("net/committed/c/") and encoding.wait(10):
+        if key.startswith("net/committed/c/") and encoding.wait(HANGS):
             under_way.remove(key)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         write(store, key, value)

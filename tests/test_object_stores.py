@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.test_resume import contents
 from tests.torture import start
+from tests.waiting import HANGS, until
 from trajstore.errors import BusyError, ConfigurationError, NotFoundError, ResumedWarning, UnreachableError
 from trajstore.merging import merge, remove
 from trajstore.storage.bucket import Bucket
@@ -45,12 +47,14 @@ def server() -> Iterator[str]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, **quiet) as process:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            try:
+
+        def answers() -> bool:
+            with suppress(urllib.error.URLError):
                 urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()
-                break
-            except urllib.error.URLError:
-                time.sleep(0.1)
+                return True
+            return False
+
+        until(answers, "the server answers")
         yield address
         process.kill()
 
@@ -273,12 +277,12 @@ def test_ctrl_c_is_heard_while_a_server_does_not_answer(place, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         command = [str(Path(sys.executable).with_name("trajstore")), "ls", place]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            silent.settimeout(60)
+            silent.settimeout(HANGS)
             connection, _ = silent.accept()
             with connection:
                 process.send_signal(signal.SIGINT)
                 try:
-                    _, told = process.communicate(timeout=20)  # a request gives up after minutes
+                    _, told = process.communicate(timeout=120)  # a request gives up after three minutes
                 finally:
                     process.kill()
     assert told.startswith("trajstore: interrupted")

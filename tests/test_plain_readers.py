@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
+from tests.waiting import HANGS
 
 READ = """
 import json, sys, warnings
@@ -72,7 +73,7 @@ def pythons(tmp_path_factory) -> dict[str, Path]:
 
 
 def read(python: Path, store: Path, codec: str) -> dict:
-    told = subprocess.run([python, "-I", "-c", READ, store, codec], capture_output=True, text=True, timeout=120)
+    told = subprocess.run([python, "-I", "-c", READ, store, codec], capture_output=True, text=True, timeout=HANGS)
     assert told.returncode == 0, told.stderr
     assert told.stderr == ""
     return json.loads(told.stdout)
@@ -104,12 +105,12 @@ def test_a_store_reads_while_it_is_being_recorded(tmp_path, pythons, monkeypatch
         done += more
         if done > 60:
             halfway.set()
-            go_on.wait(120)
+            go_on.wait(HANGS)
 
     how = {"engine": "reference", "durability": "none", "progress": tell}
     recording = threading.Thread(target=ts.run, args=(ts.Experiment.of(SMALL_NET), tmp_path / "s.zarr"), kwargs=how)
     recording.start()
-    halfway.wait(120)
+    assert halfway.wait(HANGS)
     told = read(pythons["pcodec"], tmp_path / "s.zarr", "pcodec")
     go_on.set()
     recording.join()

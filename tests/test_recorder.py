@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import trajstore as ts
+from tests.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, ConflictError, NotFoundError, ResumedWarning
 from trajstore.verifying import verify
 
@@ -342,7 +343,7 @@ def test_a_loop_that_dies_without_closing_does_not_hang(tmp_path):
         """
     )
     command = [sys.executable, "-c", program, str(tmp_path / "s.zarr")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
     assert (ended.returncode, ended.stderr) == (7, "")
     (slab,) = ts.open(tmp_path / "s.zarr")["a"].slabs()
     assert slab.last_step == 200

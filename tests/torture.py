@@ -36,6 +36,7 @@ import trajstore as ts
 import trajstore.flattening
 import trajstore.storage.writer
 from tests.conftest import SMALL_NET
+from tests.waiting import HANGS
 from trajstore.errors import TrajstoreError
 from trajstore.storage.folder import Folder
 from trajstore.storage.writer import Ledger
@@ -46,8 +47,6 @@ NAME = SMALL_NET["name"]
 TINY = {
     **SMALL_NET, "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5}, "record": {"sketch": 4},
 }  # fmt: skip
-HANGS = 120.0
-"""Seconds after which a process that should long be done is taken to hang."""
 
 # Processes are forked from one that has everything imported and no threads: zarr starts a thread at its first use.
 _context = multiprocessing.get_context("forkserver")

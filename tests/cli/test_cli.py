@@ -20,6 +20,7 @@ from torch import nn
 from trajstore.cli.options import parse_seeds, parse_settings, parse_size
 
 import trajstore as ts
+from tests.waiting import HANGS, until
 from trajstore.errors import ConfigurationError
 
 SMALL = ["--seeds", "0-1", "--steps", "6", "--set", "problem.width=4", "--set", "problem.points=11"]
@@ -279,13 +280,11 @@ def test_ctrl_c_is_one_line_and_what_was_committed_stays(tmp_path, workers):
                "--set", "problem.width=4", "--workers", str(workers)]  # fmt: skip
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
-    deadline = time.monotonic() + 120
     document = tmp_path / "s.zarr" / "fig4" / "zarr.json"
-    while not (document.exists() and "began" in document.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: document.exists() and "began" in document.read_text(), "recording begins")
     time.sleep(3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group hears it
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=HANGS)
     assert (process.returncode, out) == (130, "")
     told = "interrupted; what was committed is kept; the same command continues (`record` with --resume)"
     assert err == f"trajstore: {told}\n"
@@ -313,7 +312,7 @@ def test_progress_is_shown_on_a_terminal_only_and_on_standard_error(tmp_path, co
             shown += piece
     except OSError:
         pass  # the other end has closed
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=HANGS)
     os.close(terminal)
     assert process.returncode == 0
     assert out.count("\n") == 1

@@ -26,6 +26,7 @@ from zarr.buffer import default_buffer_prototype
 from zarr.storage import ObjectStore
 
 from tests.torture import Report
+from tests.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, TrajstoreError, UnreachableError
 from trajstore.storage import bucket as bucket_module
 from trajstore.storage import objects
@@ -259,7 +260,7 @@ def test_a_writer_waits_as_long_as_it_was_told(bucket):
     holding = threading.Thread(target=hold)
     holding.start()
     held.wait()
-    with bucket.lock(DECLARING, "it", patience=30):
+    with bucket.lock(DECLARING, "it", patience=HANGS):
         events.append("taken")
     holding.join()
     assert events == ["freed", "taken"]
@@ -400,13 +401,13 @@ def test_a_failure_does_not_wait_long_for_a_server_that_is_silent(bucket, monkey
     def fail() -> None:
         with bucket.lock(SLAB, "it"):
             monkeypatch.setattr(bucket_module, "_PATIENCE", 0.2)
-            monkeypatch.setattr(objects, "get", lambda *_: answer.wait(60))
+            monkeypatch.setattr(objects, "get", lambda *_: answer.wait(HANGS))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
     answer.set()
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < HANGS  # it did not wait for the answer
     monkeypatch.undo()
     with bucket.lock(SLAB, "it"):
         assert bucket.lease(SLAB) is not None
@@ -464,7 +465,7 @@ def test_a_process_that_ends_under_a_lock_ends():
         "held = place_of('memory://a/s.zarr').lock('lock', 'it')\n"
         "held.__enter__()\n"
     )
-    assert subprocess.run([sys.executable, "-c", held], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", held], timeout=HANGS).returncode == 0
 
 
 def test_a_keeper_that_is_pickled_opens_its_bucket_again(bucket):
