@@ -21,7 +21,6 @@ from trajstore.engine import compilers
 from trajstore.engine.plan import Plan, choose, ready
 from trajstore.operators.sgd import SGD
 from trajstore.problems.quadratic import Quadratic
-from trajstore.pytree import tree_leaves, tree_map
 from trajstore.unpromised import COMPILING, USES
 
 ROOT = Path(__file__).parent.parent
@@ -187,16 +186,6 @@ def test_without_either_everything_else_can_still_be_imported(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     for name in ("recording", "recorder", "store", "dataset", "sql", "merging", "verifying", "engine.plan"):
         importlib.import_module(f"trajstore.{name}")
-
-
-def test_trees_are_taken_by_name_and_not_by_the_order_of_their_entries():
-    one = ({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, torch.tensor(3.0))
-    other = ({"b": torch.tensor(20.0), "a": torch.tensor(10.0)}, torch.tensor(30.0))
-    assert [*map(float, tree_leaves(one))] == [1.0, 2.0, 3.0]
-    assert [*map(float, tree_leaves(other))] == [10.0, 20.0, 30.0]
-    assert [*map(float, tree_leaves(tree_map(torch.add, one, other)))] == [11.0, 22.0, 33.0]
-    with pytest.raises(ValueError, match="trees differ"):
-        tree_map(torch.add, one, ({"a": torch.tensor(1.0)}, torch.tensor(3.0)))
 
 
 def test_a_store_that_is_open_to_be_read_is_not_written(tmp_path):
