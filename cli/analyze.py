@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from trajstore.cli.console import print_json, print_table, say
-from trajstore.cli.options import JSON, AnalysisName, ExperimentName, StorePath
+from trajstore.cli.options import JSON, AnalysisName, ExperimentName, StorePath, Trust
 
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 
@@ -151,6 +151,7 @@ def analyze(
     step: Annotated[list[int] | None, typer.Option(help="Of law: which steps; by default the last.")] = None,
     order: Annotated[str | None, typer.Option(help="Of contraction: whose iterates; forward by default.")] = None,
     pairs: Annotated[int | None, typer.Option(help="Of contraction: how many.")] = None,
+    trust: Trust = False,
     json: JSON = False,
 ) -> None:
     """Ask whether training converges, how much it varies, what a reset does."""
@@ -171,7 +172,7 @@ def analyze(
     if foreign := sorted(set(options) - set(taken)):
         flag = {"steps": "--step"}.get(foreign[0], f"--{foreign[0]}")
         raise ConfigurationError(f"{analysis} has no {flag}")
-    tables = asked(ts.open(store)[exp], **options)
+    tables = asked(ts.open(store, trust=trust)[exp], **options)
     if json:
         print_json([{"what": t.title, **_plain(t.result.attrs), "rows": _rows(t.result)} for t in tables])
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from trajstore.cli.console import print_json, print_table, say
 from trajstore.cli.inspection import print_answer
-from trajstore.cli.options import JSON, StorePath, complete_experiment
+from trajstore.cli.options import JSON, StorePath, Trust, complete_experiment
 
 if TYPE_CHECKING:
     from trajstore.analysis.examining import Examined
@@ -28,6 +28,7 @@ def claims(
     sql: Annotated[
         str | None, typer.Option(metavar="QUERY", help="Ask the table `claims`, beside those of the store.")
     ] = None,
+    trust: Trust = False,
     json: JSON = False,
 ) -> None:
     """Examine the paper's claims in what is recorded: evidence, statistic with its interval, verdict."""
@@ -35,7 +36,7 @@ def claims(
 
     import trajstore as ts
 
-    opened = ts.open(store)
+    opened = ts.open(store, trust=trust)
     found = list(examine(opened, exp or None, claim or None))
     if sql is not None:
         print_answer(opened.sql(sql, claims=frame(found)), json)

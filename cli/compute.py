@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from trajstore.cli.console import counted, progress_bar, say
-from trajstore.cli.options import ExperimentName, StateMetricName, StorePath
+from trajstore.cli.options import ExperimentName, StateMetricName, StorePath, Trust
 
 __all__ = ["compute"]
 
@@ -18,13 +18,14 @@ def compute(
     every: Annotated[int, typer.Option(help="At stored states whose step this divides.")] = 1,
     samples: Annotated[int, typer.Option(help="Fresh batches, or random directions, an estimate takes.")] = 32,
     threads: Annotated[int | None, typer.Option(help="By default one a core.")] = None,
+    trust: Trust = False,
 ) -> None:
     """Compute a metric from stored states, and keep it beside those that were recorded."""
     from trajstore.analysis import compute as measured
 
     import trajstore as ts
 
-    stored = ts.open(store)[exp]
+    stored = ts.open(store, trust=trust)[exp]
     total = int(stored.commits().snapshots[..., [s % max(1, every) == 0 for s in stored.schema.snapshots]].sum())
     with progress_bar(total, metric, "states") as progress:
         done = measured(stored, metric, every, samples, threads, progress)

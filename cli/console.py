@@ -1,4 +1,7 @@
-"""What every command prints through: data to standard output, progress and errors to standard error."""
+"""What every command prints through: data to standard output, progress and errors to standard error.
+
+A terminal's commands in what a store says are shown escaped, and not obeyed.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from trajstore.printable import printable
 from trajstore.units import human_bytes
 
 __all__ = ["counted", "human_bytes", "human_seconds", "print_csv", "print_json", "print_table", "progress_bar", "say"]
 
 
 def say(text: str) -> None:
-    """Print a line of data."""
-    sys.stdout.write(text + "\n")
+    """Print a line of data, or several."""
+    sys.stdout.write(printable(text, keep="\n") + "\n")
 
 
 def print_json(value: Any) -> None:  # noqa: ANN401
     """Print JSON; numbers that are not finite become the strings 'NaN', 'Infinity' and '-Infinity'."""
-    say(json.dumps(_strict(value), indent=2, ensure_ascii=False))
+    text = json.dumps(_strict(value), indent=2, ensure_ascii=False)
+    if not text.replace("\n", "").isprintable():  # JSON has a way of its own to escape
+        text = "".join(c if printable(c, keep="\n") == c else _escaped(c) for c in text)
+    say(text)
 
 
 def print_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print CSV; NULL is an empty field."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_strict(value) for value in row] for row in rows)
+    writer.writerow(map(printable, columns))
+    writer.writerows([_plain(_strict(value)) for value in row] for row in rows)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print aligned columns, numbers to the right."""
-    cells = [[_cell(value) for value in row] for row in rows]
+    columns = [printable(column) for column in columns]
+    cells = [[printable(_cell(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     numeric = [all(isinstance(row[k], int | float | None) for row in rows) and bool(rows) for k in range(len(columns))]
 
@@ -58,12 +66,12 @@ def progress_bar(total: int, what: str, unit: str) -> Iterator[Callable[[int, st
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
         TimeRemainingColumn(compact=True),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda done, where: progress.update(task, advance=done, description=where)
+        yield lambda done, where: progress.update(task, advance=done, description=printable(where))
 
 
 def counted(number: int, what: str) -> str:
@@ -84,6 +92,14 @@ def _cell(value: Any) -> str:  # noqa: ANN401
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _escaped(character: str) -> str:
+    return f"\\u{ord(character):04x}" if character.isascii() else json.dumps(character)[1:-1]
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    return printable(value, keep="\n") if isinstance(value, str) else value
 
 
 def _strict(value: Any) -> Any:  # noqa: ANN401

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from trajstore.cli.console import counted, print_json, say
-from trajstore.cli.options import JSON, StorePath, complete_experiment
+from trajstore.cli.options import JSON, StorePath, Trust, complete_experiment
 
 from trajstore.errors import ConfigurationError
 
@@ -29,6 +29,7 @@ def verify(
     replay: Annotated[
         bool, typer.Option("--replay", help="Compute the iterates again, and compare them with those stored.")
     ] = False,
+    trust: Trust = False,
     json: JSON = False,
 ) -> None:
     """Read everything, and tell what is not as it was committed: exit code 0 if nothing is, 1 otherwise."""
@@ -37,7 +38,7 @@ def verify(
     import trajstore as ts
     from trajstore.verifying import verify as found_in
 
-    opened = ts.Store(store)
+    opened = ts.Store(store, trust=trust)
     findings = list(found_in(opened, exp, repair=repair))
     wrong = [finding for finding in findings if not finding.harmless]
     replayed, left_out = ([], []) if wrong or not replay else _replayed(opened, exp)

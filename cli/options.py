@@ -20,6 +20,7 @@ __all__ = [
     "PresetName",
     "StateMetricName",
     "StorePath",
+    "Trust",
     "WhatToRecord",
     "complete_experiment",
     "parse_adaptive",
@@ -40,7 +41,10 @@ def _complete_preset(incomplete: str) -> list[str]:
 def complete_experiment(ctx: typer.Context, incomplete: str) -> list[str]:
     """Offer the experiments of the store that was given."""
     store = Path(ctx.params.get("store") or "")
-    return [f.parent.name for f in sorted(store.glob("*/zarr.json")) if f.parent.name.startswith(incomplete)]
+    from trajstore.storage.checking import is_name  # a shell would obey what other folders may be called
+
+    names = [file.parent.name for file in sorted(store.glob("*/zarr.json"))]
+    return [name for name in names if name.startswith(incomplete) and is_name(name)]
 
 
 def _complete_figure(incomplete: str) -> list[str]:
@@ -71,6 +75,10 @@ StateMetricName = Annotated[str, typer.Argument(metavar="METRIC", autocompletion
 PresetName = Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_preset)]
 WhatToRecord = Annotated[
     str, typer.Argument(metavar="PRESET|FILE.toml|module:function", autocompletion=_complete_preset)
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Call the functions, and read the folders of images, that this store names."),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from trajstore.cli.console import say
-from trajstore.cli.options import ExperimentName, FigureName, StorePath, parse_seeds
+from trajstore.cli.options import ExperimentName, FigureName, StorePath, Trust, parse_seeds
 
 from trajstore.errors import ConfigurationError
 
@@ -24,6 +24,7 @@ def plot(
     seed: Annotated[list[str] | None, typer.Option(help="As in 0-4; repeatable. All by default.")] = None,
     order: Annotated[list[str] | None, typer.Option(help="Repeatable. All by default.")] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="Of contraction: how many pairs of iterates.")] = None,
+    trust: Trust = False,
 ) -> None:
     """Draw a figure of an experiment; which options it takes depends on the figure."""
     from trajstore.analysis import figures
@@ -33,7 +34,7 @@ def plot(
     check_output(output)
     seeds = [number for text in seed or () for number in parse_seeds(text, "--seed")]
     options = {"metric": metric, "window": window, "seed": seeds, "order": order, "pairs": pairs}
-    opened = ts.open(store)
+    opened = ts.open(store, trust=trust)
     of = opened[exp] if exp in opened else opened.variants(exp)
     save(figures.draw(figure, of, **options), output)
     say(str(output))

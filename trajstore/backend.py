@@ -4,7 +4,7 @@
 >>> xr.open_datatree("runs.zarr", engine="trajstore", chunks={})      # doctest: +SKIP
 
 As with every engine, data are read when they are asked for, and with `chunks={}` they are dask arrays whose blocks are
-those of the store.
+those of the store. `trust` is that of `trajstore.open`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["TrajstoreBackend"]
 class TrajstoreBackend(BackendEntrypoint):
     """Opens stores, an experiment a group."""
 
-    open_dataset_parameters: ClassVar[tuple[str, ...]] = ("filename_or_obj", "drop_variables", "group")
+    open_dataset_parameters: ClassVar[tuple[str, ...]] = ("filename_or_obj", "drop_variables", "group", "trust")
     description: ClassVar[str] = "trajectory stores of training dynamics"
     supports_groups: ClassVar[bool] = True
 
@@ -47,9 +47,10 @@ class TrajstoreBackend(BackendEntrypoint):
         *,
         drop_variables: str | Iterable[str] | None = None,
         group: str | None = None,
+        trust: bool = False,
     ) -> xr.Dataset:
         """Open one experiment, which need not be named where it is the only one."""
-        store = open_store(_path(filename_or_obj))
+        store = open_store(_path(filename_or_obj), trust=trust)
         names = list(store)
         if group is None and len(names) != 1:
             raise ConfigurationError(f"{store}: say which experiment with group=…; {choices('', names)}")
@@ -61,9 +62,10 @@ class TrajstoreBackend(BackendEntrypoint):
         *,
         drop_variables: str | Iterable[str] | None = None,
         group: str | None = None,
+        trust: bool = False,
     ) -> dict[str, xr.Dataset]:
         """Open all experiments, or one, by their paths in the tree."""
-        store: Store = open_store(_path(filename_or_obj))
+        store: Store = open_store(_path(filename_or_obj), trust=trust)
         names = list(store) if group is None else [group.strip("/")]
         return {"/": xr.Dataset()} | {f"/{name}": _without(opened(store[name]), drop_variables) for name in names}
 
@@ -73,9 +75,10 @@ class TrajstoreBackend(BackendEntrypoint):
         *,
         drop_variables: str | Iterable[str] | None = None,
         group: str | None = None,
+        trust: bool = False,
     ) -> xr.DataTree:
         """Open a store as a tree: a node an experiment."""
-        groups = self.open_groups_as_dict(filename_or_obj, drop_variables=drop_variables, group=group)
+        groups = self.open_groups_as_dict(filename_or_obj, drop_variables=drop_variables, group=group, trust=trust)
         tree: xr.DataTree = xr.DataTree.from_dict(groups)
         return tree
 

@@ -25,6 +25,8 @@ from trajstore.errors import damage_told
 from trajstore.exporting import Slab, check_outside, origin, slabs_of
 from trajstore.measures import start_of
 from trajstore.storage.late import LateSeries
+from trajstore.storage.segment import array_of
+from trajstore.storage.states import States
 from trajstore.store import StoredExperiment
 
 __all__ = ["LAYOUT_FILE", "export_arrays"]
@@ -77,9 +79,11 @@ def _write_slab(folder: Path, experiment: StoredExperiment, slab: Slab) -> dict[
     snapshots = np.array(schema.snapshots, dtype=np.int64)[slab.stored]
     with damage_told(slab.where):
         for name in ("params", "counters"):
-            _write_states(paths[name], _array(group, name), slab, schema.snapshots_per_segment)
+            array = array_of(group, name)
+            source = States.of(experiment.store.place, array, schema.codec) if name == "params" else array
+            _write_states(paths[name], array, source, slab, schema.snapshots_per_segment)
         _write_metrics(paths["metrics"], paths["measured"], experiment, slab)
-        _write_sketch(paths["sketch"], _array(group, "sketch"), slab)
+        _write_sketch(paths["sketch"], array_of(group, "sketch"), slab)
         for name, values in {"snapshots": snapshots, "steps": steps, "leg": _series(group, "leg", slab)}.items():
             np.save(paths[name], values, allow_pickle=False)
     return {
@@ -93,7 +97,9 @@ def _write_slab(folder: Path, experiment: StoredExperiment, slab: Slab) -> dict[
     }
 
 
-def _write_states(file: Path, array: zarr.Array[Any], slab: Slab, segment: int) -> None:
+def _write_states(
+    file: Path, array: zarr.Array[Any], source: zarr.Array[Any] | States, slab: Slab, segment: int
+) -> None:
     """Write (snapshot × element): a segment at a time, and of large states some chunks at a time."""
     chunk, width = array.chunks[2], array.shape[2]
     along = max(chunk, _BLOCK_BYTES // (segment * array.dtype.itemsize) // chunk * chunk)
@@ -102,7 +108,7 @@ def _write_states(file: Path, array: zarr.Array[Any], slab: Slab, segment: int) 
         kept = slab.stored[first : first + segment]
         end = row + int(kept.sum())
         for begin in range(0, width if end > row else 0, along):
-            block = np.asarray(array[(*slab.corner, slice(begin, begin + along), slice(first, first + len(kept)))])
+            block = np.asarray(source[(*slab.corner, slice(begin, begin + along), slice(first, first + len(kept)))])
             out[row:end, begin : begin + along] = block[:, kept].T
         row = end
 
@@ -139,7 +145,7 @@ def _write_batches(folder: Path, experiment: StoredExperiment, seeds: Sequence[i
         seed = schema.seeds[k]
         written[seed] = f"batch_index.{seed}.npy"
         with damage_told(f"experiment {experiment.name!r}, seed {seed}"):
-            array = _array(experiment.group, "batch_index")
+            array = array_of(experiment.group, "batch_index")
             out = _new_array(folder / written[seed], (schema.steps, schema.batch_size), array.dtype)
             along = _rows_of_a_block(array, 1)
             for first in range(0, schema.steps, along):
@@ -192,15 +198,9 @@ def _is_export(folder: Path) -> bool:
     return all(file.name in named and file.is_file() for file in folder.iterdir())
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return array
-
-
 def _series(group: zarr.Group, name: str, slab: Slab) -> NDArray[Any]:
     """Return one number a recorded step."""
-    return np.asarray(_array(group, name)[(*slab.corner, slice(0, len(slab.recorded)))])[slab.recorded]
+    return np.asarray(array_of(group, name)[(*slab.corner, slice(0, len(slab.recorded)))])[slab.recorded]
 
 
 def _rows_of_a_block(array: zarr.Array[Any], axis: int) -> int:

@@ -4,7 +4,8 @@
 
     TrajstoreError
     ├── ConfigurationError (ValueError)     what was asked for makes no sense: fix the request
-    │   └── OrderError                      an order label that does not parse or does not fit
+    │   ├── OrderError                      an order label that does not parse or does not fit
+    │   └── UntrustedError                  a store names a function that nobody allowed to be called
     ├── NotFoundError (KeyError)            a store, experiment, slab, step or metric that is not there
     ├── ConflictError (ValueError)          the experiment exists already and differs, or may not be redone
     │   └── IrreproducibleError *           steps that are committed were computed again, and came out differently
@@ -34,6 +35,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
+from trajstore.printable import printable
+
 __all__ = [
     "BusyError",
     "ConfigurationError",
@@ -49,6 +52,7 @@ __all__ = [
     "StatisticError",
     "TrajstoreError",
     "UnreachableError",
+    "UntrustedError",
     "WorkerError",
     "WriteError",
     "choices",
@@ -63,6 +67,10 @@ class TrajstoreError(Exception):
     exit_code: ClassVar[int] = 2
     """2: a request was refused, nothing was written. 1: the work failed, perhaps midway."""
 
+    def __init__(self, *told: object) -> None:
+        """Say it; what comes from a store may hold a terminal's commands, and is shown escaped."""
+        super().__init__(*(printable(one) if isinstance(one, str) else one for one in told))
+
 
 class ConfigurationError(TrajstoreError, ValueError):
     """A request that makes no sense as it stands."""
@@ -70,6 +78,10 @@ class ConfigurationError(TrajstoreError, ValueError):
 
 class OrderError(ConfigurationError):
     """An order label that does not parse, or does not fit the experiment."""
+
+
+class UntrustedError(ConfigurationError):
+    """What a store names would be called, or read from elsewhere, and nobody said that it may."""
 
 
 class NotFoundError(TrajstoreError, KeyError):

@@ -6,6 +6,7 @@ One state as safetensors, the metrics as one Parquet file; `dumping` writes whol
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +130,13 @@ def origin(experiment: StoredExperiment) -> dict[str, str]:
 def check_outside(experiment: StoredExperiment, output: Path) -> None:
     """Refuse to write into the store."""
     place = experiment.store.place
-    own = [] if place.beside is None else [Path(place.address), place.beside.absolute()]
-    if any(output.absolute().is_relative_to(folder) for folder in own):
+    if place.beside is None:
+        return
+    root = Path(place.address)
+    own = [folder.stat() for folder in (root, root / experiment.name, place.beside) if folder.is_dir()]
+    # Whatever it is called: links and mounts give a folder other paths.
+    above = [folder for folder in output.resolve().parents if folder.exists()]
+    if any(os.path.samestat(folder.stat(), one) for folder in (*above, output) if folder.exists() for one in own):
         raise ConfigurationError(f"{output} lies in the store; choose a place outside it")
 
 

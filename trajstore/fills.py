@@ -11,7 +11,9 @@ import zarr
 
 from trajstore.provenance import now
 from trajstore.storage.declaring import ATTRIBUTE, set_attributes
+from trajstore.storage.place import keeper_of
 from trajstore.store import StoredExperiment
+from trajstore.trust import remember
 
 __all__ = ["noted"]
 
@@ -39,8 +41,10 @@ def noted(
 
 
 def _note(stored: StoredExperiment, fill: dict[str, Any]) -> None:
+    keeper_of(stored.group).check()
     with stored.store.declaring():
-        group = zarr.open_group(stored.group.store, path=stored.name, mode="r+")
+        group = zarr.open_group(stored.group.store, path=stored.name, mode="r+", zarr_format=3)
         attributes: Any = group.attrs[ATTRIBUTE]
         others = [other for other in attributes["fills"] if other["id"] != fill["id"]]
         set_attributes(group, attributes | {"fills": [*others, fill]})
+    remember(stored.config["problem"], [fill["id"], *(other["id"] for other in others)])

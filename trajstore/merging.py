@@ -48,9 +48,9 @@ def remove(store: Store, name: str) -> None:
     with ExitStack() as held:
         held.enter_context(store.declaring())
         _lock_slabs(held, experiment)
-        # Where it cannot be gone at once it is no experiment any more from now on.
-        group = zarr.open_group(store.place.keeper(read_only=False), path=name, mode="r+", zarr_format=3)
-        group.attrs[ATTRIBUTE] = {"declaring": True}
+        if store.place.beside is None:  # it cannot be gone at once: from now on it is no experiment any more
+            group = zarr.open_group(store.place.keeper(read_only=False), path=name, mode="r+", zarr_format=3)
+            group.attrs[ATTRIBUTE] = {"declaring": True}
         store.place.remove(name)
 
 
@@ -89,7 +89,7 @@ def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
             for order, seed in product(experiment.schema.orders, experiment.schema.seeds)
         ]
         with target.declaring():
-            attributes: Any = zarr.open_group(root.store, path=name, mode="r").attrs[ATTRIBUTE]
+            attributes: Any = zarr.open_group(root.store, path=name, mode="r", zarr_format=3).attrs[ATTRIBUTE]
             known = {fill["id"] for fill in attributes["fills"]}
             new = [fill for fill in experiment.attributes["fills"] if fill["id"] not in known]
             if new:

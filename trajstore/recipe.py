@@ -27,6 +27,7 @@ from trajstore.problems import Batches, KnowsItsData, LiveProblem, Predicts
 from trajstore.state import Memory, State, Tensors, beginning
 from trajstore.storage.schema import Schema
 from trajstore.store import StoredExperiment
+from trajstore.trust import refuse_untrusted
 
 __all__ = ["Recipe", "Source", "digest_of", "experiment_of", "refuse_other_data", "why_not"]
 
@@ -147,6 +148,7 @@ def experiment_of(source: Source) -> Experiment:
     """Return the experiment that was recorded."""
     name, attributes = _attributes(source)
     config = attributes["config"]
+    refuse_untrusted(name, config["problem"], [fill["id"] for fill in attributes["fills"]])
     # A factory's table also tells what the function made then; what it makes now is compared with that.
     problem = {key: value for key, value in config["problem"].items() if key != "made"}
     try:

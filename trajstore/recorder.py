@@ -36,18 +36,19 @@ from torch.optim import Optimizer
 
 from trajstore import trees
 from trajstore.configuration import differences, refuse_differences
-from trajstore.errors import ConfigurationError, ConflictError, OrderError, ResumedWarning, slab_named
+from trajstore.errors import ConfigurationError, ConflictError, OrderError, ResumedWarning, damage_told, slab_named
 from trajstore.experiment import check_name
 from trajstore.fills import noted
 from trajstore.measures import MEASURES
 from trajstore.policies import Policy, every
 from trajstore.provenance import provenance
+from trajstore.storage.checking import is_label
 from trajstore.storage.codecs import Codec
 from trajstore.storage.declaring import declare, grow
 from trajstore.storage.late import LateSeries
 from trajstore.storage.layout import Layout
 from trajstore.storage.pipeline import Pipeline
-from trajstore.storage.place import Durability, slab_lock
+from trajstore.storage.place import Durability, slab_folder, slab_lock
 from trajstore.storage.schema import Schema, check_metric_names, segment_length
 from trajstore.storage.segment import Observation
 from trajstore.storage.sketch import Sketch
@@ -101,7 +102,7 @@ def record(
     if sketch < 1 or sketch & (sketch - 1):
         raise ConfigurationError(f"sketch is {sketch}; it must be a power of two")
     check_name(name)
-    if not order or len(order) > 100 or any(c.isspace() or c == "," for c in order):
+    if not is_label(order) or len(order) > 100:
         raise OrderError(f"order {order!r}: use up to 100 characters without spaces and commas, as in 'forward'")
     if not 0 <= seed < 2**63:
         raise ConfigurationError(f"seed {seed} must be a whole number from 0 to 2^63 − 1")
@@ -281,9 +282,11 @@ class Recorder:
         self._store.place.make()
         what = self._named
         lock = slab_lock(self._table["name"], self._order, self._seed)
-        self._held.enter_context(self._store.place.lock(lock, what))
+        also = self._held.enter_context(self._store.place.lock(lock, what))
         schema = self._declared(self._asked or 0, ())
-        self._ledger = Ledger(self._group, schema, schema.orders.index(self._order), schema.seeds.index(self._seed))
+        corner = schema.orders.index(self._order), schema.seeds.index(self._seed)
+        also(slab_folder(self._group.basename, corner))
+        self._ledger = Ledger(self._group, schema, *corner)
         found = self._ledger.last_step
         if found >= 0 and not self._resume:
             raise ConflictError(
@@ -320,10 +323,12 @@ class Recorder:
                 "record it again under another seed or name"
             )
         self.last, content = stored
-        tree = trees.unpack(content)
-        self._watched.restore(tree["loop"], self._named)
+        with damage_told(f"{self._named}: the state to resume from", "record it again under another seed or name"):
+            tree = trees.unpack(content)
+            loop, start = dict(tree["loop"]), tree["start"]
+        self._watched.restore(loop, self._named)
         device = self._watched.parameters[0].device
-        self._start = tree["start"].to(device)
+        self._start = start.to(device)
         self._before = self._watched.weights().double()
         self.resumed = True
         again = f"; steps {self.last + 1} to {found} are recorded already and must come out the same"

@@ -36,6 +36,7 @@ from trajstore.storage.place import Durability
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
 from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, standing
+from trajstore.trust import remember
 
 __all__ = ["accept", "record_here", "refuse_conflict", "run"]
 
@@ -93,8 +94,10 @@ def run(
             _grow(root, experiment, live, schema)
         else:
             _declare(root, experiment, live, schema)
-    group = zarr.open_group(root.store, path=experiment.name, mode="r+")
+    group = zarr.open_group(root.store, path=experiment.name, mode="r+", zarr_format=3)
     stored = StoredExperiment(store, group)
+    # The user has asked for this very problem.
+    remember(stored.config["problem"], [fill["id"] for fill in stored.attributes["fills"]])
     complete = Commits.of(group, schema).complete
     missing = [
         [Slab(order, k) for i, order in enumerate(experiment.orders) if order in asked.orders and not complete[i, k]]
@@ -145,7 +148,7 @@ def _declare(root: zarr.Group, experiment: Experiment, live: LiveProblem, schema
 
 
 def _grow(root: zarr.Group, experiment: Experiment, live: LiveProblem, schema: Schema) -> None:
-    group = zarr.open_group(root.store, path=experiment.name, mode="r+")
+    group = zarr.open_group(root.store, path=experiment.name, mode="r+", zarr_format=3)
     if schema != Schema.of(group):
         grow(group, schema, experiment.config(), _batch_index(experiment, live, schema))
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trajstore.errors import FormatError
+from trajstore.printable import printable
 from trajstore.units import human_bytes
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def experiment_text(experiment: StoredExperiment) -> str:
     for first, *row in table:
         cells = (cell.rjust(width) for cell, width in zip(row, widths[1:], strict=True))
         lines.append("  " + "  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    return printable("\n".join(lines), keep="\n")
 
 
 def experiment_html(experiment: StoredExperiment) -> str:
@@ -127,7 +128,7 @@ def store_text(store: Store) -> str:
         return f"<trajstore {store}: empty>"
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in (columns, *rows))
-    return "\n".join([f"<trajstore {store}>", *(f"  {line}".rstrip() for line in lines)])
+    return printable("\n".join([f"<trajstore {store}>", *(f"  {line}".rstrip() for line in lines)]), keep="\n")
 
 
 def store_html(store: Store) -> str:

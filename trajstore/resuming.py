@@ -28,7 +28,7 @@ def unpack(content: bytes, device: torch.device) -> Progress | None:
     try:
         tree = trees.unpack(content)
         return Progress(tree["way"], _iterate(tree["anchor"], device), _iterate(tree["last"], device))
-    except (KeyError, ValueError, TypeError):
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError):
         return None
 
 

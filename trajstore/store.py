@@ -20,13 +20,24 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import GroupNotFoundError
 
-from trajstore.errors import ConflictError, DamageError, FormatError, NotFoundError, choices, damage_told, slab_named
+from trajstore.errors import (
+    ConflictError,
+    DamageError,
+    FormatError,
+    NotFoundError,
+    TrajstoreError,
+    choices,
+    damage_told,
+    slab_named,
+)
+from trajstore.storage.checking import checked, is_name
 from trajstore.storage.late import LateSeries
-from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_lock
+from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_folder, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema, check_format
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
+from trajstore.trust import allow
 
 if TYPE_CHECKING:
     import duckdb
@@ -46,9 +57,14 @@ __all__ = [
 ]
 
 
-def open(path: str | Path) -> Store:
-    """Open a store for reading: a folder, or the URL of one in an object store."""
-    store = Store(path)
+def open(path: str | Path, *, trust: bool = False) -> Store:
+    """Open a store for reading: a folder, or the URL of one in an object store.
+
+    With `trust`, whatever its experiments name (a problem of somebody's own as ``module:function``, a folder of images)
+    may be called and read in this process where something is to be computed with them. What was recorded here may be
+    in any case.
+    """
+    store = Store(path, trust=trust)
     _ = store.root
     return store
 
@@ -95,8 +111,8 @@ class SlabStatus:
 class Store:
     """The experiments at a path or URL."""
 
-    def __init__(self, path: str | Path | Place) -> None:
-        self.place = place_of(path)
+    def __init__(self, path: str | Path | Place, *, trust: bool = False) -> None:
+        self.place, self.trusted = place_of(path), trust
 
     def __str__(self) -> str:
         return str(self.place)
@@ -120,8 +136,10 @@ class Store:
             group = zarr.open_group(self.place.keeper(read_only=True), mode="r", zarr_format=3)
         except (GroupNotFoundError, NotADirectoryError, FileNotFoundError):
             raise FormatError(f"{self} is not a trajstore (it has no Zarr v3 group)") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise DamageError(f"{self}: zarr.json is damaged ({error})") from None
+        except TrajstoreError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+            raise DamageError(f"{self}: zarr.json is damaged ({' '.join(str(error).split())})") from None
         if "trajstore" not in group.attrs:
             raise FormatError(f"{self} is a Zarr group, but not a trajstore")
         attributes: Any = group.attrs["trajstore"]
@@ -135,7 +153,8 @@ class Store:
 
     def names(self) -> list[str]:
         """Return the names of the experiments, whatever the root document says."""
-        return [name for name in self.place.folders() if standing(self.place, name) in ("experiment", "damaged")]
+        kinds = ("experiment", "damaged")
+        return [name for name in self.place.folders() if is_name(name) and standing(self.place, name) in kinds]
 
     def __contains__(self, name: object) -> bool:
         return name in list(self)
@@ -148,7 +167,10 @@ class Store:
             group = self.root[name]
             assert isinstance(group, zarr.Group)
             attributes: Any = group.attrs["trajstore"]
-        check_format(attributes, where)
+            check_format(attributes, where)
+            checked(attributes)
+        if self.trusted:
+            allow(attributes["config"]["problem"], [fill["id"] for fill in attributes["fills"]])
         return StoredExperiment(self, group)
 
     def variants(self, name: str) -> dict[str, StoredExperiment]:
@@ -283,6 +305,8 @@ class StoredExperiment:
                 n < lengths[dim] for n, dim in zip(array.shape, spec.dims, strict=True)
             ):
                 raise ValueError(f"the document of {spec.name!r} tells of a shorter array")
+            if (array.chunks, array.dtype) != (spec.chunks, np.dtype(spec.dtype)):
+                raise ValueError(f"the document of {spec.name!r} tells of other chunks, or another type, than declared")
             return array
 
     def _values(self, name: str) -> np.ndarray[Any, Any]:
@@ -295,10 +319,14 @@ class StoredExperiment:
     def _shape(self) -> tuple[int, int, int]:
         return len(self.schema.orders), len(self.schema.seeds), self.schema.steps + 1
 
-    def locked(self, order: str, seed: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def locked(self, order: str, seed: int) -> Iterator[None]:
         """Hold the lock of a slab."""
-        what = slab_named(self.name, order, seed)
-        return self.store.place.lock(slab_lock(self.name, order, seed), what)
+        schema, what = self.schema, slab_named(self.name, order, seed)
+        corner = schema.orders.index(order), schema.seeds.index(seed)
+        with self.store.place.lock(slab_lock(self.name, order, seed), what) as also:
+            also(slab_folder(self.name, corner))
+            yield
 
     def dataset(self) -> xr.Dataset:
         """Return a lazy dataset of what is committed."""
@@ -374,13 +402,16 @@ def _reading(where: str) -> AbstractContextManager[None]:
 
 def standing(place: Place, name: str) -> Standing:
     """Tell what is at an experiment's place."""
-    document = place.read(f"{name}/{DOCUMENT}")
+    try:
+        document = place.read(f"{name}/{DOCUMENT}")
+    except FormatError:
+        return "damaged"  # a link: whoever opens it is told
     if document is None:
         there = [key for key, _ in place.files(name) if not key.endswith(PARTIAL)]
         return "foreign" if there else "nothing"
     try:
         mark = json.loads(document).get("attributes", {}).get("trajstore")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return "damaged"
     if not isinstance(mark, dict):
         return "foreign"

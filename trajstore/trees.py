@@ -35,7 +35,7 @@ def unpack(content: bytes) -> Any:  # noqa: ANN401
     try:
         tensors = load(content)
         return _decoded(json.loads(bytes(tensors.pop(_SHAPE).tolist())), tensors)
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a tree: {error}") from None
 
 

@@ -22,12 +22,14 @@ from zarr.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
 from trajstore.errors import FormatError, NotFoundError, TrajstoreError, UnreachableError, choices
+from trajstore.storage.checking import checked, is_name
 from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DOCUMENT, PARTIAL, Place, keeper_of
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
-from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema, late_records
+from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema
 from trajstore.storage.segment import array_of
+from trajstore.storage.states import States
 from trajstore.storage.writer import Ledger
 from trajstore.store import Store, StoredExperiment, open_root, standing
 
@@ -72,7 +74,7 @@ def verify(store: Store, name: str | None = None, *, repair: bool = False) -> It
         raise NotFoundError(f"no experiment {name!r} in {store}; {choices(name, names)}")
     yield from _root(store, repair)
     for folder in place.folders() if name is None else ():
-        if standing(place, folder) == "foreign":
+        if not is_name(folder) or standing(place, folder) == "foreign":
             yield Finding(None, "this is no experiment, or its document is damaged", folder)
     for experiment in [name] if name is not None else names:
         yield from _Verifying(store, experiment, repair).everything()
@@ -104,6 +106,10 @@ class _Verifying:
             yield Finding(self.name, f"it cannot be read: {' '.join(str(error).split())}", f"{self.name}/{DOCUMENT}")
 
     def _everything(self) -> Iterator[Finding]:
+        if links := self.place.links(self.name):  # nothing could be said of the rest
+            what = "a link, or no regular file: nothing is read through it; put there what it leads to"
+            yield from (Finding(self.name, what, link) for link in links)
+            return
         document = _read_document(self.place, f"{self.name}/{DOCUMENT}")
         try:
             attributes = document["attributes"][ATTRIBUTE]
@@ -118,6 +124,7 @@ class _Verifying:
             # The configuration is gone with it: nothing could be said of the rest.
             yield Finding(self.name, "its document is damaged; restore it from a copy", f"{self.name}/{DOCUMENT}")
             return
+        checked(attributes)
         with ExitStack() as locks:
             if self.repair:
                 locks.enter_context(self.store.declaring())
@@ -237,10 +244,9 @@ class _Verifying:
             for span in series.damaged():
                 steps = (span * LATE_SPAN, min((span + 1) * LATE_SPAN, self.schema.steps + 1) - 1)
                 if self.repair:
-                    for array in (name, late_records(name)):
-                        for file in self._bad(array, (order, seed), range(span, span + 1)):
-                            self.place.delete(file)
                     series.discard(span)
+                    for file in self._bad(name, (order, seed), range(span, span + 1)):
+                        self.place.delete(file)
                 what = f"{name!r} is not what was committed"
                 yield self._found(what, f"{self.name}/{name}", **slab, steps=steps)
         damaged = []
@@ -344,7 +350,10 @@ class _Verifying:
         if any(s.start >= n for s, n in zip(where, array.shape, strict=True)):
             return True  # beyond what is declared: a declaration that died, or one that is under way
         try:
-            array[where]
+            if array.basename == "params":
+                States.of(self.place, array, self.schema.codec)[where]
+            else:
+                array[where]
         except UnreachableError:
             raise
         except _DECODING:

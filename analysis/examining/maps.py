@@ -173,7 +173,7 @@ def loss_metric(stored: StoredExperiment) -> Iterator[Finding]:
     """Appendix G: mini-batches contract L(x) + L(y) in expectation."""
     if why_not(stored) is not None or "train_loss" not in stored.schema.metrics:
         return
-    if stored.config["operator"]["family"] != "sgd":
+    if stored.config["operator"].get("family") != "sgd":
         return
     order = _FORWARD if _FORWARD in stored.schema.orders else stored.schema.orders[0]
     factors = contraction(stored, order, _PAIRS)["loss_factor"].values

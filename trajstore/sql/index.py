@@ -22,11 +22,12 @@ from typing import Any
 
 import duckdb
 
+from trajstore.errors import FormatError
 from trajstore.sql.files import copy, new_file, tidy, write_text
 from trajstore.sql.slabs import METRICS_COLUMNS, SlabRows, write_metrics, write_segments
 from trajstore.sql.tables import EXPERIMENTS_COLUMNS, RUNS_COLUMNS, experiment_row, run_rows, write_table
 from trajstore.sql.text import identifier, read_parquet
-from trajstore.storage.local import user_cache
+from trajstore.storage.local import inside, user_cache
 from trajstore.storage.schema import late_records
 from trajstore.storage.segment import array_of
 from trajstore.store import Store, StoredExperiment
@@ -35,6 +36,7 @@ __all__ = ["Index", "refresh"]
 
 _VERSION = 2
 _CATALOG = "catalog.json"
+_FOLDERS = ("experiments", "runs", "metrics", "segments")
 _ROWS = 1_000_000
 """A file of so many rows is large: it is written as one, and merged with no others."""
 _SMALL_FILES = 16
@@ -116,7 +118,7 @@ class _Catalog:
 def refresh(store: Store, *, anew: bool = False) -> Index:
     """Bring the index up to date; `anew` takes over nothing of what is there."""
     folder = _folder_of(store)
-    for table in ("experiments", "runs", "metrics", "segments"):
+    for table in _FOLDERS:
         (folder / table).mkdir(parents=True, exist_ok=True)
     catalog, experiments = _Catalog.of(folder), {name: store[name] for name in store}
     before = catalog.paths()
@@ -287,12 +289,14 @@ def _folder_of(store: Store) -> Path:
     place = store.place
     if place.beside is None:
         return _cached(place.address)
-    own = place.beside / "index"
+    beside = place.beside
     try:
+        # It may have come with the store: nothing is written where a link in it leads.
+        own, *_ = (inside(beside.parent, f"{beside.name}/index{below}") for below in ("", *(f"/{t}" for t in _FOLDERS)))
         own.mkdir(parents=True, exist_ok=True)
         if os.access(own, os.W_OK):
             return own
-    except OSError:
+    except (OSError, FormatError):
         pass  # a read-only place: the user's cache serves as well
     return _cached(str(Path(place.address).resolve()))
 

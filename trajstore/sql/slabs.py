@@ -11,13 +11,13 @@ from typing import Any
 import duckdb
 import numpy as np
 import pandas as pd
-import zarr
 from numpy.typing import NDArray
 
 from trajstore.sql.files import copy
 from trajstore.sql.text import identifier
 from trajstore.storage.late import LateSeries
 from trajstore.storage.reader import Commits
+from trajstore.storage.segment import array_of
 from trajstore.store import StoredExperiment
 
 __all__ = ["METRICS_COLUMNS", "SEGMENTS_COLUMNS", "SlabRows", "write_metrics", "write_segments", "write_slab"]
@@ -104,8 +104,7 @@ class SlabRows:
         }  # fmt: skip
 
     def _values(self, name: str) -> NDArray[Any]:
-        array = self.experiment.group[name]
-        assert isinstance(array, zarr.Array)
+        array = array_of(self.experiment.group, name)
         return np.asarray(array[self.i, self.k, : len(self.steps)])[self.steps]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import duckdb
 
+from trajstore.printable import printable
 from trajstore.sql.files import copy
 from trajstore.sql.text import literal
 from trajstore.store import StoredExperiment
@@ -60,6 +63,8 @@ def run_rows(experiment: StoredExperiment, slabs: Iterable[Mapping[str, Any]]) -
 
 def write_table(file: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
     """Write rows as Parquet: the named columns, and others with the narrowest type that holds their values."""
+    # DuckDB takes no NUL and no halves of characters; nothing that was recorded has any.
+    rows = [{k: printable(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     kinds: dict[str, str] = dict(columns)
     for row in rows:
         for name, value in row.items():
@@ -89,12 +94,15 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in table.items():
         name = f"{prefix}{key}".lower()  # SQL does not tell upper case from lower
+        if not re.fullmatch(r"\w{1,200}", name):
+            continue  # no name of a column; the column `config` has it
         if isinstance(value, Mapping):
             if "family" in value:
                 leaves[name] = value["family"]
             leaves |= _leaves(value, f"{name}_")
         elif key != "family":
-            leaves[name] = json.dumps(value) if isinstance(value, list) else value
+            finite = not isinstance(value, float) or math.isfinite(value)
+            leaves[name] = json.dumps(value) if isinstance(value, list) or not finite else value
     return leaves
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -67,7 +67,7 @@ class Bucket:
         except (BaseError, FileNotFoundError, PermissionError) as error:
             raise UnreachableError(f"{self.address}: {objects.first_line(error)}") from None
 
-    def read(self, key: str) -> bytes | None:
+    def read(self, key: str, most: int | None = None) -> bytes | None:
         """Return what is there, None where there is nothing."""
         with self.told():
             found = objects.get(self.objects, key)
@@ -83,6 +83,10 @@ class Bucket:
         with self.told():
             found = objects.below(self.objects, prefix)
         return sorted((meta["path"], meta["size"]) for meta in found)
+
+    def links(self, prefix: str) -> list[str]:
+        """Return none: here everything is an object."""
+        return []
 
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""
@@ -118,12 +122,12 @@ class Bucket:
             raise UnreachableError(f"{self}: {objects.first_line(error)}") from None
 
     @contextmanager
-    def lock(self, name: str, what: str, patience: float = 0.0) -> Iterator[None]:
+    def lock(self, name: str, what: str, patience: float = 0.0) -> Iterator[Callable[[str], None]]:
         """Hold a lock, waiting up to `patience` seconds; a BusyError names the holder."""
         self._prove()
         lease = self._leases[name] = self._take(f"{_LOCKS}/{name}", what, patience)
         try:
-            yield
+            yield lambda folder: None  # a key is the same for everybody
         except BaseException:
             self._give_up(lease)
             raise

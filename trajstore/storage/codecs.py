@@ -9,6 +9,7 @@ array of floats but `write_block`, which hands over one contiguous chunk at a ti
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import product
 from typing import Any, Literal, get_args
@@ -20,7 +21,16 @@ from zarr.abc.codec import ArrayBytesCodec, BytesBytesCodec
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.codecs.numcodecs import PCodec
 
-__all__ = ["CODECS", "Codec", "chunk_codecs", "write_block"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "chunk_bytes",
+    "chunk_codecs",
+    "refuse_bomb",
+    "refuse_strange",
+    "write_block",
+    "zstd_size",
+]
 
 Codec = Literal["pcodec", "portable"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
@@ -35,6 +45,56 @@ def chunk_codecs(codec: Codec) -> tuple[ArrayBytesCodec, list[BytesBytesCodec]]:
         return BytesCodec(), [ZstdCodec(level=1), Crc32cCodec()]
     # Weights are plain floats: looking for other modes takes a fifth of the time and finds none.
     return PCodec(level=7, mode_spec="classic", delta_spec="try_consecutive", delta_encoding_order=1), [Crc32cCodec()]
+
+
+_KNOWN = frozenset({"bytes", "zstd", "crc32c", "vlen-utf8", "numcodecs.pcodec"})
+_TYPES = frozenset({"float64", "float32", "int64", "uint8", "string"})
+_TEXT_BYTES = 2**26
+"""What a chunk of labels may take, decoded: their length is not declared."""
+_MOST = 2**31 - 1
+
+
+def refuse_strange(array: zarr.Array[Any]) -> None:
+    """Refuse an array that no recording declares: other codecs or types, or chunks that no codec could take."""
+    described = array.metadata.to_dict()
+    codecs: Any = described.get("codecs", ())
+    names = {str(codec.get("name")) for codec in codecs}
+    kind = str(described.get("data_type"))
+    if any(codec.get("configuration", {}).get("endian") == "big" for codec in codecs):
+        raise ValueError(f"the array {array.path!r} says that its numbers are big-endian, and no store's are")
+    if strange := names - _KNOWN:
+        raise ValueError(f"the array {array.path!r} has a codec {min(strange)!r}, with which no store is written")
+    if kind not in _TYPES:
+        raise ValueError(f"the array {array.path!r} is of type {kind!r}, of which no store has any")
+    if not array.chunks or min(array.chunks) < 1 or chunk_bytes(array) > _MOST:
+        raise ValueError(f"the array {array.path!r} has chunks of shape {array.chunks}, which no store has")
+
+
+def chunk_bytes(array: zarr.Array[Any]) -> int:
+    """Return how many bytes a chunk decodes to, at most."""
+    if array.dtype.kind in "TO":
+        return _TEXT_BYTES
+    return math.prod(array.chunks) * array.dtype.itemsize
+
+
+def refuse_bomb(content: bytes | memoryview, most: int) -> None:
+    """Refuse a chunk that would decode to more than its array declares, before memory is taken for it."""
+    says = zstd_size(content)
+    if says is not None and says > most:
+        raise ValueError(f"a chunk says that it decodes to {says:,} bytes, and the array declares {most:,}")
+
+
+def zstd_size(content: bytes | memoryview) -> int | None:
+    """Return what a frame of zstd says it decodes to; None where it is no frame, and too much where it does not say."""
+    head = bytes(content[:18])
+    if head[:4] != b"\x28\xb5\x2f\xfd" or len(head) < 6:
+        return None
+    flag, single = head[4] >> 6, bool(head[4] & 0x20)
+    size = (int(single), 2, 4, 8)[flag]
+    start = 5 + (not single) + (0, 1, 2, 4)[head[4] & 3]
+    if not size:  # every frame of ours says it; one that does not could decode to anything
+        return 2**64
+    return int.from_bytes(head[start : start + size], "little") + (256 if size == 2 else 0)
 
 
 def write_block(array: zarr.Array[Any], start: tuple[int, ...], block: NDArray[Any]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trajstore.errors import ConfigurationError
-from trajstore.storage.local import DurableStore
+from trajstore.storage.local import DurableStore, contents, inside
 from trajstore.storage.locks import lock
-from trajstore.storage.place import PARTIAL, Durability
+from trajstore.storage.place import DECLARING, PARTIAL, Durability
 
 __all__ = ["Folder"]
 
@@ -20,57 +20,83 @@ class Folder:
     """A folder. Beside it lies another with locks and the index; losing that loses nothing."""
 
     def __init__(self, path: Path) -> None:
-        whole = path.absolute()
-        self.path, self.address = path, str(whole)
-        self.beside = whole.parent / f"{whole.name}.traj"
+        try:  # once and for all: a link that is changed later changes nothing for whoever has come through it
+            whole = path.resolve()
+        except (OSError, RuntimeError):
+            raise ConfigurationError(f"{path}: its symbolic links lead nowhere") from None
+        self._given, self.path, self.address = path, whole, str(whole)
+        self.beside = _beside(whole)
         self.only_here = False
 
     def __str__(self) -> str:
-        return str(self.path)
+        return str(self._given)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Folder) and self.path.resolve() == other.path.resolve()
+        return isinstance(other, Folder) and self.path == other.path
 
     def __hash__(self) -> int:
-        return hash(self.path.resolve())
+        return hash(self.path)
 
-    def read(self, key: str) -> bytes | None:
-        """Return what is there, None where there is nothing."""
-        try:
-            return (self.path / key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return None
+    def read(self, key: str, most: int | None = None) -> bytes | None:
+        """Return what is there, None where there is nothing; refuse more bytes than can be, if that is known."""
+        return contents(inside(self.path, key), most)
 
     def exists(self, key: str) -> bool:
         """Tell whether there is something."""
-        return (self.path / key).is_file()
+        return inside(self.path, key).is_file()
 
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""
-        top = self.path / prefix
+        top = inside(self.path, prefix)
         found = []
-        for file in [top] if top.is_file() else sorted(top.rglob("*")):
+        for file in [top] if top.is_file() else _below(top):
             with suppress(FileNotFoundError):  # renamed since it was listed
-                status = file.stat()
+                status = file.lstat()
                 if stat.S_ISREG(status.st_mode):
                     found.append((file.relative_to(self.path).as_posix(), status.st_size))
-        return found
+        return sorted(found, key=lambda one: one[0].split("/"))
+
+    def links(self, prefix: str) -> list[str]:
+        """Return the keys at and below a prefix where there is neither file nor folder: links, pipes, devices."""
+        top = self.path / prefix
+        below = (Path(above, name) for above, folders, files in os.walk(top) for name in (*folders, *files))
+        found = []
+        for path in (top, *(below if not top.is_symlink() else ())):
+            with suppress(FileNotFoundError):  # renamed since it was listed
+                mode = path.lstat().st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    found.append(path.relative_to(self.path).as_posix())
+        return sorted(found)
 
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""
-        return sorted(f.name for f in self.path.iterdir() if f.is_dir())
+        return sorted(f.name for f in self.path.iterdir() if f.is_dir())  # a link too: whoever opens it is told
 
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""
-        (self.path / key).unlink(missing_ok=True)
+        inside(self.path, key).unlink(missing_ok=True)
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix."""
         DurableStore(self.path).remove(prefix)
 
-    def lock(self, name: str, what: str, patience: float = 0.0) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self, name: str, what: str, patience: float = 0.0) -> Iterator[Callable[[str], None]]:
         """Hold a lock, which ends with the process, however it ends."""
-        return lock(self.beside / "locks" / name, what, patience)
+        with ExitStack() as held:
+            # Releases that resolved no links lock beside the path that they were given.
+            if (other := _beside(self._given.absolute())) != self.beside and other.is_dir():
+                held.enter_context(lock(_lock_file(other, name), what, patience))
+            also = held.enter_context(lock(_lock_file(self.beside, name), what, patience))
+
+            def within(folder: str) -> None:
+                path = inside(self.path, folder)
+                path.mkdir(parents=True, exist_ok=True)
+                also(path)
+
+            if name == DECLARING and self.path.is_dir():
+                within("")
+            yield within
 
     def held(self, names: Sequence[str]) -> list[object]:
         """Return nothing: the kernel knows who holds what."""
@@ -90,21 +116,36 @@ class Folder:
     def check(self) -> None:
         """Refuse a path at which something else is."""
         if self.path.exists() and not self.path.is_dir():
-            raise ConfigurationError(f"{self.path} is a file; a store is a folder")
+            raise ConfigurationError(f"{self} is a file; a store is a folder")
 
     def make(self) -> None:
         """Make the folder, and refuse where nothing can be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            above = self.path.absolute().parent
+            above = self.path.parent
             refused = next((f for f in (self.path, above) if not os.access(f, os.W_OK | os.X_OK)), None)
         except OSError as error:
-            raise ConfigurationError(f"cannot write to {self.path}: {error.strerror}") from None
+            raise ConfigurationError(f"cannot write to {self}: {error.strerror}") from None
         if refused is not None:  # beside the store lie its locks and its index
-            raise ConfigurationError(f"cannot write to {self.path}: you may not write in {refused}")
+            raise ConfigurationError(f"cannot write to {self}: you may not write in {refused}")
 
     def is_empty(self) -> bool:
         """Tell whether nothing is there, or nothing but what a process that died had begun to write."""
         if not self.path.is_dir():
             return not self.path.exists()
         return all(f.name.endswith(PARTIAL) for f in self.path.iterdir())
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f"{path.name}.traj"
+
+
+def _lock_file(beside: Path, name: str) -> Path:
+    # What lies beside a store may have come with it, and be a link to something that is to be overwritten.
+    return inside(beside.parent, f"{beside.name}/locks/{name}")
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, without going through links."""
+    for above, _, names in os.walk(folder):
+        yield from (Path(above, name) for name in names)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Container, Iterable, Sequence
-from pathlib import PurePosixPath
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zarr.abc.buffer import Buffer, BufferPrototype
@@ -13,9 +12,10 @@ from zarr.abc.store import Store as ZarrStore
 
 from trajstore.errors import UnreachableError
 from trajstore.storage import objects
+from trajstore.storage.codecs import refuse_bomb
 from trajstore.storage.leases import Lease
 from trajstore.storage.objects import elsewhere
-from trajstore.storage.place import DECLARING, ReplacedError, check_writable
+from trajstore.storage.place import DECLARING, ReplacedError, array_path, below, check_writable
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
@@ -42,11 +42,18 @@ class Guarded(ZarrStore):
         """Prefix → the lock under which to write below it."""
         self._records: set[str] = set()
         """Prefixes of records, which are replaced only as they were seen."""
+        self._bounds: dict[str, int] = {}
+        """Path of an array → what its chunks decode to, at most."""
         self._declaring: Lease | None = None
         """The lock of declarations, as it was held when something was last written under it."""
 
-    def __str__(self) -> str:
+    @property
+    def address(self) -> str:
+        """Where it lies."""
         return self._bucket.address
+
+    def __str__(self) -> str:
+        return self.address
 
     def __repr__(self) -> str:
         return f"<{self}>"
@@ -61,6 +68,13 @@ class Guarded(ZarrStore):
     def flush(self) -> None:
         """Do nothing: what was put is durable."""
 
+    def bound(self, path: str, most: int) -> None:
+        """Refuse chunks of an array that would decode to more bytes."""
+        self._bounds[path] = most
+
+    def check(self) -> None:
+        """Do nothing: whoever lost its lock is told when it puts something."""
+
     def guard(self, lock: str, prefixes: Sequence[str], records: Sequence[str]) -> int:
         """Let writes below these keys through only while a lock is held; return its fence."""
         lease = self._bucket.lease(lock)
@@ -71,6 +85,8 @@ class Guarded(ZarrStore):
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return what is there, or a part of it."""
         found = await elsewhere(self._get, key, byte_range)
+        if found is not None and (most := self._bounds.get(array_path(key))) is not None:
+            refuse_bomb(found, most)
         return None if found is None else prototype.buffer.from_bytes(found)
 
     async def get_partial_values(
@@ -80,7 +96,7 @@ class Guarded(ZarrStore):
         return await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges))
 
     def _get(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
-        if byte_range is None and _prefix_of(key, self._records) is not None:
+        if byte_range is None and below(key, self._records) is not None:
             return self._get_record(key)
         with self._bucket.told():
             found = objects.get(self._bucket.objects, key, byte_range)
@@ -150,7 +166,7 @@ class Guarded(ZarrStore):
         self._bucket.remove(prefix)
 
     def _lease(self, key: str) -> Lease | None:
-        guarded = _prefix_of(key, self._guards)
+        guarded = below(key, self._guards)
         if guarded is not None:
             return self._guards[guarded]
         # What Ctrl-C left running, as Zarr does, is not to go on under the lock of whoever comes next.
@@ -167,7 +183,7 @@ class Guarded(ZarrStore):
         check_writable(self)
         content: Any = value.as_buffer_like()
         lease, there, version = self._lease(key), self._bucket.objects, self._seen.get(key)
-        records = _prefix_of(key, self._records) is not None
+        records = below(key, self._records) is not None
         if records and version is None:
             self._bucket.check_held(lease, key)  # what is not there yet bears no fence
         with self._bucket.told():
@@ -186,8 +202,3 @@ class Guarded(ZarrStore):
                 version = objects.version(there, key)
                 self._bucket.check_held(lease, key)
         raise UnreachableError(f"{self._bucket.address}: {key} is replaced by another process again and again")
-
-
-def _prefix_of(key: str, prefixes: Container[str]) -> str | None:
-    """Return which of some prefixes a key lies below."""
-    return next((str(parent) for parent in PurePosixPath(key).parents if str(parent) in prefixes), None)

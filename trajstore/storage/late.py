@@ -21,7 +21,7 @@ from trajstore.storage.segment import Corner, array_of
 
 __all__ = ["LateSeries"]
 
-_DECODING = (ValueError, RuntimeError)
+_DECODING = (ValueError, RuntimeError, LookupError, AssertionError)
 
 
 class LateSeries:
@@ -98,6 +98,8 @@ class LateSeries:
         try:
             record = np.asarray(array_of(self._group, late_records(self._name))[(*self._corner, span)])
             found = np.asarray(array_of(self._group, self._name)[(*self._corner, slice(begin, begin + LATE_SPAN))])
+            if record.shape != (LATE_WORDS,) or record.dtype != np.int64 or found.ndim != 1:
+                raise ValueError("a document tells of another shape or type")
         except TrajstoreError:
             raise  # a lock that was lost is no damage
         except _DECODING as error:

@@ -2,6 +2,10 @@
 
 zarr's LocalStore renames atomically but does not fsync. Here every file is fsynced before it takes its name,
 and `flush` fsyncs the directories in which names changed.
+
+Nothing is read or written through a link inside a store, and nothing but regular files: what a stranger's store links
+to is not the store's. And nothing is written into an experiment that was moved, removed or replaced since its writer
+began, nor over a commit record that another writer has replaced.
 """
 
 from __future__ import annotations
@@ -9,17 +13,61 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import stat
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from weakref import finalize
 
-from zarr.abc.buffer import Buffer
+from zarr.abc.buffer import Buffer, BufferPrototype
+from zarr.abc.store import ByteRequest
 from zarr.storage import LocalStore
 
-from trajstore.storage.place import check_writable
+from trajstore.errors import FormatError, WriteError
+from trajstore.storage.codecs import refuse_bomb
+from trajstore.storage.place import DOCUMENT, ReplacedError, array_path, below, check_writable
 
-__all__ = ["DurableStore", "user_cache"]
+__all__ = ["DurableStore", "contents", "inside", "user_cache"]
+
+_DOCUMENT_BYTES = 2**29
+"""More than any document is."""
+
+
+def inside(root: Path, key: str) -> Path:
+    """Return where a key of a store lies; refuse one that leads out of it, by its parts or through a link."""
+    path = str(root)
+    for part in filter(None, key.split("/")):
+        if part in (".", "..") or "\0" in part:
+            raise FormatError(f"{root}: {key!r} is no name of something in a store")
+        path = f"{path}/{part}"
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return root / key
+        if stat.S_ISLNK(mode):
+            raise FormatError(
+                f"{path} is a symbolic link; nothing is read or written through links inside a store: put there what "
+                "it leads to (`cp -rL` copies a store so)"
+            )
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise FormatError(f"{path} is neither a file nor a folder; a store has nothing else")
+    return Path(path)
+
+
+class _Anchor:
+    """A folder that is kept open, to tell whether its path still leads to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._descriptor = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        finalize(self, os.close, self._descriptor)
+
+    def holds(self) -> bool:
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
 
 class DurableStore(LocalStore):
@@ -30,6 +78,19 @@ class DurableStore(LocalStore):
         super().__init__(root, read_only=read_only)
         self._durable, self._lock = durable, threading.Lock()
         self._touched, self._reached = set[Path](), set[Path]()
+        self._bounds: dict[str, int] = {}
+        """Path of an array → what its chunks decode to, at most."""
+        self._anchors: dict[str, _Anchor] = {}
+        """Experiment → the folder in which its writer began."""
+        self._records: set[str] = set()
+        """Prefixes of records, which are replaced only as they were seen."""
+        self._seen: dict[str, bytes | None] = {}
+        """Key of a record → what was read or written there last; None: that there was none."""
+
+    @property
+    def address(self) -> str:
+        """Where it lies."""
+        return str(self.root)
 
     def with_read_only(self, read_only: bool = False) -> DurableStore:
         """Return the same store, read-only or not."""
@@ -42,19 +103,31 @@ class DurableStore(LocalStore):
     def set_sync(self, key: str, value: Buffer) -> None:
         """Write a file durably under a temporary name, then rename it."""
         check_writable(self)
-        path = self.root / key
+        path = inside(self.root, key)
+        self._refuse_elsewhere(key)
+        record = below(key, self._records) is not None
+        content = value.as_buffer_like()
+        if record and key in self._seen and (found := contents(path)) not in (self._seen[key], bytes(content)):
+            now = "is gone" if found is None else "was replaced by another process"
+            raise ReplacedError(
+                f"{self.root}: the commit record {key} {now}; nothing more is written here, what was committed is "
+                "kept; --resume continues"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with partial.open("wb") as file:
-                file.write(value.as_buffer_like())
+                file.write(content)
                 if self._durable:
                     file.flush()
                     os.fsync(file.fileno())
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
+            self._refuse_elsewhere(key)  # it may have been moved just now
             raise
+        if record:
+            self._seen[key] = bytes(content)
         with self._lock:
             self._touched.add(path.parent)
             if path.parent not in self._reached:
@@ -65,15 +138,86 @@ class DurableStore(LocalStore):
                 self._touched.update(f for f in path.parent.absolute().parents if f.is_relative_to(above))
 
     def guard(self, lock: str, prefixes: Sequence[str], records: Sequence[str]) -> int:
-        """Do nothing: no writer outlives the kernel's lock on a file."""
+        """Write below these keys only while their experiment is where it is now, and records only as they were seen.
+
+        No writer outlives the kernel's lock, so the fence is 0.
+        """
+        for experiment in {prefix.partition("/")[0] for prefix in (*prefixes, *records)} - self._anchors.keys():
+            with suppress(FileNotFoundError):
+                self._anchors[experiment] = _Anchor(inside(self.root, experiment))
+        self._records.update(records)
         return 0
+
+    def bound(self, path: str, most: int) -> None:
+        """Refuse chunks of an array that would decode to more bytes."""
+        self._bounds[path] = most
+
+    def check(self) -> None:
+        """Raise where an experiment that is written is not there any more."""
+        for experiment in self._anchors:
+            self._refuse_elsewhere(f"{experiment}/")
+
+    def _refuse_elsewhere(self, key: str) -> None:
+        """Refuse to write where no store is, or not the one that there was: it would be begun again at the old path."""
+        experiment, slash, _ = key.partition("/")
+        anchor = self._anchors.get(experiment)
+        if (anchor is not None and not anchor.holds()) or (anchor is None and slash and not self.root.is_dir()):
+            raise WriteError(
+                f"experiment {experiment!r} is not in {self.root} any more: it was moved, removed or replaced while it "
+                "was written; what was committed is kept where it is now, and --resume continues there"
+            )
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return what is there, or a part of it."""
+        most = self._bounds.get(array_path(key))
+        _refuse_large(inside(self.root, key), most)
+        found = await super().get(key, prototype, byte_range)
+        if found is not None and most is not None:
+            refuse_bomb(found.to_bytes()[:18] if len(found) < 64 else found[:18].to_bytes(), most)
+        if byte_range is None and below(key, self._records) is not None:
+            self._seen[key] = None if found is None else found.to_bytes()
+        return found
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """Return what is there, or parts of it."""
+        return await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges))
+
+    async def exists(self, key: str) -> bool:
+        """Tell whether there is something."""
+        inside(self.root, key)
+        return await super().exists(key)
+
+    async def getsize(self, key: str) -> int:
+        """Return the size of what is there."""
+        inside(self.root, key)
+        return await super().getsize(key)
+
+    async def delete(self, key: str) -> None:
+        """Take out what is there."""
+        inside(self.root, key)
+        await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        """Take out what is below a prefix."""
+        inside(self.root, prefix)
+        await super().delete_dir(prefix)
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the first parts of the keys below a prefix."""
+        inside(self.root, prefix)
+        async for name in super().list_dir(prefix):
+            yield name
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix. They are gone at once; deleting many files may take a while."""
-        folder = self.root / prefix
+        folder = inside(self.root, prefix)
         if folder.exists():
-            root = self.root.absolute()
-            grave = root.parent / f"{root.name}.traj" / "removed" / uuid.uuid4().hex
+            root = self.root.resolve()
+            grave = inside(root.parent, f"{root.name}.traj/removed/{uuid.uuid4().hex}")
             grave.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(grave)
             shutil.rmtree(grave)
@@ -85,11 +229,33 @@ class DurableStore(LocalStore):
         if not self._durable:
             return
         for folder in sorted(touched, key=lambda f: len(f.parts), reverse=True):
-            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                descriptor = os.open(folder, os.O_RDONLY)
+            except FileNotFoundError:
+                self.check()
+                raise
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _refuse_large(path: Path, most: int | None) -> None:
+    """Refuse a file that is larger than what it holds could be, before memory is taken for it."""
+    if most is None:
+        most = _DOCUMENT_BYTES if path.name == DOCUMENT else None
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if most is not None and (size := path.lstat().st_size) > most + most // 50 + 4096:
+            raise ValueError(f"{path} has {size:,} bytes, and what it is to hold has at most {most:,}")
+
+
+def contents(path: Path, most: int | None = None) -> bytes | None:
+    """Return what a file holds, None where there is none; refuse one of more bytes than can be."""
+    _refuse_large(path, most)
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
 
 
 def user_cache() -> Path:

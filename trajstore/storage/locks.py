@@ -1,17 +1,21 @@
 """Locks: one writer a slab, one declaration at a time.
 
-`flock` on a file outside the Zarr hierarchy. The kernel frees it when the process ends, however it ends, so
-nothing goes stale; the file's text only says who holds it.
+`flock`, twice. On a file beside the store, whose text says who holds it: releases of trajstore that know no other are
+kept out by it, and other machines that see the same file. And on a folder inside the store, which is one and the same
+by whatever path it is reached, a symbolic link or a bind mount, and which nobody can take away without taking away
+what it guards. The kernel frees both when the process ends, however it ends, so nothing goes stale.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
+import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,27 +25,54 @@ __all__ = ["lock"]
 
 
 @contextmanager
-def lock(path: Path, what: str, patience: float = 0.0) -> Iterator[None]:
-    """Hold a lock, waiting up to `patience` seconds; a BusyError names the holder."""
+def lock(path: Path, what: str, patience: float = 0.0) -> Iterator[Callable[[Path], None]]:
+    """Hold a lock, waiting up to `patience` seconds; a BusyError names the holder.
+
+    Gives what locks a folder of what is guarded as well.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-                    raise BusyError(
-                        f"{what} is being written by {holder or 'another process'}; wait for it or stop it"
-                    ) from None
-                time.sleep(0.05)
+    deadline = time.monotonic() + patience
+    with ExitStack() as held:
+        descriptor = _opened(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, held)
+        if not _taken(descriptor, deadline):
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+            raise BusyError(f"{what} is being written by {holder or 'another process'}; wait for it or stop it")
         me = f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, me.encode(), 0)
-        yield
+
+        def inside(folder: Path) -> None:
+            if not _taken(_opened(folder, os.O_RDONLY | os.O_DIRECTORY, held), deadline):
+                raise BusyError(
+                    f"{what} is being written by another process, which came here by another path, or whose lock in "
+                    f"{path.parent} was deleted; wait for it or stop it"
+                )
+
+        yield inside
         os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)  # frees the lock
+
+
+def _opened(path: Path, flags: int, held: ExitStack) -> int:
+    """Open a file or folder until a stack is closed, which frees its lock; with many slabs there are many of them."""
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    held.callback(os.close, descriptor)
+    return descriptor
+
+
+def _taken(descriptor: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True

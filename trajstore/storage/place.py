@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, runtime_checkable
 from urllib.parse import quote, unquote
 
@@ -23,9 +23,12 @@ __all__ = [
     "Keeper",
     "Place",
     "ReplacedError",
+    "array_path",
+    "below",
     "check_writable",
     "keeper_of",
     "place_of",
+    "slab_folder",
     "slab_lock",
 ]
 
@@ -48,6 +51,10 @@ class ReplacedError(BusyError):
 class Keeper(Protocol):
     """What a Zarr store can do here beyond Zarr's own."""
 
+    @property
+    def address(self) -> str:
+        """Where it lies, as `place_of` takes it."""
+
     def flush(self) -> None:
         """Make durable whatever was set before."""
 
@@ -58,6 +65,12 @@ class Keeper(Protocol):
         run. The `records`, which are written last and make the rest count, have to carry it; they are replaced only
         as they were read or written here before, and else it is a ReplacedError.
         """
+
+    def bound(self, path: str, most: int) -> None:
+        """Refuse chunks of an array that would decode to more bytes."""
+
+    def check(self) -> None:
+        """Raise where what is written is not there any more."""
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Set a key at once."""
@@ -81,14 +94,17 @@ class Place(Protocol):
     def only_here(self) -> bool:
         """Whether no other process sees it."""
 
-    def read(self, key: str) -> bytes | None:
-        """Return what is there, None where there is nothing."""
+    def read(self, key: str, most: int | None = None) -> bytes | None:
+        """Return what is there, None where there is nothing; refuse more bytes than can be, if that is known."""
 
     def exists(self, key: str) -> bool:
         """Tell whether there is something."""
 
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""
+
+    def links(self, prefix: str) -> list[str]:
+        """Return the keys at and below a prefix where there is neither file nor folder: links, pipes, devices."""
 
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""
@@ -99,8 +115,12 @@ class Place(Protocol):
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix: at once where that is possible, its document last where it is not."""
 
-    def lock(self, name: str, what: str, patience: float = 0.0) -> AbstractContextManager[None]:
-        """Hold a lock, waiting up to `patience` seconds; a BusyError names the holder."""
+    def lock(self, name: str, what: str, patience: float = 0.0) -> AbstractContextManager[Callable[[str], None]]:
+        """Hold a lock, waiting up to `patience` seconds; a BusyError names the holder.
+
+        Gives what locks a folder of the guarded as well, by its key, so that no other path leads round the lock. Where
+        there are no folders it does nothing.
+        """
 
     def held(self, names: Sequence[str]) -> list[object]:
         """Return what another process needs to write under locks that this one holds."""
@@ -169,6 +189,21 @@ def keeper_of(group: zarr.Group) -> Keeper:
     store = group.store
     assert isinstance(store, Keeper)
     return store
+
+
+def array_path(key: str) -> str:
+    """Return the path of the array that a chunk belongs to."""
+    return "/".join(key.split("/")[:2])
+
+
+def below(key: str, prefixes: Container[str]) -> str | None:
+    """Return which of some prefixes a key lies below."""
+    return next((str(parent) for parent in PurePosixPath(key).parents if str(parent) in prefixes), None)
+
+
+def slab_folder(experiment: str, corner: tuple[int, int]) -> str:
+    """Return the folder of a slab's commit records, by the positions of its order and seed."""
+    return f"{experiment}/committed/c/{corner[0]}/{corner[1]}"
 
 
 def check_writable(store: ZarrStore) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trajstore.errors import DamageError, TrajstoreError
 from trajstore.storage.schema import Schema
+from trajstore.storage.segment import array_of
 
 __all__ = ["Commits"]
 
@@ -86,10 +87,17 @@ class Commits:
 
 
 def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[Any]:
-    array = group.get(name)
-    if not isinstance(array, zarr.Array):
-        raise DamageError(f"experiment {group.basename!r}: array {name!r} is missing; the store is damaged")
     try:
+        array = array_of(group, name)
+    except (KeyError, AssertionError):
+        raise DamageError(f"experiment {group.basename!r}: array {name!r} is missing; the store is damaged") from None
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TrajstoreError):
+            raise
+        raise DamageError(f"experiment {group.basename!r}: {name!r} is damaged ({error})") from None
+    try:
+        if array.dtype != np.int64:
+            raise ValueError("its document tells of another type")
         found = np.asarray(array[where])
         if found.shape[: len(where)] != tuple(part.stop - part.start for part in where):
             raise ValueError("its document tells of a shorter array")

@@ -13,6 +13,10 @@ import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
+from trajstore.errors import TrajstoreError
+from trajstore.storage.checking import most_bytes
+from trajstore.storage.codecs import refuse_strange
+
 __all__ = ["GROUP", "ResumeSlots", "create_slot"]
 
 GROUP = "resume"
@@ -58,7 +62,12 @@ class ResumeSlots:
             array: Any = self._group.get(path)
             if not isinstance(array, zarr.Array):
                 return None
+            refuse_strange(array)
+            if array.ndim != 1 or array.dtype != np.uint8 or array.chunks != array.shape or array.size > most_bytes():
+                return None
             content = np.asarray(array[...]).tobytes()
+        except TrajstoreError:
+            raise
         except (ValueError, RuntimeError, TypeError, KeyError):
             return None  # damaged: `verify` says so, and a recording starts further back
         if not any(content[_HEAD:]):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError, FormatError
 from trajstore.measures import MadeBy, about, maker_of, start_of
+from trajstore.storage.checking import checked_schema
 from trajstore.storage.codecs import Codec
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.layout import Layout
@@ -235,7 +236,8 @@ class Schema:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Schema:
-        """Read the stored attribute."""
+        """Read the stored attribute, whose parts are checked first."""
+        checked_schema(stored)
         ranges = (range(first, last + 1, step) for first, last, step in stored["snapshots"])
         return cls(
             **{
@@ -298,6 +300,8 @@ def check_metric_names(schema: Schema) -> None:
 
 def check_format(attributes: Mapping[str, Any], where: str) -> None:
     """Refuse a format that this version does not know."""
+    if not isinstance(attributes, Mapping):
+        raise FormatError(f"{where} is not a trajstore, or damaged: its attributes are no table")
     found = attributes.get("format")
     if found != FORMAT:
         raise FormatError(

@@ -16,8 +16,9 @@ import zarr
 from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError, IrreproducibleError
-from trajstore.storage.codecs import write_block
+from trajstore.storage.codecs import chunk_bytes, refuse_strange, write_block
 from trajstore.storage.digest import SegmentDigest
+from trajstore.storage.place import Keeper
 from trajstore.storage.schema import Schema
 
 __all__ = ["Corner", "Cut", "Observation", "Row", "Segment", "Snapshot", "Spare", "Written", "array_of"]
@@ -264,4 +265,7 @@ def array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
     """Return an array of an experiment. What is written to it is there, even where it is the fill value."""
     array = group[name]
     assert isinstance(array, zarr.Array)
+    refuse_strange(array)
+    if isinstance(group.store, Keeper):
+        group.store.bound(array.path, chunk_bytes(array))
     return array.with_config({"write_empty_chunks": True})

@@ -17,11 +17,11 @@ import google_crc32c
 import numpy as np
 import zarr
 from numcodecs import Zstd  # type: ignore[import-untyped]
-from numcodecs.pcodec import PCodec  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from pcodec.standalone import simple_decompress_into  # type: ignore[import-untyped]
 
 from trajstore.errors import ConfigurationError
-from trajstore.storage.codecs import Codec
+from trajstore.storage.codecs import Codec, refuse_bomb, zstd_size
 from trajstore.storage.place import Place, place_of
 
 __all__ = ["States"]
@@ -119,11 +119,19 @@ class States:
 
     def _decode(self, index: tuple[int, ...], out: NDArray[Any]) -> None:
         """Fill an array with a chunk."""
-        content = place_of(self.address).read(f"{self.path}/c/{'/'.join(map(str, index))}")
+        key = f"{self.path}/c/{'/'.join(map(str, index))}"
+        content = place_of(self.address).read(key, out.nbytes)
         if content is None:
             out.fill(np.nan)
             return
         if google_crc32c.value(content) != _SOUND:
             raise ValueError(f"stored and computed checksum do not match: {self.path}, chunk {index}")
-        decoder = PCodec() if self.codec == "pcodec" else Zstd()
-        decoder.decode(memoryview(content)[:-_CHECK], out=out)
+        chunk = memoryview(content)[:-_CHECK]
+        if self.codec == "pcodec":
+            done = simple_decompress_into(bytes(chunk), out.reshape(-1))
+            whole = done.finished and done.n_processed == out.size
+        else:
+            refuse_bomb(chunk, out.nbytes)
+            whole = Zstd().decode(chunk, out=out).nbytes == out.nbytes and zstd_size(chunk) == out.nbytes
+        if not whole:  # the rest of the buffer is of whatever was decoded before
+            raise ValueError(f"{self.path}, chunk {index} holds another number of values than the array declares")

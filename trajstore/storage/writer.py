@@ -25,11 +25,12 @@ from trajstore.errors import ConfigurationError, ConflictError, DamageError, Wri
 from trajstore.storage.codecs import write_block
 from trajstore.storage.late import LateSeries
 from trajstore.storage.pipeline import Pipeline
-from trajstore.storage.place import ReplacedError, keeper_of, slab_lock
+from trajstore.storage.place import ReplacedError, keeper_of, place_of, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.resume import ResumeSlots
 from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import Corner, Cut, Observation, Segment, Spare, Written, array_of
+from trajstore.storage.states import States
 
 __all__ = ["Ledger", "SlabWriter", "guarded"]
 
@@ -149,11 +150,9 @@ class Ledger:
     def _states(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
         first = number * self.schema.snapshots_per_segment
         stop = first + len(self.schema.snapshots_of(number))
-        params, counters = (
-            np.asarray(array_of(self.group, name)[(*self.corner, slice(None), slice(first, stop))])
-            for name in ("params", "counters")
-        )
-        return params, counters
+        where = (*self.corner, slice(None), slice(first, stop))
+        params, counters = (array_of(self.group, name) for name in ("params", "counters"))
+        return States.of(place_of(self._store.address), params, self.schema.codec)[where], np.asarray(counters[where])
 
     def _write_record(self, segment: int) -> None:
         """Replace the one chunk that holds a segment's record."""
@@ -263,6 +262,7 @@ class SlabWriter:
             self._submit(self.ledger.segment(number))
 
     def _submit(self, segment: Segment) -> None:
+        keeper_of(self.ledger.group).check()
         cut = segment.cut()
         resume = None if self._resume is None or not cut.rows else self._resume()
         blocks = [self._named(block, cut) for block in cut.blocks()]
@@ -278,8 +278,11 @@ class SlabWriter:
         def named() -> None:
             try:
                 work()
-            except OSError as error:
-                if isinstance(error, WriteError):
+            except WriteError:
+                raise
+            except (OSError, KeyError) as error:
+                keeper_of(self.ledger.group).check()  # moved in this moment: nothing of it is found any more
+                if not isinstance(error, OSError):
                     raise
                 steps = f"steps {cut.rows[0].step} to {cut.rows[-1].step}" if cut.rows else "a segment"
                 raise WriteError(

@@ -1,0 +1,44 @@
+"""Stores as a stranger might send them: recorded here, and then their documents written anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trajstore.storage.declaring import ATTRIBUTE
+from trajstore.storage.digest import config_digest
+
+__all__ = ["Document", "attributes_of", "rewrite", "strangers"]
+
+Document = dict[str, Any]
+
+
+def attributes_of(store: Path, name: str) -> Document:
+    """Return what is stored beside the arrays of an experiment."""
+    found: Document = json.loads((store / name / "zarr.json").read_text())["attributes"][ATTRIBUTE]
+    return found
+
+
+def rewrite(store: Path, name: str, change: Callable[[Document], object]) -> None:
+    """Change an experiment's attributes in place, with digests that say that they are sound."""
+    file = store / name / "zarr.json"
+    document = json.loads(file.read_text())
+    attributes = document["attributes"][ATTRIBUTE]
+    change(attributes)
+    if "config" in attributes:
+        attributes["config_digest"] = config_digest(attributes["config"])
+    rest = {key: value for key, value in attributes.items() if key != "digest"}
+    document["attributes"][ATTRIBUTE] = rest | {"digest": config_digest(rest)}
+    file.write_text(json.dumps(document))
+
+
+def strangers(store: Path, name: str) -> None:
+    """Have an experiment be one that this user never recorded."""
+
+    def others(attributes: Document) -> None:
+        for fill in attributes["fills"]:
+            fill["id"] = f"stranger-{fill['id']}"
+
+    rewrite(store, name, others)

@@ -1,0 +1,239 @@
+"""One writer a slab, whatever path it comes by and whatever is deleted meanwhile; a store that is moved is missed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import trajstore as ts
+from tests.conftest import SMALL_NET, Record
+from trajstore.errors import BusyError, WriteError
+from trajstore.storage.place import ReplacedError
+from trajstore.storage.schema import Schema
+from trajstore.storage.writer import Ledger
+from trajstore.verifying import verify
+
+HALF, WHOLE = 10, 20
+FIRST = f"""
+import sys, time
+from pathlib import Path
+import torch, trajstore as ts
+from trajstore.storage import writer
+writer.COMMIT_STEPS = 4
+store, half, go = map(Path, sys.argv[1:])
+with ts.record(store, "mine", torch.nn.Linear(2, 1), seed=0) as rec:
+    for n in range(1, {WHOLE} + 1):
+        rec.step(loss=float(n))
+        if n == {HALF}:
+            half.touch()
+            while not go.exists():
+                time.sleep(0.02)
+"""
+
+
+class First:
+    """A process that records, and stops half-way until it is let go."""
+
+    def __init__(self, store: Path, folder: Path) -> None:
+        half, self._go = folder / "half", folder / "go"
+        program = [sys.executable, "-c", FIRST, str(store), str(half), str(self._go)]
+        self.process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not (half.exists() and ts.open(store)["mine"].slabs()[0].last_step >= 4):
+            assert self.process.poll() is None, self.process.stderr.read() if self.process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def ends(self) -> tuple[int, str]:
+        """Let it go on to its end: exit code, and what it said."""
+        self._go.touch()
+        _, told = self.process.communicate(timeout=120)
+        return self.process.returncode, told
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Iterator[First]:
+    begun = First(tmp_path / "runs.zarr", tmp_path)
+    yield begun
+    begun.process.kill()
+    begun.process.communicate()
+
+
+def second(store: Path) -> None:
+    with ts.record(store, "mine", torch.nn.Linear(2, 1), seed=0, resume=True) as rec:
+        rec.step(loss=0.0)
+
+
+def sound(store: Path) -> np.ndarray:
+    """The loss of every step, in a store that is sound."""
+    assert not [found for found in verify(ts.Store(store)) if not found.harmless]
+    losses: np.ndarray = ts.open(store)["mine"].dataset()["loss"].values[0, 0, 1 : WHOLE + 1]
+    return losses
+
+
+def refused_and_nothing_lost(first: First, store: Path, other: Path) -> None:
+    with pytest.raises(BusyError, match=r"experiment 'mine', order 'forward', seed 0 is being written by"):
+        second(other)
+    assert first.ends() == (0, "")
+    assert sound(store).tolist() == list(range(1, WHOLE + 1))
+
+
+def test_through_a_symbolic_link(first: First, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    other = tmp_path / "elsewhere" / "link.zarr"
+    other.symlink_to(tmp_path / "runs.zarr")
+    refused_and_nothing_lost(first, tmp_path / "runs.zarr", other)
+    assert not (tmp_path / "elsewhere" / "link.zarr.traj").exists()
+
+
+def test_through_a_link_in_the_path(first: First, tmp_path: Path) -> None:
+    (tmp_path / "again").symlink_to(tmp_path)
+    refused_and_nothing_lost(first, tmp_path / "runs.zarr", tmp_path / "again" / "runs.zarr")
+
+
+@contextmanager
+def mounted(source: Path, target: Path) -> Iterator[None]:
+    target.mkdir()
+    if not shutil.which("mount") or subprocess.run(["mount", "--bind", source, target], capture_output=True).returncode:
+        pytest.skip("this system lets nobody here mount anything")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", target], check=True)
+
+
+def test_through_a_bind_mount(first: First, tmp_path: Path) -> None:
+    (tmp_path / "mounts").mkdir()
+    with mounted(tmp_path / "runs.zarr", tmp_path / "mounts" / "runs.zarr"):
+        refused_and_nothing_lost(first, tmp_path / "runs.zarr", tmp_path / "mounts" / "runs.zarr")
+
+
+def test_after_the_folder_of_locks_was_deleted(first: First, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "runs.zarr.traj")
+    refused_and_nothing_lost(first, tmp_path / "runs.zarr", tmp_path / "runs.zarr")
+
+
+def test_after_the_file_of_its_lock_was_deleted(first: First, tmp_path: Path) -> None:
+    (tmp_path / "runs.zarr.traj" / "locks" / "mine" / "forward.0.lock").unlink()
+    refused_and_nothing_lost(first, tmp_path / "runs.zarr", tmp_path / "runs.zarr")
+
+
+def test_a_release_that_locks_beside_the_store_alone_is_kept_out(first: First, tmp_path: Path) -> None:
+    import fcntl
+
+    lock = tmp_path / "runs.zarr.traj" / "locks" / "mine" / "forward.0.lock"
+    with lock.open("r+") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert f"process {first.process.pid}" in lock.read_text()
+
+
+def test_a_release_that_locks_beside_a_link_is_kept_out(tmp_path: Path) -> None:
+    from trajstore.storage.locks import lock
+
+    (tmp_path / "runs.zarr").mkdir()
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "runs.zarr")
+    with (
+        lock(tmp_path / "link.zarr.traj" / "locks" / "mine" / "forward.0.lock", "x"),
+        pytest.raises(BusyError),
+    ):
+        second(tmp_path / "link.zarr")
+
+
+def test_a_lock_is_no_part_of_the_hierarchy(first: First, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    mine = zarr.open_group(tmp_path / "runs.zarr", mode="r")["mine"]
+    assert isinstance(mine, zarr.Group)
+    assert {"params", "committed", "resume"} <= set(dict(mine.members()))
+    assert not [w for w in recwarn if "hierarchy" in str(w.message)]
+
+
+@pytest.mark.parametrize("what", ["the store", "the experiment"])
+def test_what_is_moved_while_it_is_recorded_ends_in_one_clear_line(first: First, tmp_path: Path, what: str) -> None:
+    store, away = tmp_path / "runs.zarr", tmp_path / "moved.zarr"
+    if what == "the store":
+        store.rename(away)
+    else:
+        shutil.copytree(store, away, ignore=shutil.ignore_patterns("mine"))
+        (store / "mine").rename(away / "mine")
+    code, told = first.ends()
+    assert code == 1
+    last = told.strip().splitlines()[-1]
+    assert "WriteError: experiment 'mine' is not in" in last
+    assert "moved, removed or replaced while it was written" in last
+    assert "KeyError" not in told
+    assert not (store / "mine").exists(), "nothing is begun again at the old path"
+    committed = sound(away)
+    there = np.isfinite(committed)
+    assert 4 <= there.sum() <= HALF
+    assert committed[there].tolist() == list(range(1, there.sum() + 1))
+    second(away)
+
+
+def test_what_is_removed_while_it_is_recorded_stays_removed(first: First, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "runs.zarr")
+    code, told = first.ends()
+    assert code == 1
+    assert "is not in" in told.strip().splitlines()[-1]
+    assert not (tmp_path / "runs.zarr").exists()
+
+
+def ledger(store: Path) -> Ledger:
+    group = zarr.open_group(ts.Store(store).place.keeper(read_only=False), path="net", mode="r+", zarr_format=3)
+    return Ledger(group, Schema.of(group), 0, 0)
+
+
+def test_a_record_that_another_writer_replaced_is_not_written_over(record: Record, tmp_path: Path) -> None:
+    """As when two machines mount a file system that keeps no locks between them."""
+    store = Path(str(record(SMALL_NET, seeds=[0]).store))
+    one, other = ledger(store), ledger(store)
+    other.discard([0])
+    before = (store / "net" / "committed" / "c" / "0" / "0" / "0" / "0").read_bytes()
+    with pytest.raises(ReplacedError, match=r"committed/c/0/0/0/0 was replaced by another process.*--resume"):
+        one.discard([0])
+    assert (store / "net" / "committed" / "c" / "0" / "0" / "0" / "0").read_bytes() == before
+    other.discard([0])
+
+
+def test_a_writer_tells_an_experiment_of_the_same_name_from_its_own(record: Record, tmp_path: Path) -> None:
+    store = Path(str(record(SMALL_NET, seeds=[0]).store))
+    mine = ledger(store)
+    (store / "net").rename(tmp_path / "before")
+    shutil.copytree(tmp_path / "before", store / "net")
+    with pytest.raises(WriteError, match="replaced while it was written"):
+        mine.discard([0])
+
+
+def test_a_step_observed_after_the_move_is_not_written_anywhere(record: Record, tmp_path: Path) -> None:
+    store = Path(str(record(SMALL_NET, seeds=[0]).store))
+    mine = ledger(store)
+    written = mine.read(0)
+    mine.records[0] = -1
+    store.rename(tmp_path / "moved.zarr")
+    with pytest.raises(WriteError, match="moved"):
+        mine.adopt(written)
+    assert not store.exists()
+
+
+def test_many_slabs_are_locked_though_few_files_may_be_open(tmp_path: Path) -> None:
+    import resource
+    from contextlib import ExitStack
+
+    from trajstore.storage.locks import lock
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        with ExitStack() as held:
+            for k in range(300):
+                held.enter_context(lock(tmp_path / f"{k}.lock", "x"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
