@@ -212,6 +212,15 @@ def test_a_writer_tells_an_experiment_of_the_same_name_from_its_own(record: Reco
         mine.discard([0])
 
 
+def test_a_writer_misses_the_folder_that_its_lock_is_on(record: Record) -> None:
+    store = Path(str(record(SMALL_NET, seeds=[0]).store))
+    mine, folder = ledger(store), store / "net" / "committed" / "c" / "0" / "0"
+    folder.rename(store.parent / "before")
+    shutil.copytree(store.parent / "before", folder)
+    with pytest.raises(WriteError, match="replaced while it was written"):
+        mine.discard([0])
+
+
 def test_a_step_observed_after_the_move_is_not_written_anywhere(record: Record, tmp_path: Path) -> None:
     store = Path(str(record(SMALL_NET, seeds=[0]).store))
     mine = ledger(store)

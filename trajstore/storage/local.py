@@ -27,6 +27,7 @@ from zarr.storage import LocalStore
 
 from trajstore.errors import FormatError, WriteError
 from trajstore.storage.codecs import refuse_bomb
+from trajstore.storage.locks import descriptor_of
 from trajstore.storage.place import DOCUMENT, ReplacedError, array_path, below, check_writable
 
 __all__ = ["DurableStore", "contents", "inside", "user_cache"]
@@ -60,7 +61,7 @@ class _Anchor:
     """A folder that is kept open, to tell whether its path still leads to it."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._descriptor = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._path, self._descriptor = path, descriptor_of(path, os.O_RDONLY | os.O_DIRECTORY)
         finalize(self, os.close, self._descriptor)
 
     def holds(self) -> bool:
@@ -81,7 +82,7 @@ class DurableStore(LocalStore):
         self._bounds: dict[str, int] = {}
         """Path of an array → what its chunks decode to, at most."""
         self._anchors: dict[str, _Anchor] = {}
-        """Experiment → the folder in which its writer began."""
+        """Experiment, or prefix of records → the folder in which its writer began."""
         self._records: set[str] = set()
         """Prefixes of records, which are replaced only as they were seen."""
         self._seen: dict[str, bytes | None] = {}
@@ -142,9 +143,10 @@ class DurableStore(LocalStore):
 
         No writer outlives the kernel's lock, so the fence is 0.
         """
-        for experiment in {prefix.partition("/")[0] for prefix in (*prefixes, *records)} - self._anchors.keys():
-            with suppress(FileNotFoundError):
-                self._anchors[experiment] = _Anchor(inside(self.root, experiment))
+        experiments = {prefix.partition("/")[0] for prefix in (*prefixes, *records)}
+        for folder in (experiments | set(records)) - self._anchors.keys():
+            with suppress(FileNotFoundError):  # there are no records yet
+                self._anchors[folder] = _Anchor(inside(self.root, folder))
         self._records.update(records)
         return 0
 
@@ -154,14 +156,14 @@ class DurableStore(LocalStore):
 
     def check(self) -> None:
         """Raise where an experiment that is written is not there any more."""
-        for experiment in self._anchors:
-            self._refuse_elsewhere(f"{experiment}/")
+        for folder in self._anchors:
+            self._refuse_elsewhere(f"{folder}/{DOCUMENT}")
 
     def _refuse_elsewhere(self, key: str) -> None:
         """Refuse to write where no store is, or not the one that there was: it would be begun again at the old path."""
         experiment, slash, _ = key.partition("/")
-        anchor = self._anchors.get(experiment)
-        if (anchor is not None and not anchor.holds()) or (anchor is None and slash and not self.root.is_dir()):
+        anchors = [self._anchors[at] for at in (experiment, below(key, self._records)) if at in self._anchors]
+        if not all(anchor.holds() for anchor in anchors) or (not anchors and slash and not self.root.is_dir()):
             raise WriteError(
                 f"experiment {experiment!r} is not in {self.root} any more: it was moved, removed or replaced while it "
                 "was written; what was committed is kept where it is now, and --resume continues there"

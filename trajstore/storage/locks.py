@@ -21,7 +21,7 @@ from pathlib import Path
 
 from trajstore.errors import BusyError
 
-__all__ = ["lock"]
+__all__ = ["descriptor_of", "lock"]
 
 
 @contextmanager
@@ -52,16 +52,21 @@ def lock(path: Path, what: str, patience: float = 0.0) -> Iterator[Callable[[Pat
         os.ftruncate(descriptor, 0)
 
 
-def _opened(path: Path, flags: int, held: ExitStack) -> int:
-    """Open a file or folder until a stack is closed, which frees its lock; with many slabs there are many of them."""
+def descriptor_of(path: Path, flags: int) -> int:
+    """Open a file or folder, also where many are open already: each slab that is recorded takes some."""
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
     except OSError as error:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if error.errno != errno.EMFILE or soft == hard:
             raise
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+
+
+def _opened(path: Path, flags: int, held: ExitStack) -> int:
+    """Open something until a stack is closed, which frees its lock."""
+    descriptor = descriptor_of(path, flags)
     held.callback(os.close, descriptor)
     return descriptor
 
