@@ -9,8 +9,9 @@ from typing import Any
 
 from trajstore.storage.declaring import ATTRIBUTE
 from trajstore.storage.digest import config_digest
+from trajstore.storage.schema import Schema
 
-__all__ = ["Document", "attributes_of", "rewrite", "strangers"]
+__all__ = ["Document", "attributes_of", "config_of", "rewrite", "strangers"]
 
 Document = dict[str, Any]
 
@@ -42,3 +43,9 @@ def strangers(store: Path, name: str) -> None:
             fill["id"] = f"stranger-{fill['id']}"
 
     rewrite(store, name, others)
+
+
+def config_of(schema: Schema) -> Document:
+    """Return the least that a configuration says."""
+    sizes = {"steps": schema.steps, "orders": list(schema.orders), "seeds": list(schema.seeds)}
+    return {"name": "e", "problem": {}, "operator": {}, "record": {}, **sizes}

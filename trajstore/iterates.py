@@ -114,7 +114,7 @@ def layout_of(ds: xr.Dataset) -> Layout:
     """Return how the states of a dataset are laid out."""
     try:
         return Layout.from_json(ds.attrs["trajstore"]["schema"]["layout"])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise ConfigurationError(
             "this dataset does not say how its states are laid out: it does not come from an experiment, or its "
             "attributes were dropped on the way (keep them with xr.set_options(keep_attrs=True))"

@@ -6,6 +6,7 @@ was recorded. What both stores have must be the same, as far as both have it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from trajstore.configuration import differences
 from trajstore.errors import ConflictError
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes
 from trajstore.storage.late import LateSeries
-from trajstore.storage.place import PARTIAL, keeper_of
+from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
@@ -202,7 +203,8 @@ def _copy(source: StoredExperiment, target: StoredExperiment, here: str, there: 
     keeper, place = keeper_of(target.group), source.store.place
     prefix = f"{source.name}/{here}"
     for key, _ in place.files(prefix):
-        content = None if key.endswith(PARTIAL) else place.read(key)
+        ours = re.fullmatch(r"(/([0-9]+|c|zarr\.json))*", key.removeprefix(prefix)) is not None  # chunks and documents
+        content = place.read(key) if ours else None
         if content is not None:
             keeper.set_sync(f"{target.name}/{there}{key.removeprefix(prefix)}", Buffer.from_bytes(content))
 

@@ -25,6 +25,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.buffer import default_buffer_prototype
 from zarr.storage import ObjectStore
 
+from tests.hostile import config_of
 from tests.torture import Report
 from tests.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, TrajstoreError, UnreachableError
@@ -67,7 +68,7 @@ def another(bucket: Bucket) -> Bucket:
 
 def declared(place: Place) -> None:
     with place.lock(DECLARING, "it"):
-        declare(open_root(place), "e", SCHEMA, {"name": "e", "problem": {}}, [])
+        declare(open_root(place), "e", SCHEMA, config_of(SCHEMA), [])
 
 
 def content(who: float, step: int):
@@ -539,7 +540,7 @@ def test_whoever_lost_the_lock_of_declarations_deletes_nothing(bucket):
         declared(other)
         record(other, 0.5)
         with pytest.raises(BusyError, match="was taken"):
-            declare(root, "e", SCHEMA, {"name": "e", "problem": {}}, [])
+            declare(root, "e", SCHEMA, config_of(SCHEMA), [])
         with pytest.raises(BusyError, match="was taken"):
             bucket.remove("e")
     assert list(verify(Store(bucket))) == []

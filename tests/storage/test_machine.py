@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.hostile import config_of
 from trajstore.errors import BusyError, ConflictError
 from trajstore.storage.declaring import declare, grow
 from trajstore.storage.layout import Entry, Layout
@@ -54,7 +55,7 @@ class Slabs(RuleBasedStateMachine):
         self.store = Store(self.folder / "s.zarr")
         self.schema = schema_with(20, 1)
         self.root = open_root(self.store.place, "none")
-        declare(self.root, "e", self.schema, {"name": "e", "problem": {}}, [])
+        declare(self.root, "e", self.schema, config_of(self.schema), [])
         self.committed: dict[int, list[int]] = {0: []}
         """The model: seed → steps that count."""
         self.writing: int | None = None
@@ -156,7 +157,7 @@ class Slabs(RuleBasedStateMachine):
     @rule(steps=st.integers(0, 10), seeds=st.integers(0, 1))
     def extend(self, steps, seeds):
         self.schema = schema_with(self.schema.steps + steps, len(self.committed) + seeds)
-        grow(self.group, self.schema, {"name": "e", "problem": {}}, [])
+        grow(self.group, self.schema, config_of(self.schema), [])
         self.committed |= {k: [] for k in range(len(self.committed), len(self.committed) + seeds)}
 
     @precondition(lambda self: self.writing is None)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-__all__ = ["checked", "checked_schema", "is_label", "is_name", "most_bytes"]
+__all__ = ["checked", "checked_layout", "checked_schema", "is_label", "is_name", "most_bytes"]
 
 Check = Callable[[Any, str], None]
 """Raises a ValueError where a value is not what belongs at a place."""
@@ -50,7 +50,7 @@ def checked_schema(schema: Any) -> dict[str, Any]:  # noqa: ANN401
         if len(schema[name]) != len(schema["seeds"]):
             _wrong(f"schema.{name}", schema[name], "have one for each seed")
     snapshots = _snapshots(schema)
-    _layout(schema["layout"])
+    checked_layout(schema["layout"])
     _sizes(schema, snapshots)
     return dict(schema)
 
@@ -83,7 +83,9 @@ def _snapshots(schema: Mapping[str, Any]) -> int:
     return count
 
 
-def _layout(layout: Mapping[str, Any]) -> None:
+def checked_layout(layout: Any) -> None:  # noqa: ANN401
+    """Refuse a layout whose entries do not lie one behind the other, or are no tensors."""
+    _LAYOUT(layout, "schema.layout")
     ends, names = {"params": 0, "counters": 0}, set[str]()
     for k, entry in enumerate(layout["entries"]):
         at = f"schema.layout.entries[{k}]"
@@ -229,13 +231,15 @@ _ENTRY = _table(
     {"in_state_dict": _YES},
 )  # fmt: skip
 
+_LAYOUT = _table({"entries": _list(_ENTRY), "tied": _each(_NAMED, _NAMED)})
+
 _SCHEMA = _table(
     {
         "orders": _list(_LABEL), "seeds": _list(_whole(0, _SEED)), "init_seeds": _list(_whole(0, _SEED)),
         "data_seeds": _list(_whole(0, _SEED)), "steps": _COUNT, "snapshots": _list(_list(_COUNT, 3)),
         "snapshots_per_segment": _whole(1, _CHUNK), "metrics": _each(_METRIC, _or_none(_COUNT)), "late": _list(_METRIC),
         "components": _COUNT, "parameters": _COUNT, "batch_size": _COUNT, "codec": _one_of("pcodec", "portable"),
-        "sketch_seed": _whole(0, _SEED), "layout": _table({"entries": _list(_ENTRY), "tied": _each(_NAMED, _NAMED)}),
+        "sketch_seed": _whole(0, _SEED), "layout": _LAYOUT,
     }
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError
+from trajstore.storage.checking import checked_layout
 
 __all__ = ["Entry", "Layout", "Role"]
 
@@ -114,5 +115,6 @@ class Layout:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Layout:
-        """Read the stored attribute."""
+        """Read the stored attribute, which is checked first."""
+        checked_layout(stored)
         return cls(tuple(Entry(**e | {"shape": tuple(e["shape"])}) for e in stored["entries"]), stored["tied"])
