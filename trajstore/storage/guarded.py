@@ -48,12 +48,12 @@ class Guarded(ZarrStore):
         """The lock of declarations, as it was held when something was last written under it."""
 
     @property
-    def address(self) -> str:
+    def place(self) -> Bucket:
         """Where it lies."""
-        return self._bucket.address
+        return self._bucket
 
     def __str__(self) -> str:
-        return self.address
+        return self._bucket.address
 
     def __repr__(self) -> str:
         return f"<{self}>"

@@ -28,7 +28,7 @@ from zarr.storage import LocalStore
 from trajstore.errors import FormatError, WriteError
 from trajstore.storage.codecs import refuse_bomb
 from trajstore.storage.locks import descriptor_of
-from trajstore.storage.place import DOCUMENT, ReplacedError, array_path, below, check_writable
+from trajstore.storage.place import DOCUMENT, Place, ReplacedError, array_path, below, check_writable, place_of
 
 __all__ = ["DurableStore", "contents", "inside", "user_cache"]
 
@@ -89,9 +89,9 @@ class DurableStore(LocalStore):
         """Key of a record → what was read or written there last; None: that there was none."""
 
     @property
-    def address(self) -> str:
+    def place(self) -> Place:
         """Where it lies."""
-        return str(self.root)
+        return place_of(self.root)
 
     def with_read_only(self, read_only: bool = False) -> DurableStore:
         """Return the same store, read-only or not."""

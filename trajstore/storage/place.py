@@ -52,8 +52,8 @@ class Keeper(Protocol):
     """What a Zarr store can do here beyond Zarr's own."""
 
     @property
-    def address(self) -> str:
-        """Where it lies, as `place_of` takes it."""
+    def place(self) -> Place:
+        """Where it lies."""
 
     def flush(self) -> None:
         """Make durable whatever was set before."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from typing import Any
@@ -57,11 +57,13 @@ class States:
     chunks: tuple[int, ...]
     dtype: np.dtype[Any]
     codec: Codec
+    place: Place | None = field(default=None, compare=False)
+    """Where that is, in the process that has it open."""
 
     @classmethod
     def of(cls, place: Place, array: zarr.Array[Any], codec: Codec) -> States:
         """Read an array at its place."""
-        return cls(place.address, array.path, array.shape, array.chunks, array.dtype, codec)
+        return cls(place.address, array.path, array.shape, array.chunks, array.dtype, codec, place)
 
     @property
     def ndim(self) -> int:
@@ -120,7 +122,7 @@ class States:
     def _decode(self, index: tuple[int, ...], out: NDArray[Any]) -> None:
         """Fill an array with a chunk."""
         key = f"{self.path}/c/{'/'.join(map(str, index))}"
-        content = place_of(self.address).read(key, out.nbytes)
+        content = (self.place or place_of(self.address)).read(key, out.nbytes)
         if content is None:
             out.fill(np.nan)
             return

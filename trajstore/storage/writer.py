@@ -25,7 +25,7 @@ from trajstore.errors import ConfigurationError, ConflictError, DamageError, Wri
 from trajstore.storage.codecs import write_block
 from trajstore.storage.late import LateSeries
 from trajstore.storage.pipeline import Pipeline
-from trajstore.storage.place import ReplacedError, keeper_of, place_of, slab_lock
+from trajstore.storage.place import ReplacedError, keeper_of, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.resume import ResumeSlots
 from trajstore.storage.schema import Schema, late_records
@@ -152,7 +152,7 @@ class Ledger:
         stop = first + len(self.schema.snapshots_of(number))
         where = (*self.corner, slice(None), slice(first, stop))
         params, counters = (array_of(self.group, name) for name in ("params", "counters"))
-        return States.of(place_of(self._store.address), params, self.schema.codec)[where], np.asarray(counters[where])
+        return States.of(self._store.place, params, self.schema.codec)[where], np.asarray(counters[where])
 
     def _write_record(self, segment: int) -> None:
         """Replace the one chunk that holds a segment's record."""
