@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
-from scipy.special import stdtrit
+from trajstore.analysis.seeds import over_seeds
 from trajstore.analysis.windows import own_metrics, window_of
 
-from trajstore.errors import NotFoundError, StatisticError, choices
+from trajstore.drawing import drawing_of
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 
 __all__ = ["compare"]
 
@@ -24,7 +24,11 @@ _LAST = 4
 
 
 def compare(
-    variants: Mapping[str, xr.Dataset], metric: str | None = None, base: str | None = None, level: float = 0.95
+    variants: Mapping[str, xr.Dataset],
+    metric: str | None = None,
+    base: str | None = None,
+    level: float = 0.95,
+    batch_sizes: Mapping[str, int] | None = None,
 ) -> xr.Dataset:
     """Return metric − metric of the base, which is the first variant by default, along forward iterates.
 
@@ -32,13 +36,16 @@ def compare(
     steps, (variant, seed); ``mean`` that over seeds, with an interval, of Student's t, for another seed's: NaN where
     there are fewer than three seeds. ``turned`` is the last step before that quarter at which the difference, as a mean
     over seeds, had the other sign; NaN where it never had.
+
+    `batch_sizes` tells how many examples a batch holds, by variant, where that is not stored: of a training loop.
     """
     names = list(variants)
     base = base or names[0]
     if base not in names:
         raise NotFoundError(f"no variant {base!r}; {choices(base, names)}")
     metric = metric or own_metrics(variants[base])[0]
-    curves = {name: _curve(name, ds, metric, _batch(ds) / _batch(variants[base])) for name, ds in variants.items()}
+    shares = _shares(variants, base, batch_sizes or {})
+    curves = {name: _curve(name, ds, metric, shares[name]) for name, ds in variants.items()}
     shared = curves[base]
     for name, curve in curves.items():
         for dim in ("step", "seed"):
@@ -48,7 +55,7 @@ def compare(
     difference = together - together.sel(variant=base)
     begin = len(shared["step"]) - max(1, len(shared["step"]) // _LAST)
     last = difference.isel(step=slice(begin, None)).mean("step", skipna=False)  # what diverges in it has no mean
-    mean, low, high = _over_seeds(last.values, level)
+    mean, low, high = over_seeds(last.values, level)
     earlier = difference.isel(step=slice(0, begin)).mean("seed").transpose("variant", "step")
     other = np.sign(earlier) * np.sign(mean[:, None]) < 0
     turned = earlier["step"].where(other).max("step").values
@@ -82,13 +89,30 @@ def _curve(name: str, ds: xr.Dataset, metric: str, share: float) -> xr.DataArray
     )
 
 
-def _batch(ds: xr.Dataset) -> int:
-    return int(ds.attrs["trajstore"]["config"]["problem"].get("batch_size", 1))
-
-
-def _over_seeds(last: NDArray[np.float64], level: float) -> tuple[NDArray[np.float64], ...]:
-    count, mean = last.shape[1], last.mean(axis=1)
-    if count < 3:
-        return mean, np.full(len(mean), np.nan), np.full(len(mean), np.nan)
-    reach = stdtrit(count - 1, (1 + level) / 2) * last.std(axis=1, ddof=1) / np.sqrt(count)
-    return mean, mean - reach, mean + reach
+def _shares(variants: Mapping[str, xr.Dataset], base: str, given: Mapping[str, int]) -> dict[str, float]:
+    """Return how many steps of the base a step of each variant is worth: as many as it sees examples."""
+    if unknown := [name for name in given if name not in variants]:
+        raise NotFoundError(f"batch_sizes: no variant {unknown[0]!r}; {choices(unknown[0], variants)}")
+    sizes = {}
+    for name, ds in variants.items():
+        stored = drawing_of(ds.attrs.get("trajstore", {})).batch_size
+        size = given.get(name) if stored is None else stored
+        if size is None:
+            raise StatisticError(
+                f"variant {name!r}: how many examples a batch holds is not stored, so its steps cannot be set against "
+                f"those of others; say so with compare(…, batch_sizes={{{name!r}: …}})"
+            )
+        if given.get(name, size) != size or (stored is None and size < 1):
+            raise ConfigurationError(
+                f"batch_sizes: {given[name]} for variant {name!r}"
+                + (f", whose batches hold {stored}" if stored is not None else "; it must be at least 1")
+            )
+        sizes[name] = size
+    for name, size in sizes.items():
+        if (size == 0) != (sizes[base] == 0):
+            noise, other = (name, base) if size == 0 else (base, name)
+            raise StatisticError(
+                f"the batches of variant {noise!r} are noise and hold no examples, those of {other!r} do: their steps "
+                "cannot be set against each other"
+            )
+    return {name: size / sizes[base] if size else 1.0 for name, size in sizes.items()}

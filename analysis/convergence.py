@@ -52,6 +52,10 @@ _CHANCE, _PAUSES = 0.0005, 8
 """A rest counts if it is less likely than that by chance, and so many times as long as any pause before."""
 
 
+_COMPARED, _BLOCK, _SWEEPS = 8_192, 512, 3
+"""So many iterates are all compared with each other for a diameter, so many with all others at a time."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a verdict rests on; NaN where there is nothing to say."""
@@ -59,7 +63,8 @@ class Evidence:
     verdict: Verdict
     why: str
     diameter: float = np.nan
-    """The largest distance between two iterates of the window."""
+    """The largest distance between two iterates of the window. Of more than 8,192 it may be up to half as large; in the
+    spaces ``layer:…`` and ``outputs`` it is that of at most 256 evenly chosen ones."""
     tail_diameter: float = np.nan
     """The same of its last quarter: a Cauchy sequence has ever smaller ones."""
     move: float = np.nan
@@ -190,15 +195,36 @@ def _of(rate: Rate | None) -> dict[str, Any]:
 def _extent(path: Path) -> dict[str, Any]:
     tail = path.points[-max(2, len(path.points) // 4) :]
     move = float(np.median(path.moves[-max(1, len(path.moves) // 4) :]))
-    return {"diameter": _diameter(path.points), "tail_diameter": _diameter(tail), "move": move}
+    of_tail = _diameter(tail)
+    # Of more iterates than are all compared, those of the tail may be farther apart.
+    return {"diameter": max(_diameter(path.points), of_tail), "tail_diameter": of_tail, "move": move}
 
 
 def _diameter(points: Floats) -> float:
-    """Return the largest distance between two of them; among 256 of them, where they have many coordinates."""
+    """Return the largest distance between two of them: exactly, of up to `_COMPARED`, and at least half of it of more.
+
+    Of more, those farthest from their mean are all compared, and three of the others with all there are.
+    """
     if points.shape[1] == 1:
         return float(np.ptp(points))
-    some = points[np.unique(np.linspace(0, len(points) - 1, 256).round().astype(int))]
-    return float(max(np.sqrt(((some - point) ** 2).sum(1).max()) for point in some))
+    centred = points - points.mean(0)
+    radii = np.sqrt((centred**2).sum(1))
+    outward = np.argsort(-radii, kind="stable")[:_COMPARED]
+    far, radii, largest, end = centred[outward], radii[outward], 0.0, centred[outward[0]]
+    for _ in range(_SWEEPS):  # to the farthest, from there to the farthest, …
+        away = ((centred - end) ** 2).sum(1)
+        end, largest = centred[away.argmax()], max(largest, float(np.sqrt(away.max())))
+    for begin in range(0, len(far), _BLOCK):
+        # No two are farther apart than their radii together.
+        rows, reach = far[begin : begin + _BLOCK], int((radii > largest - radii[begin]).sum())
+        if reach <= begin:
+            break
+        columns = far[begin:reach]
+        # From products, which round by the squares of the radii: the largest distance is no smaller than they are.
+        squares = radii[begin : begin + _BLOCK, None] ** 2 + radii[begin:reach] ** 2 - 2 * rows @ columns.T
+        i, j = np.unravel_index(int(squares.argmax()), squares.shape)
+        largest = max(largest, float(np.sqrt(((rows[i] - columns[j]) ** 2).sum())))
+    return largest
 
 
 def _drift(points: Floats) -> tuple[float, float]:

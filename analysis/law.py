@@ -27,9 +27,11 @@ from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.spaces import PARAMETERS
 from trajstore.analysis.windows import metrics_of, with_slabs
 
+from trajstore.drawing import drawing_of
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
+from trajstore.measures import OF_MORE_THAN_THE_ITERATE, maker_of
 
-__all__ = ["adjusted", "disjoint_test", "law", "swap_test"]
+__all__ = ["adjusted", "disjoint_test", "law", "refuse_of_more", "swap_test"]
 
 Floats = NDArray[np.float64]
 _FEWEST = 99
@@ -50,7 +52,7 @@ def law(
 
     The experiment must have one θ₀ (``init_seed``) and many data seeds. Without `steps` it is the last one. ``p_swap``
     and ``p_disjoint`` are for one test each; the ``_adjusted`` ones are corrected, by Holm's method, for all tests that
-    are made here, and ``rejected`` is about those.
+    are made here, and ``rejected`` is about those. Metrics must be functions of the iterate alone.
     """
     _refuse_dependent(ds)
     last = int(ds["step"].values[np.flatnonzero(ds["recorded"].any(("order", "seed")))][-1])
@@ -58,6 +60,8 @@ def law(
     named, rng = [metrics] if isinstance(metrics, str) else list(metrics), np.random.default_rng(random_seed)
     if not chosen or not named or permutations < _FEWEST:
         raise ConfigurationError(f"a test needs a metric, a step, and {_FEWEST} permutations or more")
+    for metric in named:
+        refuse_of_more(metric)
     found = []
     for metric in named:
         pairs = [_pairs(ds, metric, step) for step in chosen]
@@ -71,6 +75,14 @@ def law(
     attrs = {"seeds": ds.sizes["seed"], "permutations": permutations, "random_seed": random_seed, "level": level}
     columns["rejected"] = (("metric", "step"), rejected)
     return xr.Dataset(columns, {"metric": named, "step": chosen}, attrs)
+
+
+def refuse_of_more(metric: str) -> None:
+    """Refuse a measure whose law is not that of the iterate: that may differ where Theorem 2.6 holds."""
+    if metric in OF_MORE_THAN_THE_ITERATE:
+        raise StatisticError(
+            f"{metric} is no function of θ_n alone, and Theorem 2.6 is about those: {OF_MORE_THAN_THE_ITERATE[metric]}"
+        )
 
 
 def swap_test(forward: Floats, backward: Floats, permutations: int, rng: np.random.Generator) -> float:
@@ -156,15 +168,27 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
         raise StatisticError(
             "the law is over batch streams from one θ₀, and these seeds start from several; record with one init seed"
         )
-    config: Mapping[str, Any] = ds.attrs.get("trajstore", {}).get("config", {})
-    problem, operator = config.get("problem", {}), config.get("operator", {})
-    if problem.get("family") in ("loop", "import"):
+    attributes: Mapping[str, Any] = ds.attrs.get("trajstore", {})
+    config = attributes.get("config", {})
+    operator = config.get("operator", {})
+    if not config or maker_of(config) != "problem":
         raise StatisticError("how these iterates were made is not known, so the operators may not be independent")
-    if problem.get("sampling", "iid") != "iid":
+    sampling = drawing_of(attributes).sampling
+    if sampling is None:
         raise StatisticError(
-            f"batches are drawn by {problem['sampling']!r} and depend on each other, so the laws differ, except at "
-            "whole epochs; record with sampling = 'iid'"
+            "how batches are drawn is not stored, so the operators may not be independent; if they are, have the "
+            "problem say so in a field, sampling = 'iid', and record it again"
+        )
+    if sampling != "iid":
+        raise StatisticError(
+            f"batches are drawn by {sampling!r} and depend on each other, so the laws differ, except at whole epochs; "
+            "record with sampling = 'iid'"
         )
     plain = operator.get("family") == "sgd" and operator.get("schedule", {}).get("family", "constant") == "constant"
     if operator.get("by") == "index" and not plain:
         raise StatisticError("the operators change with the batch index and have no one law; use by = 'position'")
+    if "family" not in operator and operator.get("by") != "position":
+        raise StatisticError(
+            "whether the operators change with the batch index is not stored; if they do not, have the operator say so "
+            "in a field, by = 'position', and record it again"
+        )

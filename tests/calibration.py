@@ -1,6 +1,7 @@
 """How often the intervals, verdicts and tests of the analysis are right, on processes whose answer is known.
 
     python -m tests.calibration [ratios] [local] [rates] [verdicts] [resets] [law] [theorem]
+                                [compare] [loss-metric] [averages]
 
 The tests assert bounds on a part of these; here are the numbers that `docs/analysis.md` has.
 """
@@ -14,10 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from trajstore.analysis import local_variance_ratio, resets, variance_ratio
+from scipy.signal import lfilter
+from trajstore.analysis import compare, local_variance_ratio, resets, time_average, variance_ratio
 from trajstore.analysis.convergence import judge
+from trajstore.analysis.examining.maps import loss_contracts
 from trajstore.analysis.law import adjusted, disjoint_test, swap_test
 from trajstore.analysis.rates import fit_rate
+from trajstore.analysis.seeds import DECIDES
 
 import trajstore as ts
 from tests.analysis.processes import (
@@ -178,6 +182,110 @@ def _after_holm(rng: np.random.Generator, p: np.ndarray, tests: int) -> float:
     return float(np.mean(found))
 
 
+EFFECTS: Mapping[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
+    "normal": lambda rng, size: rng.standard_normal(size),
+    "Student's t, 3 degrees": lambda rng, size: rng.standard_t(3, size) / np.sqrt(3),
+    "exponential": lambda rng, size: rng.exponential(size=size) - 1,
+    "lognormal": lambda rng, size: (np.exp(rng.standard_normal(size)) - np.exp(0.5)) / np.sqrt((np.e - 1) * np.e),
+}
+"""How seeds may differ: mean 0, variance 1."""
+
+
+def effects(runs: int, name: str, seeds: int, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the intervals of `compare` for variants whose effect, by seed, has this law: of mean 0.
+
+    Of an effect with another mean they are moved by it, exactly.
+
+    The base and all variants share a walk for each seed, which is what makes pairs of seeds dependent; the effect
+    itself comes with autocorrelated noise over the steps.
+    """
+    rng, steps = np.random.default_rng(seeds), 40
+    effect = EFFECTS[name](rng, (runs, seeds))
+    shared = np.cumsum(rng.standard_normal((seeds, steps)), axis=1)
+    noise = 0.3 * ar1(0.8, steps, runs * seeds, seeds).reshape(runs, seeds, steps)
+    curves = {str(k): shared + effect[k, :, None] + noise[k] for k in range(runs)}
+    variants = {name: runs_of(curve, curve) for name, curve in {"base": shared, **curves}.items()}
+    found = compare(variants, "loss", "base", level, dict.fromkeys(variants, 1)).sel(variant=[*curves])
+    return found["low"].values, found["high"].values
+
+
+def comparisons(runs: int) -> None:
+    """Variants over seeds: how many intervals of 95% hold the mean effect, and how many of 99% tell the wrong sign."""
+    print(f"{'effect by seed':26} {'seeds':>5} {'hold':>6} {'wrong, of ¼, ½, 1 deviation':>30} {'seen, of 2':>11}")
+    for name in EFFECTS:
+        for seeds in (3, 5, 20):
+            low, high = effects(runs, name, seeds, 0.95)
+            held = ((low <= 0) & (high >= 0)).mean()
+            low, high = effects(runs, name, seeds, DECIDES)
+            wrong = "  ".join(f"{max((high < -size).mean(), (low > size).mean()):6.1%}" for size in (0.25, 0.5, 1.0))
+            seen = min((low > -2).mean(), (high < 2).mean())
+            print(f"{name:26} {seeds:5} {held:6.1%} {wrong:>30} {seen:11.0%}", flush=True)
+
+
+LOSSES: Mapping[str, tuple[int, float, float, int]] = {
+    "5 parameters, h = 0.01, from 30": (5, 0.01, 30.0, 200),
+    "5 parameters, h = 0.02, from 3": (5, 0.02, 3.0, 400),
+    "5 parameters, h = 0.1, from 3": (5, 0.1, 3.0, 400),
+    "5 parameters, h = 0.01, at rest": (5, 0.01, 0.07, 400),
+    "20 parameters, h = 0.5, from 1": (20, 0.5, 1.0, 400),
+}
+"""Forward on the quadratic, H = 1: parameters, learning rate, standard deviation of θ₀, steps."""
+
+
+def loss_factors(rng: np.random.Generator, name: str, seeds: int, pairs: int) -> np.ndarray:
+    """Return the factors of L(x) + L(y) of random pairs of each seed's iterates under one of its own batches."""
+    parameters, h, start, steps = LOSSES[name]
+    noise = rng.standard_normal((seeds, steps, parameters))
+    begin = start * rng.standard_normal((seeds, 1, parameters))
+    iterates = lfilter([1], [1, h - 1], np.concatenate([begin, h * noise], axis=1), axis=1)
+    one = rng.integers(0, steps + 1, (seeds, pairs))
+    other = (one + rng.integers(1, steps + 1, (seeds, pairs))) % (steps + 1)
+    row, batch = np.arange(seeds)[:, None], rng.integers(0, steps, (seeds, pairs))
+    x, y, epsilon = iterates[row, one], iterates[row, other], noise[row, batch]
+    before, after = (
+        (x**2 + y**2).sum(-1),
+        (((1 - h) * x + h * epsilon) ** 2 + ((1 - h) * y + h * epsilon) ** 2).sum(-1),
+    )
+    return np.asarray(after / before)
+
+
+def contractions(runs: int) -> None:
+    """`loss-metric`: how many intervals of 99% hold 1 − the factor's mean, and how many verdicts contradict it.
+
+    Beside it how many intervals held that took 100 pairs of one trajectory for independent (of 95%).
+    """
+    print(f"{'process':34} {'mean':>8} {'pairs':>6} {'seeds':>5} {'hold':>6} {'wrong':>6} {'definite':>9}")
+    for name in LOSSES:
+        rng = np.random.default_rng(1)
+        true = 1 - loss_factors(rng, name, 2_000, 100).mean()
+        alone = 1 - loss_factors(rng, name, runs, 100)
+        reach = 1.98 * alone.std(axis=1, ddof=1) / 10
+        once = f"{(abs(alone.mean(1) - true) <= reach).mean():6.0%}"
+        for seeds in (1, 3, 5, 20):
+            which = np.repeat(np.arange(seeds), 100 // seeds + 1)
+            found = [
+                loss_contracts(loss_factors(rng, name, seeds, 100 // seeds + 1).ravel(), which) for _ in range(runs)
+            ]
+            held = np.mean([one.low <= true <= one.high for one in found])
+            wrong = np.mean([one.verdict == ("does not hold" if true > 0 else "holds") for one in found])
+            definite = np.mean([one.verdict != "not decidable here" for one in found])
+            print(f"{name:34} {true:8.4f} {once} {seeds:5} {held:6.0%} {wrong:6.1%} {definite:9.0%}", flush=True)
+
+
+def averages(runs: int) -> None:
+    """Time averages: how many have an interval of 95%, and how many of these hold the mean."""
+    print(f"{'process':20} {'steps':>6} {'given':>6} {'hold':>6}")
+    for phi, steps in ((0.0, 400), (0.0, 2_000), (0.9, 2_000), (0.9, 8_000), (0.99, 8_000), (0.99, 40_000)):
+        curves = ar1(phi, steps, runs, 60)
+        found = time_average(runs_of(curves, curves).sel(order=["forward"]), "loss", steps)
+        given = np.isfinite(found["low"].values[0])
+        held = ((found["low"] <= 0) & (found["high"] >= 0)).values[0][given]
+        print(
+            f"AR(1), φ = {phi:<10} {steps:6} {given.mean():6.0%} {held.mean() if given.any() else np.nan:6.0%}",
+            flush=True,
+        )
+
+
 PARTS: Mapping[str, tuple[Callable[[int], None], int]] = {
     "ratios": (ratios, 500),
     "local": (local_ratios, 500),
@@ -186,6 +294,9 @@ PARTS: Mapping[str, tuple[Callable[[int], None], int]] = {
     "resets": (leg_changes, 200),
     "law": (law, 500),
     "theorem": (theorem, 200),
+    "compare": (comparisons, 1_000),
+    "loss-metric": (contractions, 400),
+    "averages": (averages, 400),
 }
 """Name → what prints it, and of how many runs."""
 

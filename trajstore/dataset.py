@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 
 from trajstore import accessor as accessor  # registers `ds.traj`
+from trajstore.measures import training_mark
 from trajstore.storage.schema import ArraySpec, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
@@ -72,6 +73,8 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
         mask = mask or next((mask for mask in masks.values() if {*mask[0]} <= {*spec.dims}), None)
         encoding = {"preferred_chunks": _chunks(experiment, spec)}
         source, attributes = _Committed.of(experiment, spec, mask), dict(array_of(experiment.group, spec.name).attrs)
+        if f"{spec.name}_samples" in late:  # computed afterwards
+            attributes["mode"] = "train" if training_mark(spec.name) in late else "eval"
         if spec.name == "measured" and late and len(schema.metrics) < _BITS:
             source, attributes = _with_late(source, attributes, {name: known for name, (known, _) in late.items()})
         variables[spec.name] = xr.Variable(spec.dims, _lazy(source, spec, encoding), attributes, encoding)

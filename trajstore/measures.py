@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-__all__ = ["MEASURES", "MadeBy", "about", "maker_of", "start_of"]
+__all__ = ["MEASURES", "OF_MORE_THAN_THE_ITERATE", "MadeBy", "about", "maker_of", "start_of", "training_mark"]
 
 MadeBy = Literal["problem", "loop", "import"]
 """What made the iterates: a problem that is computed here, somebody's training loop, or nobody knows."""
@@ -16,6 +16,18 @@ MEASURES = {
     "step_distance": "distance of the parameters to the recorded iterate before",
     "start_distance": "distance of the parameters to θ₀",
 }
+
+
+OF_MORE_THAN_THE_ITERATE = {
+    "batch_loss": "it is also of B_n, which a forward chain applies last and a backward chain first",
+    "step_distance": "it is also of the recorded iterate before, from which a backward chain comes in another way",
+}
+"""Measures that are no function of θ_n alone (and of θ₀, which all seeds may share), and what else they are of."""
+
+
+def training_mark(metric: str) -> str:
+    """Return the name of the late metric that marks where another was computed in training mode."""
+    return f"{metric}_training"
 
 
 def maker_of(config: Mapping[str, Any]) -> MadeBy:

@@ -137,11 +137,6 @@ CLAIMS: Mapping[str, Claim] = {
         "Appendix G", "mini-batches contract L(x) + L(y) in expectation", "a problem with a train_loss",
         maps.loss_metric,
     ),
-    "error-orders": Claim(
-        "Lemma C.1, Theorem C.2, D.1, D.2",
-        "expansions in h leave errors of third order",
-        "several learning rates; tests/test_expansions.py fits the orders of random networks",
-    ),
 }  # fmt: skip
 """Name → claim, in the order of the paper."""
 

@@ -26,7 +26,7 @@ class Finding:
     statistic: str
     value: float = np.nan
     low: float = np.nan
-    """Its interval of 95%; NaN where the number is exact, or has none."""
+    """Its interval, of 95% where the evidence names no other level; NaN where the number is exact, or has none."""
     high: float = np.nan
     evidence: str = ""
 

@@ -10,6 +10,7 @@ from trajstore.analysis.law import law
 from trajstore.analysis.spaces import PARAMETERS
 from trajstore.analysis.windows import own_metrics
 
+from trajstore.measures import OF_MORE_THAN_THE_ITERATE
 from trajstore.store import StoredExperiment
 
 __all__ = ["same_law"]
@@ -36,7 +37,8 @@ def same_law(stored: StoredExperiment) -> Iterator[Finding]:
         yield Finding(OPEN, "", "", evidence="no step from 2 on is recorded of all orders and seeds")
         return
     steps = sorted({int(recorded[np.abs(recorded - at).argmin()]) for at in (5, recorded[-1] // 2, recorded[-1])})
-    found = law(ds, [PARAMETERS, *own_metrics(ds)], steps)
+    own = [metric for metric in own_metrics(ds) if metric not in OF_MORE_THAN_THE_ITERATE]
+    found = law(ds, [PARAMETERS, *own], steps)
     seeds = len(schema.seeds)
     for metric in found["metric"].values.tolist():
         for step in steps:

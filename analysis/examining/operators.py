@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from trajstore.analysis.comparing import compare
 from trajstore.analysis.examining.finding import FAILS, HOLDS, OPEN, Finding, by_interval, number_of
+from trajstore.analysis.seeds import DECIDES, FEWEST
 from trajstore.analysis.windows import own_metrics
 
 from trajstore.errors import StatisticError
@@ -72,7 +73,7 @@ def _differences(variants: Mapping[str, StoredExperiment], base: str, names: lis
         if not metric.endswith("loss"):
             continue
         try:
-            found = compare(datasets, metric, base)
+            found = compare(datasets, metric, base, DECIDES)
         except StatisticError as error:
             yield Finding(OPEN, f"{metric} against {base}", _GAIN, evidence=str(error))
             continue
@@ -80,9 +81,11 @@ def _differences(variants: Mapping[str, StoredExperiment], base: str, names: lis
             one = found.sel(variant=name)
             mean, low, high = number_of(one, "mean", "low", "high")
             about = f"{name} against {base}, {metric}"
-            why = "diverged" if not np.isfinite(mean) else f"{one.sizes['seed']} seeds, and an interval takes 3"
+            seeds = f"{one.sizes['seed']} seeds"
+            why = f"{seeds}, and an interval takes {FEWEST}" if np.isfinite(mean) else "diverged"
             gain = by_interval(0.0, about, _GAIN, (-mean, -high, -low), why)
-            yield replace(gain, evidence=f"{gain.evidence}, {_when(one)}") if np.isfinite(mean) else gain
+            told = f"{gain.evidence} ({DECIDES:.0%}, {seeds})" if np.isfinite(low) else gain.evidence
+            yield replace(gain, evidence=f"{told}, {_when(one)}") if np.isfinite(mean) else gain
 
 
 def _when(found: xr.Dataset) -> str:

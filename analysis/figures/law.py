@@ -17,7 +17,7 @@ from trajstore.analysis.figures._panels import (
     selected,
     titled,
 )
-from trajstore.analysis.law import law
+from trajstore.analysis.law import law, refuse_of_more
 from trajstore.analysis.spaces import PARAMETERS
 from trajstore.analysis.windows import measured_steps
 from trajstore.analysis.writing import number
@@ -49,7 +49,8 @@ def draw(ds: xr.Dataset, metric: str | None = None, *, seed: Seeds = None, axes:
     for name in _ORDERS:
         if name not in ds["order"].values:
             raise StatisticError(f"the law compares 'forward' and 'backward'; there is no {name!r} here")
-    metric = metric or (PARAMETERS if _single(ds) else None)
+    metric = metric or (PARAMETERS if _single(ds) else main_metric(ds, None))
+    refuse_of_more(metric)
     values, step, label = _values(ds, metric)
     forward, backward = values
     many = len(forward) >= _MANY
@@ -80,7 +81,7 @@ def _single(ds: xr.Dataset) -> bool:
     return ds.sizes.get("param") == 1 and bool(ds["stored"].any())
 
 
-def _values(ds: xr.Dataset, metric: str | None) -> tuple[tuple[Floats, Floats], int, str]:
+def _values(ds: xr.Dataset, metric: str) -> tuple[tuple[Floats, Floats], int, str]:
     """Return forward and backward, (seed, step), the last step, and what they are."""
     if metric == PARAMETERS:
         if not _single(ds):
@@ -123,11 +124,10 @@ def _density(ax: Axes, known: Floats, ends: Floats, forward: str, backward: str)
     ax.spines["bottom"].set_visible(False)
 
 
-def _tested(ds: xr.Dataset, metric: str | None) -> str:
+def _tested(ds: xr.Dataset, metric: str) -> str:
     """Return what the test of equal law found, or why there is none, shortly."""
-    chosen = metric or main_metric(ds, None)
     try:
-        found = law(ds, [chosen])
+        found = law(ds, [metric])
     except (StatisticError, NotFoundError) as error:
         return f"no test: {str(error).split(';')[0].split(',')[0]}"
     p = float(found["p_swap"].values[0, 0])

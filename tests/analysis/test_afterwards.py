@@ -8,7 +8,7 @@ from trajstore.analysis import afterwards, variance
 from trajstore.analysis.afterwards import compute
 
 import trajstore as ts
-from trajstore.errors import ConfigurationError, NotFoundError
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.verifying import verify
 
@@ -125,7 +125,15 @@ def measured(stored, metric, step, samples):
 
 
 @pytest.mark.parametrize(
-    ("spectrum", "largest"), [([1.3] + [1.0] * 500, 1.3), (np.linspace(0, 1, 300).tolist(), 1.0), ([2.0], 2.0)]
+    ("spectrum", "largest"),
+    [
+        ([0.0] * 60, 0.0),
+        ([0.0] * 3, 0.0),
+        ([2.0] + [0.0] * 59, 2.0),
+        ([1.3] + [1.0] * 500, 1.3),
+        (np.linspace(0, 1, 300).tolist(), 1.0),
+        ([2.0], 2.0),
+    ],
 )
 def test_sharpness_is_found_where_eigenvalues_are_close(record, spectrum, largest):
     stored = record("quadratic", steps=2, seeds=[0], problem={"spectrum": spectrum})
@@ -140,6 +148,15 @@ def test_batches_without_replacement_tell_the_noise_of_one_example_too(record):
     each = (X @ stored.arrays(order="forward", seed=0, step=20)["theta"] - y)[:, None] * X
     noise = np.sqrt(((each - each.mean(0)) ** 2).sum(1).mean())
     assert measured(stored, "gradient_noise", 20, 400) == pytest.approx(noise, rel=0.1)
+
+
+def test_shuffled_epochs_of_ones_own_problem_tell_the_noise_of_one_example(moded):
+    stored = moded("make", body="plain", batch_size=30, sampling="shuffle")
+    X, y = data()
+    w = stored.arrays(order="forward", seed=0, step=10)["weight"][0]
+    each = 2 * (X @ w - y)[:, None] * X
+    noise = np.sqrt(((each - each.mean(0)) ** 2).sum(1).mean())
+    assert measured(stored, "gradient_noise", 10, 400) == pytest.approx(noise, rel=0.1)
 
 
 def test_the_operator_is_the_one_of_the_next_step(record):
@@ -173,3 +190,122 @@ def test_what_was_measured_and_is_no_number_is_not_what_was_not_measured(stored,
     assert np.isnan(found["variance"].values).all()
     one = variance(ds.sel(order="forward", seed=1, step=slice(0, 45)), "sharpness", window=8)
     assert np.isfinite(one["variance"].values).all()
+
+
+MODES = """
+import torch, trajstore as ts
+from torch import nn
+generator = torch.Generator().manual_seed(0)
+X = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+Y = X.sum(1, keepdim=True) + torch.randn(40, 1, generator=generator, dtype=torch.float64)
+BODIES = {"dropout": lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1, bias=False)),
+          "norm": lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1, bias=False)),
+          "norm of the batch": lambda: nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1)),
+          "plain": lambda: nn.Linear(4, 1, bias=False)}
+def make(body, batch_size, sampling="iid"):
+    return ts.ModuleProblem(lambda: BODIES[body]().double(), nn.functional.mse_loss, (X, Y), batch_size=batch_size,
+                            sampling=sampling)
+def straight():
+    return ts.ModuleProblem(lambda: BODIES["plain"]().double(), lambda out, y: out.mean(), (X, Y))
+"""
+
+
+@pytest.fixture
+def moded(record, tmp_path, monkeypatch):
+    (tmp_path / "modes_of.py").write_text(MODES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def recorded(function, name="moded", **arguments):
+        problem = {"family": "factory", "function": f"modes_of:{function}", "arguments": arguments}
+        return record({**TABLE, "name": name, "problem": problem, "steps": 10, "orders": ["forward"], "seeds": [0]})
+
+    return recorded
+
+
+def data():
+    import modes_of
+
+    return modes_of.X.numpy(), modes_of.Y.numpy()[:, 0]
+
+
+@pytest.mark.parametrize(("size", "sampling"), [(1, "iid"), (5, "iid"), (5, "shuffle"), (40, "shuffle")])
+def test_under_dropout_noise_is_of_one_example_and_its_mask_whatever_the_batch(moded, size, sampling):
+    stored = moded("make", body="dropout", batch_size=size, sampling=sampling)
+    assert compute(stored, "gradient_noise", every=10, samples=400) == 2
+    X, y = data()
+    w = stored.arrays(order="forward", seed=0, step=10)["1.weight"][0]
+    masks = 2.0 * np.array([[i >> k & 1 for k in range(4)] for i in range(16)])
+    seen = masks[:, None] * X  # every mask of every example
+    each = (2 * (seen @ w - y)[..., None] * seen).reshape(-1, 4)
+    noise = np.sqrt(((each - each.mean(0)) ** 2).sum(1).mean())
+    found = ts.open(stored.store.place.address)["moded"].dataset()["gradient_noise"]
+    assert float(found.sel(order="forward", seed=0, step=10)) == pytest.approx(noise, rel=0.1)
+    assert found.attrs["mode"] == "train"
+
+
+def test_under_batch_normalisation_noise_is_that_of_training_gradients(moded):
+    import torch
+
+    stored = moded("make", body="norm", batch_size=8)
+    compute(stored, "gradient_noise", every=10, samples=600)
+    compute(stored, "gradient_norm", every=10)
+    X, y = data()
+    state = stored.arrays(order="forward", seed=0, step=10)
+    gamma, beta, w = (torch.tensor(state[name]) for name in ("0.weight", "0.bias", "1.weight"))
+    rng, draws = np.random.default_rng(1), []
+    for _ in range(1_500):
+        rows = rng.integers(40, size=8)
+        leaves = [v.clone().requires_grad_() for v in (gamma, beta, w)]
+        x = torch.tensor(X[rows])
+        scaled = (x - x.mean(0)) / torch.sqrt(x.var(0, unbiased=False) + 1e-5) * leaves[0] + leaves[1]
+        ((scaled @ leaves[2][0] - torch.tensor(y[rows])) ** 2).mean().backward()
+        draws.append(np.concatenate([leaf.grad.numpy().ravel() for leaf in leaves]))
+    draws = np.array(draws)
+    noise = np.sqrt(8 * ((draws - draws.mean(0)) ** 2).sum(1).mean())
+    ds = ts.open(stored.store.place.address)["moded"].dataset().sel(order="forward", seed=0, step=10)
+    assert float(ds["gradient_noise"]) == pytest.approx(noise, rel=0.1)
+    reach = noise / np.sqrt(40)  # an epoch without replacement is nearer than that to the mean
+    assert float(ds["gradient_norm"]) == pytest.approx(np.linalg.norm(draws.mean(0)), abs=3 * reach)
+    assert float(ds["gradient_norm_samples"]) == 40
+
+
+@pytest.mark.parametrize(
+    ("body", "otherwise"), [("plain", False), ("dropout", True), ("norm", True), ("norm of the batch", True)]
+)
+def test_where_training_sees_another_loss_is_told(moded, body, otherwise):
+    from trajstore.analysis.modes import trains_otherwise
+
+    from trajstore.reviving import revive
+
+    assert trains_otherwise(revive(moded("make", body=body, batch_size=4))) == otherwise
+
+
+def test_one_series_does_not_mix_modes(moded, monkeypatch):
+    stored = moded("make", body="dropout", batch_size=4)
+    with pytest.raises(ConfigurationError, match=r"samples is 1; where the loss in training .* takes 2 or more"):
+        compute(stored, "gradient_noise", every=10, samples=1)
+    with monkeypatch.context() as earlier:  # what was computed before there were modes
+        earlier.setattr(afterwards, "trains_otherwise", lambda revived: False)
+        compute(stored, "gradient_norm", every=10)
+    again = ts.open(stored.store.place.address)["moded"]
+    assert again.dataset()["gradient_norm"].attrs["mode"] == "eval"
+    with pytest.raises(
+        ConfigurationError, match="gradient_norm was computed in evaluation mode, by now it would be in"
+    ):
+        compute(again, "gradient_norm", every=5)
+
+
+def test_a_loss_that_is_linear_has_no_curvature(moded):
+    stored = moded("straight")
+    assert measured(stored, "sharpness", 10, 1) == 0
+    assert measured(stored, "hessian_trace", 10, 4) == 0
+
+
+def test_noise_of_one_example_takes_how_it_was_drawn(moded, monkeypatch):
+    from trajstore.drawing import Drawing
+
+    monkeypatch.setattr(afterwards, "drawing_of", lambda attributes: Drawing(4, None))
+    with pytest.raises(
+        StatisticError, match="how examples are drawn is not stored, so the noise of one cannot be told"
+    ):
+        compute(moded("make", body="plain", batch_size=4), "gradient_noise", every=10)

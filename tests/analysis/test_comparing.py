@@ -7,8 +7,10 @@ import pytest
 import trajstore.analysis.figures as figures
 from scipy.stats import ttest_1samp
 from trajstore.analysis import compare
+from trajstore.analysis.seeds import DECIDES
 
 import trajstore as ts
+from tests.calibration import effects
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 
 ROWS = {
@@ -97,3 +99,67 @@ def test_figures_tell_one_experiment_from_several(store):
         figures.draw("fig14", variants["large"])
     with pytest.raises(NotFoundError, match="has no test_loss, which this figure shows; it has train_loss"):
         figures.draw("fig15", variants)
+
+
+def test_own_problems_are_compared_at_the_same_examples(tmp_path, monkeypatch):
+    (tmp_path / "own_sizes.py").write_text(
+        "import torch, trajstore as ts\n"
+        "x = torch.linspace(-1, 1, 30, dtype=torch.float64)[:, None]\n"
+        "def make(size):\n"
+        "    return ts.ModuleProblem(lambda: torch.nn.Linear(1, 1).double(), torch.nn.functional.mse_loss,\n"
+        "                            (x, x**3), batch_size=size)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {}
+    for name, size, steps in (("large", 6, 20), ("small", 2, 60)):
+        problem = {"family": "factory", "function": "own_sizes:make", "arguments": {"size": size}}
+        table = {"name": f"own.{name}", "problem": problem, "operator": {"family": "sgd", "lr": 0.1},
+                 "steps": steps, "seeds": [0, 1], "orders": ["forward"], "record": {"every": steps // 20}}  # fmt: skip
+        found[name] = ts.run(ts.Experiment.of(table), tmp_path / "s.zarr").dataset()
+    compared = compare(found, "train_loss")
+    assert compared["step"].values.tolist() == list(range(21))  # 60 steps of a third of the examples
+    small, large = (found[name]["train_loss"].sel(order="forward").values[:, ::every]
+                    for name, every in (("small", 3), ("large", 1)))  # fmt: skip
+    assert np.array_equal(compared["difference"].sel(variant="small"), small - large)
+    with pytest.raises(ConfigurationError, match="batch_sizes: 6 for variant 'small', whose batches hold 2"):
+        compare(found, "train_loss", batch_sizes={"small": 6})
+
+
+def test_what_a_loop_does_not_say_is_asked_for(tmp_path):
+    import torch
+
+    for name, steps in (("a", 4), ("b", 8)):
+        with ts.record(tmp_path / "s.zarr", name, torch.nn.Linear(2, 1), steps=steps) as rec:
+            for n in range(steps):
+                rec.step(loss=float(n), told=float(10 * n))
+    store = ts.open(tmp_path / "s.zarr")
+    found = {
+        name: store[name].dataset().sel(step=range(every, 4 * every + 1, every)) for name, every in (("a", 1), ("b", 2))
+    }
+    with pytest.raises(StatisticError, match="variant 'a': how many examples a batch holds is not stored"):
+        compare(found, "told")
+    with pytest.raises(NotFoundError, match="batch_sizes: no variant 'c'"):
+        compare(found, "told", batch_sizes={"c": 1})
+    with pytest.raises(ConfigurationError, match="batch_sizes: 0 for variant 'a'; it must be at least 1"):
+        compare(found, "told", batch_sizes={"a": 0, "b": 1})
+    assert (
+        compare({"a": found["a"], "again": found["a"]}, "told", batch_sizes={"a": 3, "again": 3})["mean"].values[1] == 0
+    )
+
+
+def test_noise_is_not_set_against_examples(store, tmp_path):
+    noise = ts.run(ts.Experiment.preset("quadratic", {"steps": 20, "seeds": [0, 1, 2, 3]}), tmp_path / "s.zarr")
+    rows = store.variants("rows")["large"].dataset()
+    with pytest.raises(StatisticError, match="the batches of variant 'noise' are noise and hold no examples"):
+        compare({"rows": rows, "noise": noise.dataset()}, "train_loss")
+    ds = noise.dataset()
+    assert float(compare({"a": ds, "b": ds}, "train_loss")["mean"].sel(variant="b")) == 0
+
+
+@pytest.mark.parametrize(("name", "least"), [("normal", 0.92), ("Student's t, 3 degrees", 0.92), ("exponential", 0.83)])
+@pytest.mark.parametrize("seeds", [3, 5, 20])
+def test_intervals_over_seeds_hold_as_the_table_says_and_those_that_decide_are_hardly_ever_wrong(name, seeds, least):
+    low, high = effects(300, name, seeds, 0.95)
+    assert ((low <= 0) & (high >= 0)).mean() >= least
+    low, high = effects(300, name, seeds, DECIDES)
+    assert max((high < -0.5).mean(), (low > 0.5).mean()) <= 0.02

@@ -11,7 +11,7 @@ from trajstore.analysis import convergence, variance
 from trajstore.analysis.convergence import judge
 from trajstore.analysis.spaces import embedded
 
-from tests.analysis.processes import KNOWN, last_half, quadratic
+from tests.analysis.processes import KNOWN, last_half, path, quadratic
 from trajstore.errors import NotFoundError, StatisticError
 
 
@@ -183,3 +183,29 @@ def test_every_other_step_has_the_distances_of_every_other_step(recorded):
     quarter = np.abs(np.diff(theta[-100:]))[-24:]
     assert float(found) == pytest.approx(float(np.median(quarter)))
     assert float(found) != pytest.approx(float(convergence(recorded["quadratic"])["move"][0, 0]), rel=0.1)
+
+
+@pytest.mark.parametrize("points", [
+    np.random.default_rng(0).standard_normal((700, 5)), np.random.default_rng(1).standard_normal((600, 3)) + 1e6,
+    np.cumsum(np.random.default_rng(2).standard_normal((900, 2)), axis=0), np.zeros((300, 2)),
+])  # fmt: skip
+def test_a_diameter_is_of_all_iterates(points):
+    """Against all distances, taken one by one; 256 evenly chosen iterates have less in each of these."""
+    from scipy.spatial.distance import pdist
+
+    found = judge(path(points))
+    assert found.diameter == pytest.approx(pdist(points).max(), rel=1e-12)
+    assert found.tail_diameter == pytest.approx(pdist(points[-len(points) // 4 :]).max(), rel=1e-12)
+
+
+def test_of_more_iterates_than_are_compared_it_is_no_smaller_than_that_of_the_tail():
+    """Those farthest from the mean are near each other here, and those of the tail are not among them."""
+    from trajstore.analysis.convergence import _extent
+
+    rng = np.random.default_rng(0)
+    ends = np.c_[np.zeros(10_000), np.linspace(-3.5, 3.5, 10_000)]
+    points = np.r_[1e-3 * rng.standard_normal((20_000, 2)), [10, 0] + 1e-3 * rng.standard_normal((10_000, 2)), ends]
+    found = _extent(path(points))
+    assert found["tail_diameter"] == pytest.approx(7)
+    assert found["diameter"] == pytest.approx(np.hypot(10, 3.5), rel=1e-3)
+    assert _extent(path(points[:, :1]))["diameter"] == np.ptp(points[:, 0])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from trajstore.analysis import claims
 from trajstore.analysis.examining import CLAIMS, examine
 from trajstore.analysis.examining.finding import by_interval
+from trajstore.analysis.examining.maps import loss_contracts
 
 import trajstore as ts
+from tests.calibration import LOSSES, loss_factors
 from tests.conftest import forget
 from trajstore.errors import NotFoundError
 
@@ -99,7 +102,7 @@ def test_what_is_half_recorded_is_examined_as_far_as_it_goes(tmp_path):
 def test_every_claim_has_a_row_and_says_what_it_lacks(table):
     assert list(dict.fromkeys(table["claim"])) == list(CLAIMS)
     lacking = table[table["experiment"] == ""].set_index("claim")
-    assert set(lacking.index) == {"regularized", "stronger", "error-orders"}
+    assert set(lacking.index) == {"regularized", "stronger"}
     assert (lacking["verdict"] == "not decidable here").all()
     assert "it needs the presets fig14, fig16 or fig18" in lacking["evidence"]["stronger"]
     short = table[(table["claim"] == "less-variance") & (table["experiment"] == "many")]
@@ -219,3 +222,36 @@ def test_the_command_prints_a_table_json_and_answers_sql(store, trajstore):
         assert (code, out) == (2, "")
         assert says in err
         assert err.count("\n") == 1
+
+
+def test_every_claim_is_asked_by_some_recording(store, table, tmp_path):
+    asked = set(table[table["experiment"] != ""]["claim"])
+    net = {"problem": {"family": "least-squares", "n": 24, "d": 3, "batch_size": 6}, "steps": 8, "seeds": [0, 1, 2],
+           "orders": ["forward"]}  # fmt: skip
+    regularized = {"family": "order-regularized", "lr": 0.01, "parts": 3}
+    for name, operator in (
+        ("large", {"family": "sgd", "lr": 0.01}),
+        ("weak", {**regularized, "strength": 0.5}),
+        ("strong", {**regularized, "strength": 1.0}),
+    ):
+        ts.run(ts.Experiment.of({**net, "name": f"rows.{name}", "operator": operator}), tmp_path / "s.zarr", workers=0)
+    rows = list(examine(ts.open(tmp_path / "s.zarr")))
+    asked |= {row.claim for row in rows if row.experiment}
+    assert asked == set(CLAIMS)
+    told = [row.evidence for row in rows if row.claim in ("regularized", "stronger")]
+    assert all("(99%, 3 seeds)" in evidence for evidence in told)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_metric_counts_seeds_and_not_pairs(name):
+    """A few hundred pairs of one trajectory are no more than one value; intervals over seeds hold."""
+    rng = np.random.default_rng(2)
+    true = 1 - loss_factors(rng, name, 1_000, 100).mean()
+    for seeds in (3, 10):
+        which, pairs = np.repeat(np.arange(seeds), 30), 30
+        found = [loss_contracts(loss_factors(rng, name, seeds, pairs).ravel(), which) for _ in range(200)]
+        assert np.mean([one.low <= true <= one.high for one in found]) >= 0.96
+        assert np.mean([one.verdict == ("does not hold" if true > 0 else "holds") for one in found]) <= 0.02
+    few = loss_contracts(loss_factors(rng, name, 2, 50).ravel(), np.repeat(np.arange(2), 50))
+    assert few.verdict == "not decidable here"
+    assert "2 seeds; pairs of one trajectory depend on each other" in few.evidence

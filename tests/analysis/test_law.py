@@ -79,6 +79,9 @@ def test_it_is_refused_where_the_theorem_does_not_hold(ds, record):
     for change, why in (
         ({"sampling": "shuffle"}, "batches are drawn by 'shuffle' and depend on each other"),
         ({"family": "loop"}, "how these iterates were made is not known"),
+        ({"family": None, "object": "mine:Own"}, "how batches are drawn is not stored"),
+        ({"family": "factory", "made": {"object": "mine:Own", "sampling": "shuffle"}}, "are drawn by 'shuffle'"),
+        ({"family": "factory", "made": {"object": "mine:Own"}}, "how batches are drawn is not stored"),
     ):
         stored = ds.attrs["trajstore"]
         problem = {**stored["config"]["problem"], **change}
@@ -89,6 +92,11 @@ def test_it_is_refused_where_the_theorem_does_not_hold(ds, record):
     stored = ds.attrs["trajstore"]
     with pytest.raises(StatisticError, match="change with the batch index"):
         law(ds.assign_attrs(trajstore={**stored, "config": {**stored["config"], "operator": operator}}))
+    own = {"object": "mine:Step", "lr": 0.1}
+    with pytest.raises(StatisticError, match="whether the operators change with the batch index is not stored"):
+        law(ds.assign_attrs(trajstore={**stored, "config": {**stored["config"], "operator": own}}))
+    with pytest.raises(StatisticError, match="how these iterates were made is not known"):
+        law(ds.drop_attrs())
     with pytest.raises(StatisticError, match="start from several"):
         law(record("quadratic", name="several", steps=5, seeds=list(range(12))).dataset())
     with pytest.raises(StatisticError, match="5 seeds are too few"):
@@ -135,3 +143,50 @@ def test_theorem_2_6_holds_and_compositions_with_another_law_are_rejected(record
     assert len(p) == 2
     for other in p.values():
         assert max(other) <= 0.01
+
+
+def test_measures_of_more_than_the_iterate_are_refused_since_their_laws_differ_where_the_theorem_holds(ds, record):
+    """On the quadratic the batch loss of θ_n has mean (1 − h)²ⁿ/2 less h for forward's B_n, the newest in its sum."""
+    import matplotlib.pyplot as plt
+    import trajstore.analysis.figures as figures
+
+    for metric in ("batch_loss", "step_distance"):
+        for ask in (
+            lambda m=metric: law(ds, ["train_loss", m], [30]),
+            lambda m=metric: figures.draw("law", ds, metric=m),
+        ):
+            with pytest.raises(StatisticError, match=f"^{metric} is no function of θ_n alone"):
+                ask()
+    plt.close("all")
+    for metric in ("param_norm", "start_distance", "train_loss", "parameters"):
+        assert not law(ds, metric, [30], permutations=199)["rejected"].any()
+    # What the refusal is for: independent runs of forward and backward, whose iterates have one law.
+    rng, h, n, seeds = np.random.default_rng(0), 0.1, 30, 400
+    noise = rng.standard_normal((2, seeds, n))
+    weights = h * (1 - h) ** np.arange(n)
+    forward, backward = (1 - h) ** n + noise[0] @ weights[::-1], (1 - h) ** n + noise[1] @ weights
+    newest = [end**2 / 2 - drawn[:, -1] * end for end, drawn in zip((forward, backward), noise, strict=True)]
+    same = swap_test(forward[:, None], backward[:, None], 499, rng)
+    apart = swap_test(newest[0][:, None], newest[1][:, None], 499, rng)
+    assert same > 0.05
+    assert apart <= 0.01
+
+
+def test_a_problem_of_ones_own_with_shuffled_epochs_is_refused_and_its_claim_left_open(record, tmp_path, monkeypatch):
+    from trajstore.analysis.examining import examine
+
+    (tmp_path / "own_law.py").write_text(
+        "import torch, trajstore as ts\n"
+        "x = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None]\n"
+        "def make(sampling):\n"
+        "    return ts.ModuleProblem(lambda: torch.nn.Linear(1, 1).double(), torch.nn.functional.mse_loss,\n"
+        "                            (x, x**3), batch_size=4, sampling=sampling)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    many = {"operator": {"family": "sgd", "lr": 0.1}, "steps": 4, "seeds": list(range(12)), "init_seed": 0}
+    for sampling, verdicts in (("shuffle", ["not decidable here"]), ("iid", ["not decidable here"] * 4)):
+        problem = {"family": "factory", "function": "own_law:make", "arguments": {"sampling": sampling}}
+        stored = record({**many, "name": sampling, "problem": problem})
+        found = list(examine(stored.store, [sampling], ["law"]))
+        assert [one.verdict for one in found] == verdicts  # 12 seeds see little
+        assert ("depend on each other" in found[0].evidence) == (sampling == "shuffle")

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trajstore.batches import Draw, generator
+from trajstore.batches import Draw, Sampling, draws, generator
 from trajstore.operators import Batch
 from trajstore.problems import Batches
 
@@ -63,6 +63,11 @@ class RowBatches:
     def __getitem__(self, i: int) -> Batch:
         rows = torch.from_numpy(self.examples(i)).to(self.tensors[0].device)
         return (*(t[rows] for t in self.tensors), *(torch.tensor(k, device=rows.device) for k in self.keys(i)))
+
+    def redrawn(self, sampling: Sampling, seed: int) -> RowBatches:
+        """Return batches of as many of the same rows, drawn as is asked for."""
+        draw = draws(sampling, len(self.tensors[0]), self.batch_size, seed)
+        return RowBatches(draw, self.batch_size, self.tensors, None if self._key_seed is None else seed)
 
     def keys(self, i: int) -> list[int]:
         """Return the noise key of (data seed, i), or nothing."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import duckdb
 
+from trajstore.drawing import drawing_of
 from trajstore.printable import printable
 from trajstore.sql.files import copy
 from trajstore.sql.text import literal
@@ -57,7 +58,8 @@ def run_rows(experiment: StoredExperiment, slabs: Iterable[Mapping[str, Any]]) -
         "operator": experiment.operator,
         "steps": config["steps"],
     }
-    hyper = {name: value for name, value in _hyperparameters(config).items() if name not in RUNS_COLUMNS}
+    hyper = _of_own_problem(experiment) | _hyperparameters(config)
+    hyper = {name: value for name, value in hyper.items() if name not in RUNS_COLUMNS}
     return [{**shared, **slab, **hyper} for slab in slabs]
 
 
@@ -88,6 +90,15 @@ def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
         for owner, table in tables.items()
         for name, value in table.items()
     }
+
+
+def _of_own_problem(experiment: StoredExperiment) -> dict[str, Any]:
+    """Return how batches were drawn for a problem of the user's own, under the names that families use for it."""
+    if "family" in experiment.config["problem"] and "made" not in experiment.config["problem"]:
+        return {}
+    drawing = drawing_of(experiment.attributes)
+    known = {"batch_size": drawing.batch_size or None, "sampling": drawing.sampling}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
