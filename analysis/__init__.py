@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trajstore.analysis.averages import rolling_mean, time_average
 from trajstore.analysis.comparing import compare
 from trajstore.analysis.convergence import convergence
-from trajstore.analysis.distance_matrix import distance_matrix
+from trajstore.analysis.distance_matrix import DistanceMatrix, distance_matrix
 from trajstore.analysis.law import law
 from trajstore.analysis.local import local_variance_ratio
 from trajstore.analysis.parameter_variance import ParameterLevelVariance, ParameterTailVariance
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Distance",
+    "DistanceMatrix",
     "Norm",
     "ParameterLevelVariance",
     "ParameterTailVariance",

@@ -159,7 +159,7 @@ def test_noise_is_not_set_against_examples(store, tmp_path):
 @pytest.mark.parametrize(("name", "least"), [("normal", 0.92), ("Student's t, 3 degrees", 0.92), ("exponential", 0.83)])
 @pytest.mark.parametrize("seeds", [3, 5, 20])
 def test_intervals_over_seeds_hold_as_the_table_says_and_those_that_decide_are_hardly_ever_wrong(name, seeds, least):
-    low, high = effects(300, name, seeds, 0.95)
+    low, high = effects(3_000, name, seeds, 0.95)
     assert ((low <= 0) & (high >= 0)).mean() >= least
-    low, high = effects(300, name, seeds, DECIDES)
+    low, high = effects(3_000, name, seeds, DECIDES)
     assert max((high < -0.5).mean(), (low > 0.5).mean()) <= 0.02
