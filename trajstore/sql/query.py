@@ -1,6 +1,8 @@
 """A query: one SELECT (or EXPLAIN of one), on a connection that reads the index and nothing else.
 
-Its settings are locked. Where an answer is to be written as Parquet, one folder may be written as well.
+`reading` says what may be asked. The connection's settings say what can be reached: the folder of the index, no
+extensions, secrets or variables of Python; and they are locked. Where an answer is to be written as Parquet, one folder
+may be written as well.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import duckdb
 from trajstore.appearing import whole_file
 from trajstore.errors import QueryError
 from trajstore.sql.index import Index, refresh
+from trajstore.sql.reading import reading
 from trajstore.sql.text import literal
 from trajstore.sql.views import definitions
 from trajstore.store import Store
@@ -50,8 +53,12 @@ def write_answer(store: Store, query: str, file: Path, *, force: bool = False) -
 
 
 def rows_of(relation: duckdb.DuckDBPyRelation) -> list[tuple[Any, ...]]:
-    """Fetch a relation's rows; what goes wrong only then is a QueryError too."""
+    """Fetch a relation's rows, times with a zone as text; what goes wrong only then is a QueryError too."""
     try:
+        zoned = [str(kind) == "TIMESTAMP WITH TIME ZONE" for kind in relation.types]
+        if any(zoned):  # some DuckDB would need another package for them
+            columns = [f"CAST(#{n} AS VARCHAR)" if is_zoned else f"#{n}" for n, is_zoned in enumerate(zoned, start=1)]
+            relation = relation.project(", ".join(columns))
         return [tuple(row) for row in relation.fetchall()]
     except duckdb.Error as error:
         raise _wrong(error, "") from None
@@ -65,9 +72,8 @@ def _asked(store: Store, query: str, *writable: Path, tables: Tables | None = No
         connection = _confined(refresh(store, anew=True), writable)
     for name, frame in (tables or {}).items():
         connection.register(name, frame)
-    _refuse_unless_reading(query)
     try:
-        relation = connection.sql(query)
+        relation = connection.sql(reading(connection, query))
     except duckdb.Error as error:
         raise _wrong(error, query) from None
     if relation is None:
@@ -75,39 +81,35 @@ def _asked(store: Store, query: str, *writable: Path, tables: Tables | None = No
     return relation
 
 
-def _refuse_unless_reading(query: str) -> None:
-    try:
-        statements = duckdb.extract_statements(query)
-    except duckdb.Error as error:
-        raise _wrong(error, query) from None
-    if len(statements) != 1:
-        raise QueryError(f"give one statement; this has {len(statements)}")
-    kind = statements[0].type
-    if kind == duckdb.StatementType.EXPLAIN:
-        # EXPLAIN ANALYZE runs what it explains, so that has to be a SELECT as well.
-        explained = re.sub(r"(?is)^\s*explain(\s+analyze)?\b", "", statements[0].query)
-        if re.match(r"(?is)\s*\((?!\s*(select|from|with|values|\())", explained):
-            explained = re.sub(r"(?s)^\s*\([^)]*\)", "", explained)  # options, as in EXPLAIN (FORMAT json)
-        _refuse_unless_reading(explained)
-    elif kind != duckdb.StatementType.SELECT:
-        raise QueryError(f"only SELECT is possible here, not {kind.name}; a store is changed by recording")
-
-
 def _wrong(error: duckdb.Error, query: str) -> QueryError:
     text = " ".join(str(error).split("\n\nLINE")[0].split())
-    if "pytz" in text:  # DuckDB would turn such values into Python with a package that nothing else needs
-        return QueryError("a column is a TIMESTAMP WITH TIME ZONE; cast it to TIMESTAMP or VARCHAR")
+    if "pytz" in text:  # deeper in a value, they are not seen by `rows_of`
+        return QueryError("a column holds TIMESTAMP WITH TIME ZONE; cast these to TIMESTAMP or VARCHAR")
     if isinstance(error, duckdb.ParserException) and re.search(r'(?i)(?<!["\w])order(?!["\w]|\s+by\b)', query):
         text += '; order is a word of SQL: write the column as "order"'
     # What the macros of views.py raise is a sentence already.
     return QueryError(re.sub(r"^Invalid Input Error: (?=(no )?(experiment|metric|steps) )", "", text))
 
 
+_SETTINGS = {
+    "allow_community_extensions": "false",
+    "allow_persistent_secrets": "false",
+    "python_enable_replacements": "false",  # a table is never a variable of this program
+    "enable_external_access": "false",
+    "lock_configuration": "true",
+}
+"""In this order: what comes after the last of them cannot be set any more."""
+
+
 def _confined(index: Index, writable: Iterable[Path]) -> duckdb.DuckDBPyConnection:
-    folders = [index.folder, *writable]
+    folders = ", ".join(literal(str(folder)) for folder in (index.folder, *writable))
     connection = duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
     connection.execute(definitions(index))
-    connection.execute(f"SET allowed_directories = [{', '.join(literal(str(folder)) for folder in folders)}]")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
+    settings = {
+        "allowed_directories": f"[{folders}]",
+        "temp_directory": literal(str(index.folder / "spilled")),  # of sorts that need more than memory
+        **_SETTINGS,
+    }
+    for name, value in settings.items():
+        connection.execute(f"SET {name} = {value}")
     return connection

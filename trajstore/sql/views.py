@@ -39,7 +39,7 @@ def definitions_file(store: Store) -> Path:
     _ = store.root  # a clear error, if this is no store
     index = refresh(store)
     file = index.folder.absolute() / "index.sql"
-    write_text(file, f"-- trajstore {store}: duckdb -init {literal(str(file))}\n{definitions(index)}")
+    write_text(file, f"-- duckdb -init this file: the views and macros of a trajstore's index\n{definitions(index)}")
     return file
 
 
