@@ -39,37 +39,52 @@ CREATE OR REPLACE MACRO _fails(experiment, metric, steps, fewest) AS TABLE
 SELECT r.why FROM _refused(experiment, metric, steps, fewest) r
 WHERE CASE WHEN r.why IS NOT NULL THEN error(r.why)::VARCHAR END IS NOT NULL;
 
--- The steps that any slab of an experiment recorded: place counts them up, back counts them down from the last, and
--- even tells whether an adaptive grid has them at one distance as far back as the window reaches.
-CREATE OR REPLACE MACRO _grid(experiment, steps) AS TABLE
+-- The steps at which any slab of an experiment measured a metric, as the analysis in Python counts them: the last one is
+-- not among them if it comes before its time, since it is recorded on any grid. place counts them up, back counts them
+-- down, and even tells whether they have one distance as far back as the window reaches.
+CREATE OR REPLACE MACRO _grid(experiment, metric, steps) AS TABLE
 WITH
-    seen AS (SELECT DISTINCT m.step FROM metrics m WHERE m.experiment = experiment),
-    adaptive AS (
-        SELECT any_value(e.config->'record'->>'adaptive') AS "by" FROM experiments e WHERE e.experiment = experiment
-    ),
+    seen AS (SELECT DISTINCT v.step FROM _series(experiment, metric) v WHERE v.value IS NOT NULL),
     placed AS (
         SELECT
-            s.step, s.step - lag(s.step) OVER (ORDER BY s.step) AS gap,
-            row_number() OVER (ORDER BY s.step) AS place, row_number() OVER (ORDER BY s.step DESC) AS back
-        FROM seen s
+            s.step, s.step - lag(s.step) OVER by_step AS gap, row_number() OVER by_step AS place,
+            count(*) OVER () AS last
+        FROM seen s WINDOW by_step AS (ORDER BY s.step)
+    ),
+    kept AS (
+        SELECT p.*, count(*) OVER () AS there
+        FROM (SELECT q.*, lag(q.gap) OVER (ORDER BY q.step) AS gap_before FROM placed q) p
+        WHERE NOT coalesce(p.place = p.last AND p.gap < p.gap_before, false)
     )
 SELECT
-    p.step, p.place, p.back, a."by" AS adaptive,
-    a."by" IS NULL OR min(p.gap) OVER w = max(p.gap) OVER w AS even
-FROM placed p, adaptive a
-WINDOW w AS (ORDER BY p.step ROWS BETWEEN greatest(steps - 2, 0) PRECEDING AND CURRENT ROW);
+    k.step, k.place, k.there - k.place + 1 AS back,
+    coalesce(min(k.gap) OVER w = max(k.gap) OVER w, true) AS even
+FROM kept k
+WINDOW w AS (ORDER BY k.step ROWS BETWEEN greatest(steps - 2, 0) PRECEDING AND CURRENT ROW);
+
+-- Why no number is given for steps at uneven distances.
+CREATE OR REPLACE MACRO _uneven(experiment) AS TABLE
+SELECT ' are recorded at uneven distances' || coalesce(' where ' || any_value(e.config->'record'->>'adaptive')
+    || ' changes most', '') || '; record them evenly, or choose a window that is even' AS why
+FROM experiments e WHERE e.experiment = experiment;
+
+-- A variance that may be the square of a rounding error is none: even the mean of equal numbers may be off by one.
+CREATE OR REPLACE MACRO _beyond_rounding(variance, largest) AS
+CASE WHEN variance <= (4 * 2.220446049250313e-16 * largest) ** 2 THEN 0.0 ELSE variance END;
 
 -- Everything that is known of the last steps of each slab. A line is fitted by least squares to values and steps that
 -- are centred first, and values are taken relative to the first of them before that, so that a large level costs
 -- no digits.
 CREATE OR REPLACE MACRO _tail(experiment, metric, steps) AS TABLE
 WITH
-    grid AS (SELECT g.* FROM _grid(experiment, steps) g WHERE g.back <= 2 * steps),
+    grid AS (SELECT g.* FROM _grid(experiment, metric, steps) g WHERE g.back <= 2 * steps),
+    gaps AS (SELECT g.*, g.step - lag(g.step) OVER (ORDER BY g.step) AS gap FROM grid g),
     span AS (
         SELECT
             count(*) FILTER (g.back <= steps) AS steps, min(g.step) FILTER (g.back <= steps) AS from_step,
-            max(g.step) AS to_step, bool_and(g.even) FILTER (g.back = 1) AS even, any_value(g.adaptive) AS adaptive
-        FROM grid g
+            max(g.step) AS to_step, count(DISTINCT g.gap) FILTER (g.back < steps) <= 1 AS even,
+            count(DISTINCT g.gap) <= 1 AS before_even
+        FROM gaps g
     ),
     points AS (
         SELECT
@@ -96,7 +111,7 @@ WITH
             min(r.step) FILTER (r.value IS NULL) AS unmeasured_at,
             min(r.step) FILTER (r.value IS NOT NULL AND r.usable IS NULL) AS infinite_at,
             arg_max(r.usable, r.step) AS last, max(r.risen) - min(r.risen) AS diameter,
-            sum(r.x * r.x) AS xx, sum((r.risen - f.risen) ** 2) AS yy,
+            max(abs(r.usable)) AS largest, sum(r.x * r.x) AS xx, sum((r.risen - f.risen) ** 2) AS yy,
             sum((r.risen - f.risen - f.slope * r.x) ** 2) AS residual
         FROM relative r JOIN fit f ON f."order" = r."order" AND f.seed = r.seed AND f.tail = r.tail
         GROUP BY ALL
@@ -117,13 +132,19 @@ WITH
     judged AS (
         SELECT
             r."order", r.seed, s.from_step, s.to_step, t.*, u.moved, c.moved AS moved_before, j.jumps,
-            coalesce(b.usable, 0) = steps AS before_whole,
             CASE
+                WHEN coalesce(b.usable, 0) < steps
+                THEN 'not all of the ' || steps || ' steps before step ' || s.from_step || ' have a finite value'
+                WHEN NOT s.before_even
+                THEN 'the ' || steps || ' steps before step ' || s.from_step || ' are recorded at other distances'
+            END AS why_before,
+            CASE
+                WHEN s.steps = 0
+                THEN 'not measured at any recorded step'
                 WHEN s.steps < steps
-                THEN s.steps || ' steps are recorded, fewer than ' || steps
+                THEN 'measured at ' || s.steps || ' steps, fewer than ' || steps
                 WHEN NOT s.even
-                THEN 'the grid is adaptive: steps ' || s.from_step || ' to ' || s.to_step || ' are recorded where '
-                    || s.adaptive || ' changes most; record them evenly'
+                THEN 'steps ' || s.from_step || ' to ' || s.to_step || e.why
                 WHEN coalesce(t.there, 0) < steps
                 THEN 'only ' || coalesce(t.there, 0) || ' of the ' || steps || ' steps from ' || s.from_step || ' to '
                     || s.to_step || ' are recorded; finish the recording'
@@ -136,6 +157,7 @@ WITH
             END AS why
         FROM runs r
         CROSS JOIN span s
+        CROSS JOIN _uneven(experiment) e
         LEFT JOIN summed t ON t."order" = r."order" AND t.seed = r.seed AND t.tail
         LEFT JOIN summed b ON b."order" = r."order" AND b.seed = r.seed AND NOT b.tail
         LEFT JOIN moves u ON u."order" = r."order" AND u.seed = r.seed AND u.tail
@@ -144,72 +166,86 @@ WITH
         WHERE r.experiment = experiment
     )
 SELECT
-    j."order", j.seed, j.from_step, j.to_step, j.why, j.before_whole,
-    CASE WHEN j.why IS NULL THEN j.yy / (steps - 1) END AS level,
-    CASE WHEN j.why IS NULL THEN j.residual / (steps - 2) END AS detrended,
-    CASE WHEN j.why IS NULL THEN j.jumps / (steps - 2) / 2 END AS stepwise,
+    j."order", j.seed, j.from_step, j.to_step, j.why, j.why_before,
+    CASE WHEN j.why IS NULL THEN _beyond_rounding(j.yy / (steps - 1), j.largest) END AS level,
+    CASE WHEN j.why IS NULL THEN _beyond_rounding(j.residual / (steps - 2), j.largest) END AS detrended,
+    CASE WHEN j.why IS NULL THEN _beyond_rounding(j.jumps / (steps - 2) / 2, j.largest) END AS stepwise,
     CASE WHEN j.why IS NULL THEN j.last END AS last,
     CASE WHEN j.why IS NULL THEN j.diameter END AS diameter,
-    CASE WHEN j.why IS NULL AND j.before_whole THEN j.moved_before END AS moved_before,
+    CASE WHEN j.why IS NULL AND j.why_before IS NULL THEN j.moved_before END AS moved_before,
     CASE WHEN j.why IS NULL THEN j.moved END AS moved,
     CASE WHEN j.why IS NULL THEN j.slope END AS slope,
     CASE WHEN j.why IS NULL THEN j.slope / nullif(sqrt(j.residual / (steps - 2) / j.xx), 0) END AS slope_t
 FROM judged j;
 
--- Sample variance over the last steps that were recorded: descent and noise together.
+-- Sample variance over the last steps at which it was measured: descent and noise together.
 CREATE OR REPLACE MACRO level_variance(experiment, metric, steps := 100) AS TABLE
 SELECT t."order", t.seed, t.from_step, t.to_step, t.level AS variance, t.why FROM _tail(experiment, metric, steps) t
 UNION ALL SELECT NULL, NULL, NULL, NULL, NULL, f.why FROM _fails(experiment, metric, steps, 3) f;
 
--- Residual variance about a line over the last steps that were recorded, divided by their number less two.
+-- Residual variance about a line over the last steps at which it was measured, divided by their number less two.
 CREATE OR REPLACE MACRO tail_variance(experiment, metric, steps := 100) AS TABLE
 SELECT t."order", t.seed, t.from_step, t.to_step, t.detrended AS variance, t.why FROM _tail(experiment, metric, steps) t
 UNION ALL SELECT NULL, NULL, NULL, NULL, NULL, f.why FROM _fails(experiment, metric, steps, 3) f;
 
--- Half the sample variance of successive differences over the last steps that were recorded.
+-- Half the sample variance of successive differences over the last steps at which it was measured.
 CREATE OR REPLACE MACRO step_variance(experiment, metric, steps := 100) AS TABLE
 SELECT t."order", t.seed, t.from_step, t.to_step, t.stepwise AS variance, t.why FROM _tail(experiment, metric, steps) t
 UNION ALL SELECT NULL, NULL, NULL, NULL, NULL, f.why FROM _fails(experiment, metric, steps, 3) f;
 
--- What speaks for and against convergence over the last steps that were recorded. The verdict is not given here.
+-- What speaks for and against convergence over the last steps at which it was measured. The verdict is not given here.
 CREATE OR REPLACE MACRO convergence(experiment, metric, steps := 100) AS TABLE
 SELECT
     t."order", t.seed, t.from_step, t.to_step, t.last, t.diameter, t.moved_before, t.moved, t.slope, t.slope_t,
-    CASE
-        WHEN t.why IS NOT NULL THEN t.why
-        WHEN NOT t.before_whole
-        THEN 'moved_before: not all of the ' || steps || ' steps before step ' || t.from_step || ' have a finite value'
-    END AS why
+    coalesce(t.why, 'moved_before: ' || t.why_before) AS why
 FROM _tail(experiment, metric, steps) t
 UNION ALL
 SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, f.why FROM _fails(experiment, metric, steps, 3) f;
 
--- Sample variance over the steps that end at each.
+-- Residual variance about a line over the steps that end at each. It is what the line takes from the variance about the
+-- mean, so that a steep descent costs digits; where it would cost too many, there is no number. Values are taken
+-- relative to the last one, so that a large level costs none.
 CREATE OR REPLACE MACRO rolling_variance(experiment, metric, steps := 100) AS TABLE
 WITH
     points AS (
         SELECT
-            v."order", v.seed, v.step, g.place, g.even, g.adaptive, v.value,
-            CASE WHEN abs(v.value) < 1e150 THEN v.value END AS usable
-        FROM _series(experiment, metric) v JOIN _grid(experiment, steps) g ON g.step = v.step
+            v."order", v.seed, v.step, g.place, g.even, v.value,
+            CASE WHEN abs(v.value) < 1e150 THEN v.value END AS usable,
+            CASE WHEN abs(v.value) < 1e150 THEN v.value END
+                - arg_max(v.value, v.step) FILTER (abs(v.value) < 1e150) OVER (PARTITION BY v."order", v.seed) AS risen
+        FROM _series(experiment, metric) v LEFT JOIN _grid(experiment, metric, steps) g ON g.step = v.step
     ),
-    rolled AS (
+    summed AS (
         SELECT
-            p."order", p.seed, p.step, p.place, p.even, p.adaptive, var_samp(p.usable) OVER w AS variance,
-            count(p.value) OVER w AS measured, count(p.usable) OVER w AS usable,
+            p.*, steps * var_pop(p.risen) OVER w AS yy, steps * covar_pop(p.risen, p.place) OVER w AS xy,
+            max(abs(p.usable)) OVER w AS largest, count(p.usable) OVER w AS whole,
             p.place - lag(p.place, steps - 1) OVER (PARTITION BY p."order", p.seed ORDER BY p.step) AS reach
-        FROM points p
+        FROM points p WHERE p.place IS NOT NULL
         WINDOW w AS (PARTITION BY p."order", p.seed ORDER BY p.step ROWS BETWEEN steps - 1 PRECEDING AND CURRENT ROW)
     ),
+    fit AS (
+        SELECT s.*, greatest(s.yy - s.xy * s.xy * 12 / (steps * (steps * steps - 1.0)), 0) AS residual FROM summed s
+    ),
     judged AS (
-        SELECT r.*, CASE
-            WHEN r.place < steps THEN r.place || ' steps are recorded up to here, fewer than ' || steps
-            WHEN r.reach IS NULL OR r.reach > steps - 1 THEN 'steps before this one are missing; finish the recording'
-            WHEN NOT r.even THEN 'the grid is adaptive: steps are recorded where ' || r.adaptive || ' changes most'
-            WHEN r.measured < steps THEN 'not measured at ' || (steps - r.measured) || ' of the steps'
-            WHEN r.usable < steps THEN 'not finite, or too large to square, at ' || (steps - r.usable) || ' of the steps'
+        SELECT f."order", f.seed, f.step, _beyond_rounding(f.residual / (steps - 2), f.largest) AS variance, CASE
+            WHEN f.value IS NULL THEN 'not measured at this step'
+            WHEN f.place < steps THEN 'measured at ' || f.place || ' steps up to here, fewer than ' || steps
+            WHEN f.reach IS NULL OR f.reach > steps - 1
+            THEN 'steps before this one are missing; finish the recording'
+            WHEN NOT f.even THEN 'the ' || steps || ' steps up to here' || e.why
+            WHEN f.whole < steps
+            THEN 'not measured, not finite, or too large to square at ' || (steps - f.whole) || ' of the steps'
+            WHEN f.residual < 1e-10 * f.yy
+            THEN 'a line leaves less than 1e-10 of the variance: too few digits here; ask analysis.rolling_variance'
         END AS why
-        FROM rolled r
+        FROM fit f CROSS JOIN _uneven(experiment) e
     )
 SELECT j."order", j.seed, j.step, CASE WHEN j.why IS NULL THEN j.variance END AS variance, j.why FROM judged j
-UNION ALL SELECT NULL, NULL, NULL, NULL, f.why FROM _fails(experiment, metric, steps, 2) f;
+UNION ALL
+SELECT
+    p."order", p.seed, p.step, NULL, CASE
+        WHEN p.value IS NULL THEN 'not measured at this step'
+        ELSE 'this last step comes before its time: it is not on the grid of the others'
+    END
+FROM points p WHERE p.place IS NULL
+UNION ALL SELECT NULL, NULL, NULL, NULL, f.why FROM _fails(experiment, metric, steps, 3) f;
