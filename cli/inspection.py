@@ -29,7 +29,7 @@ def ls(store: StorePath, json: JSON = False) -> None:
     for name in opened:
         try:
             experiment = opened[name]
-            complete = experiment.complete(experiment.commits())
+            progress = experiment.progress()
         except FormatError as error:  # the others can be read all the same
             damaged.append(error)
             continue
@@ -40,9 +40,9 @@ def ls(store: StorePath, json: JSON = False) -> None:
                 "operator": experiment.operator,
                 "orders": list(experiment.schema.orders),
                 "seeds": len(experiment.schema.seeds),
-                "steps": experiment.schema.steps,
-                "slabs": int(complete.size),
-                "complete": int(complete.sum()),
+                "steps": progress.steps,
+                "slabs": int(progress.complete.size),
+                "complete": int(progress.complete.sum()),
                 "bytes": experiment.bytes_on_disk(),
             }
         )
@@ -70,12 +70,14 @@ def info(
         ls(store, json)
         return
     experiment = ts.open(store)[exp]
-    slabs, schema = experiment.slabs(), experiment.schema
-    raw = int(experiment.commits().snapshots.sum()) * schema.layout.row_bytes
+    slabs, schema, commits = experiment.slabs(), experiment.schema, experiment.commits()
+    progress = experiment.progress(commits)
+    raw = int(commits.snapshots.sum()) * schema.layout.row_bytes
     if json:
         print_json(
             {
                 **experiment.attributes,
+                "steps": progress.steps,
                 "slabs": [vars(s) for s in slabs],
                 "bytes": experiment.bytes_on_disk(),
                 "raw_bytes": raw,
@@ -88,7 +90,7 @@ def info(
         ("experiment", f"{experiment.name}   {experiment.attributes['config_digest']}"),
         ("problem", _one_line(config["problem"])),
         ("operator", _one_line(config["operator"])),
-        ("steps", f"{schema.steps}, states stored at {_stored_where(experiment)}"),
+        ("steps", f"{progress.steps}, states stored at {_stored_where(experiment)}"),
         ("parameters", f"{layout.parameters:,} ({layout.dtype})"),
         *(("metric", f"{name}: {schema.about(name)}") for name in (*schema.metrics, *schema.late)),
         (

@@ -16,7 +16,7 @@ from xarray.backends import BackendArray
 
 from trajstore import accessor as accessor  # registers `ds.traj`
 from trajstore.measures import training_mark
-from trajstore.storage.schema import ArraySpec, late_records
+from trajstore.storage.schema import ArraySpec, Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
 from trajstore.unpromised import GoneError
@@ -57,12 +57,14 @@ def datatree(store: Store) -> xr.DataTree:
 
 def opened(experiment: StoredExperiment) -> xr.Dataset:
     """Return an experiment as a Dataset that reads what is asked for, when it is asked for, without dask."""
-    schema = experiment.schema
     # Read the records first and the data after: what they vouch for is then on disk.
     commits, late = experiment.commits(), experiment.late()
+    schema = experiment.schema.until(experiment.progress(commits).steps)
+    length, places = schema.steps + 1, len(schema.snapshots)
+    late = {name: (known[..., :length], values[..., :length]) for name, (known, values) in late.items()}
     masks = {
-        "recorded": (("order", "seed", "step"), commits.steps),
-        "stored": (("order", "seed", "snapshot"), commits.snapshots),
+        "recorded": (("order", "seed", "step"), commits.steps[..., :length]),
+        "stored": (("order", "seed", "snapshot"), commits.snapshots[..., :places]),
     }
     hidden = {"committed", *map(late_records, late)}
     variables = {}
@@ -71,8 +73,9 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
             continue
         mask = (("order", "seed", "step"), late[spec.name][0]) if spec.name in late else None
         mask = mask or next((mask for mask in masks.values() if {*mask[0]} <= {*spec.dims}), None)
-        encoding = {"preferred_chunks": _chunks(experiment, spec)}
-        source, attributes = _Committed.of(experiment, spec, mask), dict(array_of(experiment.group, spec.name).attrs)
+        encoding = {"preferred_chunks": _chunks(schema, spec)}
+        source = _Committed.of(experiment, schema, spec, mask)
+        attributes = dict(array_of(experiment.group, spec.name).attrs)
         if f"{spec.name}_samples" in late:  # computed afterwards
             attributes["mode"] = "train" if training_mark(spec.name) in late else "eval"
         if spec.name == "measured" and late and len(schema.metrics) < _BITS:
@@ -111,9 +114,9 @@ def _with_late(
     return replace(measured, added=np.asarray(bits)), {**attributes, **flags}
 
 
-def _chunks(experiment: StoredExperiment, spec: ArraySpec) -> Mapping[str, int]:
+def _chunks(schema: Schema, spec: ArraySpec) -> Mapping[str, int]:
     """Return tasks of whole chunks, several where they are small: one task a chunk would drown in tasks."""
-    schema, lengths = experiment.schema, experiment.schema.lengths()
+    lengths = schema.lengths()
     chunks = dict(zip(spec.dims, spec.chunks, strict=True))
     if spec.kind == "params":
         task = _TASK_BYTES // (schema.snapshots_per_segment * np.dtype(spec.dtype).itemsize)
@@ -123,7 +126,8 @@ def _chunks(experiment: StoredExperiment, spec: ArraySpec) -> Mapping[str, int]:
 
 @dataclass(frozen=True)
 class _Committed(BackendArray):
-    """An array as far as it counts. It may be longer on disk: while an experiment grows, some are before others."""
+    """An array as far as it counts. It may be longer on disk: while an experiment grows, some are before others, and a
+    training loop has room for more steps than it takes."""
 
     source: Any
     shape: tuple[int, ...]
@@ -136,9 +140,13 @@ class _Committed(BackendArray):
 
     @classmethod
     def of(
-        cls, experiment: StoredExperiment, spec: ArraySpec, mask: tuple[tuple[str, ...], NDArray[np.bool_]] | None
+        cls,
+        experiment: StoredExperiment,
+        schema: Schema,
+        spec: ArraySpec,
+        mask: tuple[tuple[str, ...], NDArray[np.bool_]] | None,
     ) -> _Committed:
-        array, schema = experiment.array(spec), experiment.schema
+        array = experiment.array(spec)
         source: Any = States.of(experiment.store.place, array, schema.codec) if spec.kind == "params" else array
         lengths = schema.lengths()
         there = None

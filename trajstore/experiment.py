@@ -21,7 +21,7 @@ import torch
 from trajstore.configuration import check_fields, completed, defaults, describe, merge
 from trajstore.engine.refining import Wanted
 from trajstore.errors import ConfigurationError, choices
-from trajstore.grids import coarse, every, exactly, log_then_every
+from trajstore.grids import coarse, exactly, planned
 from trajstore.operators import Operator
 from trajstore.operators.sgd import is_plain
 from trajstore.orders import Order
@@ -165,15 +165,8 @@ class Experiment:
     @cached_property
     def grid(self) -> tuple[int, ...]:
         """The recorded steps; those that may be, where the grid is adaptive."""
-        return tuple(sorted({*self._planned, *self.stops})) if self.stops else self._planned
-
-    @cached_property
-    def _planned(self) -> tuple[int, ...]:
-        if self.record.steps is not None:
-            return exactly(self.record.steps, self.steps)
-        if self.record.log_until is not None:
-            return log_then_every(self.record.log_until, self.record.every, self.steps)
-        return every(self.record.every, self.steps)
+        record = self.record
+        return planned(self.steps, record.steps, record.log_until, record.every, self.stops)
 
     @cached_property
     def asked(self) -> tuple[int, ...]:

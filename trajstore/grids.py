@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-__all__ = ["coarse", "every", "exactly", "log_then_every"]
+__all__ = ["coarse", "every", "exactly", "log_then_every", "planned"]
 
 
 def exactly(wanted: Iterable[int], steps: int) -> tuple[int, ...]:
@@ -30,6 +30,17 @@ def log_then_every(until: int, k: int, steps: int, per_decade: int = 10) -> tupl
     last = min(until, steps)
     points = {round(10 ** (j / per_decade)) for j in range(per_decade * len(str(last)) + 1)}
     return exactly({n for n in points if n <= last} | {n for n in range(0, steps + 1, k) if n > last}, steps)
+
+
+def planned(
+    steps: int, listed: Iterable[int] | None, log_until: int | None, k: int, stops: Iterable[int] = ()
+) -> tuple[int, ...]:
+    """Return the grid of an experiment: the steps that are listed, or else every k-th, and the ends of earlier runs."""
+    if listed is not None:
+        grid = exactly(listed, steps)
+    else:
+        grid = every(k, steps) if log_until is None else log_then_every(log_until, k, steps)
+    return exactly({*grid, *stops}, steps) if stops else grid
 
 
 def coarse(grid: Sequence[int], turns: Iterable[int], parts: int = 8) -> tuple[int, ...]:

@@ -25,11 +25,11 @@ from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
-from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign
+from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_foreign
 
 __all__ = ["Merged", "merge", "remove"]
 
-_GROWING = ("orders", "seeds", "steps", "stops")
+_GROWING = ("orders", "seeds", "steps", "stops", DECLARED)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, A
         late=tuple(dict.fromkeys((*a.late, *b.late))),
     )
     sizes = {"orders": list(schema.orders), "seeds": list(schema.seeds), "steps": schema.steps}
+    declared = max(e.config.get(DECLARED) or 0 for e in (here, there))
+    sizes |= {DECLARED: declared} if declared else {}
     stops = sorted({*here.config["stops"], *there.config["stops"]})
     return {**here.config, **sizes, "stops": stops}, schema
 

@@ -53,7 +53,7 @@ from trajstore.storage.schema import Schema, check_metric_names, segment_length
 from trajstore.storage.segment import Observation
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import COMMIT_SECONDS, COMMIT_STEPS, Ledger, SlabWriter
-from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign
+from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_foreign
 from trajstore.watching import Watched, random_state
 
 __all__ = ["Recorder", "record"]
@@ -90,7 +90,8 @@ def record(
     `every(k)`, `log_then_every(k)`, `window(a, b)` or a combination by ``|`` and ``&``), `layers` which tensors, as
     globs of their names, `dtype` to what precision, `optimizer_state` whether with the optimizer's memory. Norms,
     distances, and a sketch of all parameters are recorded at every step. `config` holds hyperparameters to find the
-    run by. `steps` is how many there will be, if that is known; a recording can be longer.
+    run by. `steps` is how many there will be, if that is known; a recording can be longer. Without it, the recording
+    ends wherever the loop does.
 
     With ``resume=True`` a slab (an order and a seed of an experiment) that was begun goes on: the model, the
     `optimizer`, whatever `also` names (a scheduler, say) and the random generators are put back to where they were at
@@ -439,15 +440,17 @@ class Recorder:
             schema = self._merged(None if stored is None else stored.schema, steps, metrics, late)
             check_metric_names(schema)
             sizes = {"steps": schema.steps, "orders": list(schema.orders), "seeds": list(schema.seeds)}
+            declared = max(stored.config.get(DECLARED) or 0 if stored else 0, self._asked or 0)
+            sizes |= {DECLARED: declared} if declared else {}
             config = {**self._table, **sizes}
             if stored is None:
                 self._group = declare(root, name, schema, config, [])
                 return schema
-            found = differences({k: v for k, v in stored.config.items() if k not in sizes}, self._table)
+            found = differences({k: v for k, v in stored.config.items() if k not in (*sizes, DECLARED)}, self._table)
             found += _different(stored.schema.layout, self._watched.layout())
             refuse_differences(name, found)
             self._group = zarr.open_group(root.store, path=name, mode="r+", zarr_format=3)
-            if schema != stored.schema:
+            if schema != stored.schema or config.get(DECLARED) != stored.config.get(DECLARED):
                 grow(self._group, schema, config, [])
             return schema
 

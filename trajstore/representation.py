@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trajstore.errors import FormatError
 from trajstore.printable import printable
 from trajstore.units import human_bytes
@@ -34,6 +31,7 @@ class _Told:
     seeds: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     """Of each order: steps committed, a seed each."""
+    steps: str
     complete: str
     size: str
 
@@ -41,9 +39,9 @@ class _Told:
     def of(cls, experiment: StoredExperiment) -> _Told:
         """Read what is committed now."""
         schema, commits = experiment.schema, experiment.commits()
-        complete = experiment.complete(commits)
+        progress = experiment.progress(commits)
+        complete = progress.complete
         shown = _shown(len(schema.seeds))
-        counts: NDArray[np.int64] = commits.steps.sum(axis=-1)
         raw = int(commits.snapshots.sum()) * schema.layout.row_bytes
         files = experiment.store.place.files(experiment.name)
         states = sum(size for key, size in files if key.startswith(f"{experiment.name}/params/c/"))
@@ -54,24 +52,21 @@ class _Told:
                 ("problem", experiment.problem),
                 ("operator", experiment.operator),
                 ("parameters", f"{schema.parameters:,}, states of {layout.size('params'):,} {layout.dtype}"),
-                ("steps", f"0 to {schema.steps}, {len(schema.snapshots):,} places for states"),
+                ("steps", f"0 to {progress.steps}, {progress.places:,} places for states"),
             ),
             tuple("…" if k is None else f"seed {schema.seeds[k]}" for k in shown),
             tuple(
                 (
                     order,
-                    tuple("…" if k is None else _progress(counts[i, k], schema.steps, complete[i, k]) for k in shown),
+                    tuple("…" if k is None else progress.of(i, k) for k in shown),
                 )
                 for i, order in enumerate(schema.orders)
             ),
+            f"{progress.steps:,}",
             f"{complete.sum()} of {complete.size} slabs complete",
             f"{human_bytes(sum(size for _, size in files))} on disk, of which states {human_bytes(states)} "
             f"for {human_bytes(raw)} raw{ratio}",
         )
-
-
-def _progress(count: int, steps: int, complete: bool) -> str:
-    return f"{count:,} of {steps + 1:,}" + ("" if complete else ", not complete")
 
 
 def _shown(seeds: int) -> list[int | None]:
@@ -117,7 +112,7 @@ def _of_store(store: Store) -> tuple[list[str], list[list[str]]]:
             rows.append([name, "damaged", "", "", "", ""])
             continue
         orders, seeds = ", ".join(schema.orders), str(len(schema.seeds))
-        rows.append([name, orders, seeds, f"{schema.steps:,}", told.complete, told.size])
+        rows.append([name, orders, seeds, told.steps, told.complete, told.size])
     return columns, rows
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,7 @@ from trajstore.errors import (
     damage_told,
     slab_named,
 )
+from trajstore.grids import planned
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_folder, slab_lock
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 __all__ = [
+    "DECLARED",
+    "Progress",
     "SlabStatus",
     "Store",
     "StoredExperiment",
@@ -91,6 +94,32 @@ def open_root(path: str | Path | Place, durability: Durability = "segment") -> z
 
 
 Standing = Literal["nothing", "foreign", "half declared", "experiment", "damaged"]
+
+
+DECLARED = "declared_steps"
+"""Of a training loop's configuration: how many steps there will be, as it said. Its `steps` are room for more."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an experiment goes, and how much of it there is. Everything that shows a count asks for this."""
+
+    steps: int
+    """The last step: as declared, and of a training loop the last one that is committed in any slab."""
+    places: int
+    """How many of the steps up to there have a place for a state."""
+    recorded: NDArray[np.int64]
+    """(order, seed): how many steps are committed."""
+    wanted: NDArray[np.int64]
+    """(order, seed): how many were to be recorded; −1 where that is not known before the end."""
+    complete: NDArray[np.bool_]
+    """(order, seed)"""
+
+    def of(self, i: int, k: int) -> str:
+        """Say how far a slab is."""
+        recorded, wanted = int(self.recorded[i, k]), int(self.wanted[i, k])
+        counts = f"{recorded:,}" if wanted < 0 else f"{recorded:,} of {wanted:,}"
+        return counts if self.complete[i, k] else f"{counts}, not complete"
 
 
 @dataclass(frozen=True)
@@ -259,6 +288,31 @@ class StoredExperiment:
             finished[i, k] = came and bool((commits.records[i, k][: schema.segment_of(step), 0] >= 0).all())
         return finished
 
+    def progress(self, commits: Commits | None = None) -> Progress:
+        """Tell how far the experiment is, by its commit records as they are now."""
+        commits = commits or self.commits()
+        steps, complete = self.ends_at(commits.last_step.ravel().tolist()), self.complete(commits)
+        recorded = commits.steps.sum(axis=-1)
+        wanted = np.full_like(recorded, -1)
+        config, record = self.config, self.config["record"]
+        if self.schema.made_by == "loop" and config.get(DECLARED):
+            wanted[recorded == commits.last_step + 1] = steps + 1  # it records every step, so far
+        elif self.schema.made_by == "problem" and record.get("adaptive") is None:
+            listed = (record.get("steps"), record.get("log_until"), record.get("every", 1))
+            wanted[:] = len(planned(steps, *listed, stops=config.get("stops", ())))
+        places = sum(step <= steps for step in self.schema.snapshots)
+        return Progress(steps, places, recorded, np.where(complete, recorded, wanted), complete)
+
+    def ends_at(self, committed: Iterable[int]) -> int:
+        """Return the last step: as declared, and of a training loop at least the last one that is committed.
+
+        `committed` is the last committed step of each slab, −1 for none. A loop that did not say how long it will be
+        has room for more steps than it takes.
+        """
+        if self.schema.made_by != "loop":
+            return self.schema.steps
+        return max(0, self.config.get(DECLARED) or 0, *committed)
+
     def ended(self) -> set[tuple[str, int]] | None:
         """Return the slabs whose loop or import came to its end; None where a number of steps decides instead."""
         if self.schema.made_by == "problem":
@@ -347,7 +401,9 @@ class StoredExperiment:
         commits = self.commits()
         there = np.array(schema.snapshots)[commits.snapshots[i, k]].tolist()
         if step not in there:
-            raise NotFoundError(f"{at}: {self._why_not(step, there, complete=bool(commits.complete[i, k]))}")
+            complete = bool(self.complete(commits)[i, k])
+            ends = self.ends_at(commits.last_step.ravel().tolist())
+            raise NotFoundError(f"{at}: {self._why_not(step, there, ends, complete=complete)}")
         s = schema.snapshots.index(step)
         arrays = {spec.name: spec for spec in schema.arrays()}
         params, counters = self.array(arrays["params"]), self.array(arrays["counters"])
@@ -355,7 +411,7 @@ class StoredExperiment:
             states = States.of(self.store.place, params, schema.codec)
             return states[i, k, :, s], np.asarray(counters[i, k, :, s]).astype(np.int64)
 
-    def _why_not(self, step: int, there: Sequence[int], complete: bool) -> str:
+    def _why_not(self, step: int, there: Sequence[int], ends: int, complete: bool) -> str:
         """Say why there is no state of a step in a slab that has some others, and what to do."""
 
         def nearest(steps: Sequence[int]) -> int:
@@ -365,7 +421,8 @@ class StoredExperiment:
             how = self.go_on if step > there[-1] else "for others, import everything again under another name"
             return f"step {step} was not imported; the nearest that was is step {nearest(there)}; {how}"
         if self.schema.made_by != "import" and step not in self.schema.snapshots:
-            return f"no state is stored for step {step}; the nearest is step {nearest(self.schema.snapshots)}"
+            places = [place for place in self.schema.snapshots if place <= ends]
+            return f"no state is stored for step {step}; the nearest is step {nearest(places)}"
         if complete:
             return f"step {step} was not computed; the nearest that was is step {nearest(there)}"
         return f"step {step} is not recorded yet; {self.go_on}"

@@ -248,10 +248,14 @@ def _gone(connection: duckdb.DuckDBPyConnection, source: str, columns: Sequence[
 
 def _tables(catalog: _Catalog, experiments: Mapping[str, StoredExperiment]) -> None:
     """Write experiments and runs, where they are others now."""
-    runs = [row for experiment in experiments.values() for row in run_rows(experiment, _runs(catalog, experiment))]
+    ends = {
+        name: experiment.ends_at([slab.last_step for slab in catalog.slabs.values() if slab.experiment == name])
+        for name, experiment in experiments.items()
+    }
+    runs = [row for name, e in experiments.items() for row in run_rows(e, ends[name], _runs(catalog, e))]
     made = set(catalog.tables.values())
     for table, rows, columns in (
-        ("experiments", [experiment_row(experiment) for experiment in experiments.values()], EXPERIMENTS_COLUMNS),
+        ("experiments", [experiment_row(e, ends[name]) for name, e in experiments.items()], EXPERIMENTS_COLUMNS),
         ("runs", runs, RUNS_COLUMNS),
     ):
         stamp = hashlib.sha256(json.dumps([_VERSION, rows]).encode()).hexdigest()[:32]

@@ -32,14 +32,14 @@ RUNS_COLUMNS = {
 """What `runs` has beside a column a hyperparameter."""
 
 
-def experiment_row(experiment: StoredExperiment) -> dict[str, Any]:
-    """Return the row of an experiment."""
+def experiment_row(experiment: StoredExperiment, steps: int) -> dict[str, Any]:
+    """Return the row of an experiment, which has so many steps."""
     config, schema = experiment.config, experiment.schema
     return {
         "experiment": experiment.name,
         "problem": experiment.problem,
         "operator": experiment.operator,
-        "steps": config["steps"],
+        "steps": steps,
         "orders": config["orders"],
         "seeds": config["seeds"],
         "metrics": [*schema.metrics, *schema.late],
@@ -49,14 +49,14 @@ def experiment_row(experiment: StoredExperiment) -> dict[str, Any]:
     }
 
 
-def run_rows(experiment: StoredExperiment, slabs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of an experiment's slabs."""
+def run_rows(experiment: StoredExperiment, steps: int, slabs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the slabs of an experiment, which has so many steps."""
     config = experiment.config
     shared = {
         "experiment": experiment.name,
         "problem": experiment.problem,
         "operator": experiment.operator,
-        "steps": config["steps"],
+        "steps": steps,
     }
     hyper = _of_own_problem(experiment) | _hyperparameters(config)
     hyper = {name: value for name, value in hyper.items() if name not in RUNS_COLUMNS}

@@ -86,6 +86,10 @@ class Schema:
     made_by: MadeBy = "problem"
     """What made the iterates, as the configuration says; descriptions of metrics depend on it."""
 
+    def until(self, last: int) -> Schema:
+        """Return what of it lies up to a step."""
+        return replace(self, steps=last, snapshots=tuple(step for step in self.snapshots if step <= last))
+
     @property
     def segments(self) -> int:
         """How many segments a slab has."""
