@@ -107,16 +107,19 @@ def _explained(query: str) -> duckdb.Statement:
 
 def _refuse_parts(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> None:
     """Refuse a SELECT that has parts which are not known to read."""
-    own = "SELECT function_name FROM duckdb_functions() WHERE function_type = 'table_macro' AND NOT internal"
-    macros = sorted({str(name) for (name,) in connection.execute(own).fetchall()})
+    functions = set()
     for kind, expression, function, error, of, owner in connection.execute(_TREE, [statement.query]).fetchall():
         if error is not None:
             raise QueryError(f"this cannot be asked here: {error}")
-        if owner == "TABLE_FUNCTION" and of == "function" and function.lower() not in (*_FUNCTIONS, *macros):
-            public = [name for name in macros if not name.startswith("_")]
-            raise QueryError(f"table function {function!r} cannot be used here; {choices(function, public)}")
-        if kind is not None and not expression and not (
-            kind in _QUERIES or kind in _SOURCES or kind in _ORDERS or kind.endswith(_ENDS)
-        ):  # fmt: skip
+        if owner == "TABLE_FUNCTION" and of == "function":
+            functions.add(str(function).lower())
+        known = kind is None or kind in (*_QUERIES, *_SOURCES, *_ORDERS) or kind.endswith(_ENDS)
+        if not expression and not known:
             what = kind.removesuffix("_NODE").removesuffix("_QUERY")
             raise QueryError(f"only SELECT is possible here, not {what}; a store is changed by recording")
+    if others := functions - _FUNCTIONS:
+        own = "SELECT function_name FROM duckdb_functions() WHERE function_type = 'table_macro' AND NOT internal"
+        macros = {str(name) for (name,) in connection.execute(own).fetchall()}
+        for function in sorted(others - macros):
+            public = [name for name in macros if not name.startswith("_")]
+            raise QueryError(f"table function {function!r} cannot be used here; {choices(function, public)}")
