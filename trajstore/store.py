@@ -297,7 +297,7 @@ class StoredExperiment:
         config, record = self.config, self.config["record"]
         if self.schema.made_by == "loop" and config.get(DECLARED):
             wanted[recorded == commits.last_step + 1] = steps + 1  # it records every step, so far
-        elif self.schema.made_by == "problem" and record.get("adaptive") is None:
+        elif self.schema.made_by == "problem" and record.get("adaptive") is None and not complete.all():
             listed = (record.get("steps"), record.get("log_until"), record.get("every", 1))
             wanted[:] = len(planned(steps, *listed, stops=config.get("stops", ())))
         places = sum(step <= steps for step in self.schema.snapshots)
@@ -311,7 +311,7 @@ class StoredExperiment:
         """
         if self.schema.made_by != "loop":
             return self.schema.steps
-        return max(0, self.config.get(DECLARED) or 0, *committed)
+        return min(self.schema.steps, max(0, self.config.get(DECLARED) or 0, *committed))
 
     def ended(self) -> set[tuple[str, int]] | None:
         """Return the slabs whose loop or import came to its end; None where a number of steps decides instead."""

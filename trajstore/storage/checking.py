@@ -276,7 +276,7 @@ _CONFIG = _table(
         "name": _that(is_name, "the name of an experiment"), "problem": _TABLE, "operator": _TABLE, "steps": _COUNT,
         "orders": _list(_LABEL), "seeds": _list(_whole(0, _SEED)), "record": _RECORD,
     },
-    {"init_seed": _or_none(_whole(0, _SEED)), "stops": _list(_COUNT)},
+    {"init_seed": _or_none(_whole(0, _SEED)), "stops": _list(_COUNT), "declared_steps": _or_none(_COUNT)},
 )  # fmt: skip
 
 _ATTRIBUTES = _table(
