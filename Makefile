@@ -12,7 +12,7 @@ FITS := from importlib.metadata import version as v; \
 	print("--system-site-packages" * (fits("torch", 2, 9) and fits("torchvision", 0, 24)))
 SITE = $(shell $(PYTHON) -c '$(FITS)' 2>/dev/null)
 
-.PHONY: demo test lowest slow torture check lint types docs notebooks clean
+.PHONY: demo test lowest slow engines torture check lint types docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/trajstore demo
@@ -35,6 +35,10 @@ $(OLD)/.installed: pyproject.toml tests/lowest.py
 # Executes the notebooks, and compares what they say with what is committed.
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+# Every operator on every problem, compiled, against the reference: an hour or so.
+engines: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m engines tests/engine
 
 # Kills, failing disks, power cuts, writers that lost their lock, and every byte flipped: some hours.
 torture: $(VENV)/.installed-test

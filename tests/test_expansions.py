@@ -18,9 +18,10 @@ import trajstore as ts
 from tests.conftest import stop_after
 from trajstore.engine import Work, bracket
 from trajstore.engine.compilers import missing_for_compiling
-from trajstore.engine.compiling import compiled
+from trajstore.engine.compiling import Compiled
 from trajstore.engine.reference import ReferenceEngine, gradient_of
-from trajstore.engine.wavefront import WavefrontEngine, eager, tick_of
+from trajstore.engine.ticks import Eager, step_of
+from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.errors import ConfigurationError
 from trajstore.operators.order_mean import OrderMean
 from trajstore.operators.order_regularized import OrderRegularized
@@ -205,7 +206,7 @@ def ends(engine):
 def every_engine_agrees(operator, advance_of):
     net = Net(7, 1, batch_size=24)
     problem = replace(net.problem, batch_size=6).build(torch.device("cpu"))
-    wave = WavefrontEngine(problem, operator, [(0, 0)], 3, advance_of(tick_of(problem, operator, 3)))
+    wave = WavefrontEngine(problem, operator, [(0, 0)], 3, advance_of(step_of(problem, operator, 3)))
     for plain, waved in zip(ends(ReferenceEngine(problem, operator, [(0, 0)])), ends(wave), strict=True):
         assert gap(plain.params, waved.params) < 1e-13
         assert int(waved.position) == 4
@@ -213,12 +214,12 @@ def every_engine_agrees(operator, advance_of):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_engine_computes_them(name):
-    every_engine_agrees(OPERATORS[name], eager)
+    every_engine_agrees(OPERATORS[name], Eager)
 
 
 @pytest.mark.skipif(bool(missing_for_compiling()), reason="there is no compiler")
 def test_products_with_hessians_can_be_compiled():
-    every_engine_agrees(OPERATORS["regularized"], compiled)
+    every_engine_agrees(OPERATORS["regularized"], Compiled)
 
 
 def recorded(tmp_path, problem, lr, orders, steps=6, engine="reference", **more):

@@ -19,6 +19,7 @@
     └── StatisticError (ValueError)         too little data for the number that was asked for
 
     SlowPlanWarning (UserWarning)           a recording runs slower than it could, and why
+    └── RefusedWarning                      a fast way gave something else than its definition, and is not used
     ResumedWarning (UserWarning)            a training loop goes on, and its batches are its own affair
 
 Those with a star may come after some of the work was done, and end the program with exit code 1. The others refuse a
@@ -47,6 +48,7 @@ __all__ = [
     "NotFoundError",
     "OrderError",
     "QueryError",
+    "RefusedWarning",
     "ResumedWarning",
     "SlowPlanWarning",
     "StatisticError",
@@ -149,6 +151,10 @@ class ResumedWarning(UserWarning):
 
 class SlowPlanWarning(UserWarning):
     """A recording runs slower than it could; the message says what is missing."""
+
+
+class RefusedWarning(SlowPlanWarning):
+    """A fast way to compute gave something else than its definition: it is not used, and the message says which."""
 
 
 _OF_DAMAGE: tuple[type[Exception], ...] = (

@@ -24,20 +24,21 @@ def noted(
 ) -> Iterator[dict[str, float]]:
     """Write down who records these slabs, given as order and seed, before and after; takes what it spent.
 
-    With `when_stopped`, what `where` has come to say is written down also if it does not come to its end.
+    Afterwards it is written down as `where` has come to be; with `when_stopped` also if it does not come to its end,
+    and otherwise then only where something else is in it.
     """
-    named = [[order, seed] for order, seed in slabs]
-    fill = {"id": uuid.uuid4().hex, "slabs": named, "began": now(), "ended": None, **where}
-    _note(stored, fill)
+    named, before = [[order, seed] for order, seed in slabs], dict(where)
+    fill = {"id": uuid.uuid4().hex, "slabs": named, "began": now(), "ended": None}
+    _note(stored, fill | where)
     spent: dict[str, float] = {}
     try:
         yield spent
     except BaseException:
-        if when_stopped:
+        if when_stopped or where != before:
             with suppress(Exception):  # the first error is the one that matters
-                _note(stored, fill)
+                _note(stored, fill | where)
         raise
-    _note(stored, fill | {"ended": now(), "seconds": {what: round(s, 3) for what, s in spent.items()}})
+    _note(stored, fill | where | {"ended": now(), "seconds": {what: round(s, 3) for what, s in spent.items()}})
 
 
 def _note(stored: StoredExperiment, fill: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trajstore.configuration import completed, differences
 from trajstore.engine.reference import gradient_of
-from trajstore.engine.wavefront import functional_gradient
+from trajstore.engine.ticks import functional_gradient
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError
 from trajstore.experiment import Experiment
 from trajstore.measures import maker_of

@@ -16,13 +16,13 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.configuration import differences, refuse_differences
+from trajstore.configuration import describe, differences, refuse_differences
 from trajstore.distributing import Job, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
-from trajstore.engine.plan import EngineChoice, Plan, ready
+from trajstore.engine.plan import EngineChoice, Plan, followed, ready
 from trajstore.engine.walk import Slab, applications
-from trajstore.errors import ConfigurationError, ConflictError, SlowPlanWarning
+from trajstore.errors import ConfigurationError, ConflictError, RefusedWarning, SlowPlanWarning
 from trajstore.experiment import Experiment, of_today
 from trajstore.filling import fill_here, ledgers_of
 from trajstore.fills import noted
@@ -113,20 +113,29 @@ def run(
     def named(slabs: Sequence[Slab]) -> list[tuple[str, int]]:
         return [(str(order), experiment.seeds[position]) for order, position in slabs]
 
+    origin = {"plan": plan.to_json(), **provenance(where), **digest_of(live)}
+
+    def follow(really: Plan, refused: bool) -> None:
+        """Tell that it will take longer, and why, and have it written down."""
+        origin["plan"] = replace(really, workers=plan.workers, threads=plan.threads).to_json()
+        what = f"{_short(experiment.operator)} on {_short(experiment.problem)}: " if refused else ""
+        told = f"experiment {experiment.name!r}: {what}{really}"
+        warnings.warn(told, RefusedWarning if refused else SlowPlanWarning, stacklevel=3)
+
     if scheduler is not None or plan.workers:
-        origin = {"plan": plan.to_json(), **provenance(where), **digest_of(live)}
         job = Job(uuid.uuid4().hex, experiment, store.place.address, durability, replace(plan, threads=1), where.type)
         on_workers = connected_to(scheduler) if scheduler else connected(plan.workers)
         with noted(stored, named([slab for slabs in missing for slab in slabs]), origin) as note, on_workers as client:
-            spent = fill(client, job, packs, lambda slabs: ledgers_of(stored, slabs), progress)
+            spent = fill(client, job, packs, lambda slabs: ledgers_of(stored, slabs), progress, follow)
             note.update(spent._asdict())
         return store[experiment.name]
-    plan, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
-    if plan.slowed:
-        warnings.warn(f"experiment {experiment.name!r}: {plan}", SlowPlanWarning, stacklevel=2)
+    really, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
+    if really.slowed:
+        follow(really, bool(computing.refusals))
+    origin["plan"] = really.to_json()
+    computing = _Watched(computing, lambda: follow(followed(really, computing), True))
     if progress is not None:
         computing = _Metered(computing, progress, schema.seeds)
-    origin = {"plan": plan.to_json(), **provenance(where), **digest_of(live)}
     for slabs in packs:
         with noted(stored, named(slabs), origin) as note:
             note.update(fill_here(stored, experiment, slabs, computing, where)._asdict())
@@ -199,6 +208,35 @@ def refuse_conflict(experiment: Experiment, path: str | Path, *, resume: bool, e
         accept(store[experiment.name], experiment, live, resume=resume, extend=extend)
 
 
+def _short(part: object) -> str:
+    """Name an operator or a problem."""
+    table = describe(part)
+    return str(table.get("function") or table.get("family") or type(part).__name__)
+
+
+class _Watched:
+    """An engine that tells when it refuses a fast way."""
+
+    def __init__(self, engine: Engine, tell: Callable[[], None]) -> None:
+        self._engine, self._tell, self._known = engine, tell, len(engine.refusals)
+        self.start = engine.start
+
+    @property
+    def measuring(self) -> float:
+        return self._engine.measuring
+
+    @property
+    def refusals(self) -> Sequence[str]:
+        return self._engine.refusals
+
+    def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
+        for found in self._engine.run(works):
+            if len(self.refusals) > self._known:
+                self._known = len(self.refusals)
+                self._tell()
+            yield found
+
+
 class _Metered:
     """An engine that tells how far it is."""
 
@@ -209,6 +247,10 @@ class _Metered:
     @property
     def measuring(self) -> float:
         return self._engine.measuring
+
+    @property
+    def refusals(self) -> Sequence[str]:
+        return self._engine.refusals
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
         done = [work.last.step for work in works]

@@ -81,13 +81,13 @@ def test_what_is_missing_is_found_without_a_compiler(tmp_path):
 
 
 def test_a_compilation_that_fails_runs_eagerly_and_says_so(monkeypatch, tmp_path):
-    def broken(tick):
+    def broken(step):
         def fail(*_):
             raise RuntimeError("no\nluck")
 
         return fail
 
-    monkeypatch.setattr("trajstore.engine.compiling.compiled", broken)
+    monkeypatch.setattr("trajstore.engine.compiling.Compiled", broken)
     monkeypatch.setattr("trajstore.planning.remembered", lambda *_: Plan("wavefront", 8, compiled=True))
     experiment = ts.Experiment.of(QUADRATIC)
     with pytest.warns(SlowPlanWarning, match=r"torch\.compile failed: RuntimeError: no luck"):

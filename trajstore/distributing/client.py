@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trajstore.distributing import workshop
 from trajstore.distributing.job import Gathered, Job, Shape
 from trajstore.engine.parts import bundles, parts_of
+from trajstore.engine.plan import Plan
 from trajstore.engine.walk import Slab, Stretch
 from trajstore.errors import WorkerError
 from trajstore.spending import Spent
@@ -34,15 +35,18 @@ def fill(
     packs: Sequence[Sequence[Slab]],
     ledgers: Ledgers,
     progress: Callable[[int, str], None] | None,
+    follow: Callable[[Plan, bool], None],
 ) -> Spent:
     """Record slabs, pack after pack, on workers, and return what these spent.
 
-    `ledgers` locks the slabs of a pack and opens what says which of their segments count.
+    `ledgers` locks the slabs of a pack and opens what says which of their segments count. `follow` is told, once, that
+    a worker follows a slower plan, and whether it refused a fast way because it gave something else than its
+    definition.
     """
     from distributed import KilledWorker
 
     with ExitStack() as held:
-        filling = _Filling(client, job, ledgers, held)
+        filling = _Filling(client, job, ledgers, held, follow)
         waiting = list(packs)
         try:
             while waiting or filling.tasks:
@@ -69,9 +73,12 @@ class _Task(NamedTuple):
 class _Filling:
     """Hands out tasks, and takes what comes back."""
 
-    def __init__(self, client: Client, job: Job, ledgers: Ledgers, held: ExitStack) -> None:
+    def __init__(
+        self, client: Client, job: Job, ledgers: Ledgers, held: ExitStack, follow: Callable[[Plan, bool], None]
+    ) -> None:
         from distributed import as_completed
 
+        self._follow, self._told = follow, job.plan.slowed
         self._client, self._job, self._ledgers, self._held = client, job, ledgers, held
         self._known = client.submit(workshop.itself, job, pure=False)
         # All get ready at once, not each when its first task comes.
@@ -112,8 +119,11 @@ class _Filling:
     def take(self) -> tuple[int, str]:
         """Wait for a task and commit what it brings; return its operator applications, and where they were."""
         future = next(self._done)
-        gathered, spent = future.result()
+        gathered, spent, really, refused = future.result()
         self.spent = self.spent.plus(spent)
+        if really.slowed and not self._told:
+            self._told = True
+            self._follow(really, refused)
         pack, applications, where = self.tasks.pop(future.key)
         for one in gathered:
             pack.take(one)

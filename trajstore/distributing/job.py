@@ -14,13 +14,14 @@ from trajstore.engine.plan import Plan
 from trajstore.engine.walk import Slab
 from trajstore.errors import slab_named
 from trajstore.experiment import Experiment
+from trajstore.spending import Spent
 from trajstore.storage.place import Durability, keeper_of, place_of
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
 from trajstore.storage.segment import Observation, Segment, Written
 from trajstore.storage.writer import guarded
 
-__all__ = ["Gathered", "Job", "Shape"]
+__all__ = ["Brought", "Gathered", "Job", "Shape"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,17 @@ class Gathered(NamedTuple):
     slab: Slab
     segment: int
     made: Written | list[Observation]
+
+
+class Brought(NamedTuple):
+    """What comes back of a task."""
+
+    gathered: Sequence[Gathered]
+    spent: Spent
+    plan: Plan
+    """The plan that the worker really follows."""
+    refused: bool
+    """Whether it is another because a fast way gave something else than its definition."""
 
 
 @dataclass(frozen=True)

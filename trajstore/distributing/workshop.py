@@ -11,15 +11,15 @@ from functools import cached_property
 
 import torch
 
-from trajstore.distributing.job import Gathered, Job, Shape
+from trajstore.distributing.job import Brought, Gathered, Job, Shape
 from trajstore.engine import Iterate
 from trajstore.engine.parts import Part, work_to
-from trajstore.engine.plan import ready
+from trajstore.engine.plan import followed, ready
 from trajstore.engine.refining import Refining
 from trajstore.engine.walk import Slab, Stretch, stretches_of
 from trajstore.observing import Observer, parameters_of
 from trajstore.planning import run_seeds
-from trajstore.spending import Clock, Spent
+from trajstore.spending import Clock
 from trajstore.state import State
 from trajstore.storage.place import place_of
 from trajstore.storage.segment import Observation
@@ -50,7 +50,7 @@ class _Workshop:
         torch.set_num_threads(job.plan.threads)
         self._job = job
         live = job.experiment.problem.build(torch.device(job.device))
-        _, self.engine = ready(job.plan, live, job.experiment.operator, run_seeds(job.experiment))
+        self._plan, self.engine = ready(job.plan, live, job.experiment.operator, run_seeds(job.experiment))
         wanted = job.experiment.refinement
         self._refined = self.engine if wanted is None else Refining(self.engine, wanted)
         self._starts: dict[int, torch.Tensor] = {}
@@ -63,7 +63,7 @@ class _Workshop:
     def observe(self) -> Observer:
         return Observer(self._job.experiment, self.shape.schema)
 
-    def gather(self, stretches: Sequence[Stretch], parts: Sequence[Part]) -> tuple[list[Gathered], Spent]:
+    def gather(self, stretches: Sequence[Stretch], parts: Sequence[Part]) -> Brought:
         """Compute parts; write the segments that are whole."""
         clock = Clock(self.engine)
         works, roles = [], []
@@ -121,7 +121,7 @@ class _Workshop:
         for (k, number), desk in desks.items():
             slabs = [s for s in stretches[parts[k].stretch].slabs if self.shape.missing(s, number)]
             gathered += [Gathered(slab, number, desk) for slab in slabs]
-        return gathered, clock.spent()
+        return Brought(gathered, clock.spent(), followed(self._plan, self.engine), bool(self.engine.refusals))
 
 
 _workshops: dict[str, _Workshop] = {}
@@ -158,9 +158,7 @@ def described(stretches: Sequence[Stretch]) -> list[Stretch]:
     return [replace(s, last=s.last._replace(state=nothing)) for s in stretches]
 
 
-def compute(
-    job: Job, stretches: Sequence[Stretch], parts: Sequence[Part], lent: Sequence[object]
-) -> tuple[list[Gathered], Spent]:
+def compute(job: Job, stretches: Sequence[Stretch], parts: Sequence[Part], lent: Sequence[object]) -> Brought:
     """Compute parts, under the locks that the client lends."""
     place_of(job.store).lend(lent)
     with _one_at_a_time:

@@ -47,6 +47,10 @@ class Engine(Protocol):
     def measuring(self) -> float:
         """How many seconds went into metrics so far."""
 
+    @property
+    def refusals(self) -> Sequence[str]:
+        """What is not used because it gave something else than its definition: a sentence each."""
+
     def start(self, seed: int) -> Iterate:
         """Return θ₀ of a seed."""
 

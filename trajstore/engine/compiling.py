@@ -2,7 +2,8 @@
 
 A wave lies in tensors that never move. So the compiled code is called once through torch.compile, and from then
 on directly with the arguments that it was given then: no guards, no wrappers, and no way to fall back to eager
-silently. On a CPU the call is one C++ function; on a GPU it is captured as a CUDA graph.
+silently. On a CPU the call is one C++ function; on a GPU it is captured as a CUDA graph. Whether all that gives what
+the tick gives is for `Proven` to say.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trajstore import pytree
-from trajstore.engine.wavefront import Advance, Tick
+from trajstore.engine.ticks import Step, Tick, tick_of
 from trajstore.operators import Batch
 from trajstore.state import State
 from trajstore.unpromised import (
@@ -29,7 +30,7 @@ from trajstore.unpromised import (
     functorch_config,
 )
 
-__all__ = ["compiled"]
+__all__ = ["Compiled"]
 
 
 class _SmallProducts(CustomGraphPass):
@@ -76,27 +77,37 @@ class _SmallProducts(CustomGraphPass):
         return "trajstore: small products, 4"
 
 
-def compiled(tick: Tick) -> Advance:
-    """Return what runs the ticks of a block by a tick that is compiled when it first runs."""
-    known: tuple[State, Callable[[], None], Tensor] | None = None
+class Compiled:
+    """Runs the ticks of a block by a tick that is compiled when it first runs."""
+
+    refusals: Sequence[str] = ()
+
+    def __init__(self, step: Step) -> None:
+        self._tick = tick_of(step)
+        self._known: tuple[State, Callable[[], None], Tensor] | None = None
+
+    def __call__(self, states: State, batches: Batch, indices: Tensor, ticks: range, busy: Sequence[int]) -> None:
+        """Advance a stack of states in place; it compiles for these tensors the first time."""
+        if self._known is None or self._known[0] is not states:
+            cursor = torch.zeros(1, dtype=torch.int64, device=indices.device)
+            keyed = any(t.ndim == indices.ndim for t in batches)  # a number for each lane: the key of random draws
+            step = _of_block(self._tick)
+            self._known = states, _replayed(step, states, batches, indices, cursor, keyed=keyed), cursor
+        _, again, cursor = self._known
+        cursor.fill_(ticks.start)
+        for _ in ticks:
+            again()
+
+
+def _of_block(tick: Tick) -> Callable[[State, Batch, Tensor, Tensor], None]:
+    """Return a tick that finds its batches in a block, where a cursor stands, and moves the cursor on."""
 
     def step(states: State, batches: Batch, indices: Tensor, cursor: Tensor) -> None:
         *batch, index = (t.index_select(0, cursor)[0] for t in (*batches, indices))
         tick(states, tuple(batch), index)
         cursor.add_(1)
 
-    def advance(states: State, batches: Batch, indices: Tensor, ticks: int) -> None:
-        nonlocal known
-        if known is None or known[0] is not states:
-            cursor = torch.zeros(1, dtype=torch.int64, device=indices.device)
-            keyed = any(t.ndim == indices.ndim for t in batches)  # a number for each lane: the key of random draws
-            known = states, _replayed(step, states, batches, indices, cursor, keyed=keyed), cursor
-        _, again, cursor = known
-        cursor.zero_()
-        for _ in range(ticks):
-            again()
-
-    return advance
+    return step
 
 
 def _replayed(step: Callable[..., None], *tensors: Any, keyed: bool) -> Callable[[], None]:  # noqa: ANN401
@@ -147,24 +158,15 @@ def _replayed(step: Callable[..., None], *tensors: Any, keyed: bool) -> Callable
             raise
         compile_step(patches | {"cpp.vec_isa_ok": True, "cpp.simdlen": 256})  # a compiler older than the processor
     ((code_of_step, arguments),) = calls
-    once = [t.clone() for t in leaves]
 
     def again() -> None:
         code_of_step(list(arguments))
 
-    restore()
-    again()
-    if not all(map(_same, leaves, once)):
-        raise RuntimeError("the compiled step works on copies of the wave, so it cannot be replayed")
     if not on_cpu:
+        again()  # what happens once only must not be part of the graph
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded):
             again()
         again = recorded.replay
     restore()
     return again
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are equal, a NaN to a NaN too."""
-    return torch.allclose(one, other, equal_nan=True)

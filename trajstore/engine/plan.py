@@ -17,13 +17,14 @@ import torch
 from trajstore.engine import Engine, Work
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.reference import ReferenceEngine
-from trajstore.engine.wavefront import WavefrontEngine, eager, tick_of
+from trajstore.engine.ticks import PROVEN_TICKS, Advance, Eager, Proven, definition_of, step_of
+from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Operator
 from trajstore.orders import Leg
 from trajstore.problems import LiveProblem
 
-__all__ = ["EngineChoice", "Plan", "choose", "make_engine", "ready", "threads"]
+__all__ = ["EngineChoice", "Plan", "choose", "followed", "make_engine", "ready", "threads"]
 
 EngineChoice = Literal["auto", "reference", "wavefront"]
 
@@ -37,6 +38,8 @@ _LARGE_STATE = 100_000
 """Bytes of a state from which a lane for each core is better than many."""
 _SLOW_STEP = 5e-4
 """Seconds of an application from which its own work matters more than what it costs to begin it."""
+_LANES_PROVEN = 4
+"""So many lanes of a tick are compared with one chain at a time: vectorised they are all treated alike."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,19 @@ def make_engine(plan: Plan, problem: LiveProblem, operator: Operator, seeds: Seq
     """Return the engine of a plan."""
     if plan.engine == "reference":
         return ReferenceEngine(problem, operator, seeds)
-    tick = tick_of(problem, operator, plan.lanes)
-    if plan.compiled:
-        from trajstore.engine.compiling import compiled
+    return WavefrontEngine(problem, operator, seeds, plan.lanes, _advance(plan, problem, operator))
 
-        return WavefrontEngine(problem, operator, seeds, plan.lanes, compiled(tick))
-    return WavefrontEngine(problem, operator, seeds, plan.lanes, eager(tick))
+
+def _advance(plan: Plan, problem: LiveProblem, operator: Operator) -> Advance:
+    """Return the way a wave of a plan advances, and behind it the ways that are used if it is none."""
+    step, definition = step_of(problem, operator, plan.lanes), definition_of(problem, operator)
+    a_few = definition, _LANES_PROVEN
+    wave = Proven(Eager(step), "vectorised tick" if plan.lanes > 1 else "functional tick", Eager(definition), a_few)
+    if not plan.compiled:
+        return wave
+    from trajstore.engine.compiling import Compiled
+
+    return Proven(Compiled(step), "compiled tick", wave, (step, None), a_few)
 
 
 def ready(
@@ -93,18 +103,33 @@ def ready(
 ) -> tuple[Plan, Engine]:
     """Return the engine of a plan once it has run, and the plan it really follows.
 
-    Where torch cannot compile the wave it runs eagerly, and the plan says why.
+    Where torch cannot compile the wave, or what it compiles gives something else, it runs eagerly, and the plan says
+    why.
     """
     engine = make_engine(plan, problem, operator, seeds)
     if plan.compiled:
         try:
-            list(engine.run([Work(0, Leg("forward"), engine.start(0), [1])]))
+            _try(engine, plan.lanes, 1)
         except Exception as error:
             told = " ".join(str(error).split())
             reason = f"torch.compile failed: {type(error).__name__}: {told[:300]}"
             plan = replace(plan, compiled=False, reason=reason, slowed=True)
             return plan, make_engine(plan, problem, operator, seeds)
-    return plan, engine
+    return followed(plan, engine), engine
+
+
+def followed(plan: Plan, engine: Engine) -> Plan:
+    """Return the plan that an engine really follows: what it refused it does not use."""
+    if not engine.refusals:
+        return plan
+    reason = f"with torch {torch.__version__}, {'; '.join(engine.refusals)}"
+    return replace(plan, compiled=False, reason=reason, slowed=True)
+
+
+def _try(engine: Engine, lanes: int, steps: int) -> None:
+    """Take a few ticks in every lane."""
+    for _ in engine.run([Work(0, Leg("forward"), engine.start(0), [steps])] * lanes):
+        pass
 
 
 def choose(
@@ -131,7 +156,11 @@ def choose(
         return Plan("reference", reason="asked for", **of_workers)
 
     def timed(plan: Plan) -> float:
-        return _seconds_an_application(make_engine(plan, problem, operator, seeds[:1]), plan.lanes, steps)
+        engine = make_engine(plan, problem, operator, seeds[:1])
+        seconds = _seconds_an_application(engine, plan.lanes, steps)
+        if engine.refusals:
+            raise RuntimeError("; ".join(engine.refusals))
+        return seconds
 
     one_by_one = timed(Plan("reference"))
     heavy = device == "cpu" and (state_bytes >= _LARGE_STATE or one_by_one > _SLOW_STEP)
@@ -146,7 +175,7 @@ def choose(
             if choice == "wavefront":
                 raise ConfigurationError(f"engine 'wavefront': {told}; use engine 'reference'") from error
             return Plan("reference", reason=told, slowed=True, **of_workers)
-    reason, slowed = told, bool(told)
+    reason, slowed, beside = told, bool(told), ""
     quickest = min(found.values(), default=one_by_one)
     if applications * quickest / max(1, workers or 1) <= _WORTH_COMPILING:
         reason = reason or "too little work to compile for"
@@ -171,8 +200,9 @@ def choose(
         else:
             found |= compiling.found
             reason = reason or "quicker here than a compiled wave"
+        beside = compiling.failed
     plan = min(found, key=lambda p: found[p])
-    return plan if plan.compiled else replace(plan, reason=reason, slowed=slowed)
+    return replace(plan, reason=beside) if plan.compiled else replace(plan, reason=reason, slowed=slowed)
 
 
 class _Compiling:
@@ -190,6 +220,8 @@ class _Compiling:
             done, engine = ready(plan, *self._given)
             if done.compiled:
                 seconds = _seconds_an_application(engine, plan.lanes, self._steps)
+                done = followed(plan, engine)
+            if done.compiled:
                 self.found[plan] = seconds * 1.1 / plan.workers if plan.workers > 1 else seconds
             else:
                 self.failed = done.reason
@@ -231,7 +263,7 @@ def _seconds_an_application(engine: Engine, lanes: int, most: int, seconds: floa
             pass
         return (time.perf_counter() - begin) / sum(steps)
 
-    timed(min(2, most))  # first calls are slow
+    _try(engine, lanes, min(PROVEN_TICKS, most))  # first calls are slow, and proven
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         best = min(best, timed(min(lanes + 20, most)))

@@ -25,6 +25,9 @@ __all__ = ["ReferenceEngine", "gradient_of"]
 class ReferenceEngine:
     """Computes iterates one operator application at a time."""
 
+    refusals: Sequence[str] = ()
+    """It is the definition."""
+
     def __init__(self, problem: LiveProblem, operator: Operator, seeds: Sequence[tuple[int, int]]) -> None:
         """Take the (init seed, data seed) of each seed."""
         self.measuring = 0.0

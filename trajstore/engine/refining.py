@@ -48,6 +48,11 @@ class Refining:
         """How many seconds went into metrics so far."""
         return self._engine.measuring
 
+    @property
+    def refusals(self) -> Sequence[str]:
+        """What is not used because it gave something else than its definition."""
+        return self._engine.refusals
+
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
         """Yield (position of the work, iterate), for each work by increasing step, those in between too."""
         forward = [k for k, work in enumerate(works) if work.leg.kind == "forward"]

@@ -17,9 +17,9 @@ increasing step, as the `Engine` protocol wants.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,17 +28,15 @@ from torch import Tensor
 from trajstore import pytree
 from trajstore.engine import Iterate, Work
 from trajstore.engine.bracket import Brackets
-from trajstore.operators import Batch, Gradient, Operator
+from trajstore.engine.proving import Definition, disproof
+from trajstore.engine.reference import gradient_of
+from trajstore.engine.ticks import Advance, lane_of, stack
+from trajstore.operators import Batch, Operator
 from trajstore.problems import LiveProblem
 from trajstore.problems._streams import stacked
 from trajstore.state import State, Tensors, beginning
 
-__all__ = ["Advance", "Tick", "WavefrontEngine", "eager", "functional_gradient", "tick_of"]
-
-Tick = Callable[[State, Batch, Tensor], None]
-"""Advance a stack of states in place by one operator each: (states, batches, indices), lanes first."""
-Advance = Callable[[State, Batch, Tensor, int], None]
-"""Advance a stack of states in place by a block: batches and indices have ticks first, so many of which count."""
+__all__ = ["WavefrontEngine"]
 
 _BLOCK_TICKS = 64
 _BLOCK_BYTES = 2**24
@@ -102,7 +100,15 @@ class WavefrontEngine:
         self._lanes = lanes
         self._advance = advance
         self._wave: _Wave | None = None
+        self._measured: set[int] = set()
+        """The numbers of arguments with which vectorised metrics were compared with their definition."""
+        self._refused: tuple[str, ...] = ()
         self._brackets: Brackets | None = None
+
+    @property
+    def refusals(self) -> Sequence[str]:
+        """What is not used because it gave something else than its definition: a sentence each."""
+        return (*self._advance.refusals, *self._refused)
 
     def start(self, seed: int) -> Iterate:
         """Return θ₀ of a seed."""
@@ -117,7 +123,7 @@ class WavefrontEngine:
         for k, work in enumerate(works):
             if work.leg.kind == "bracket":
                 self._brackets = self._brackets or Brackets(
-                    self._problem, self._operator, functional_gradient(self._problem), self._streams
+                    self._problem, self._operator, gradient_of(self._problem), self._streams
                 )
                 for n, state in self._brackets.run(work):
                     yield from self._shown([_Shown(k, work.seed, n, state)])
@@ -147,7 +153,7 @@ class WavefrontEngine:
             ticks = min(len(wave.indices), *(chain.until_shown for _, chain in busy))
             self._lay_out(wave, seeds, at + stride * np.arange(ticks)[:, None])
             with torch.no_grad():
-                self._advance(wave.states, wave.batches, wave.indices, ticks)
+                self._advance(wave.states, wave.batches, wave.indices, range(ticks), [k for k, _ in busy])
             at += stride * ticks
             for k, chain in busy:
                 chain.applied += ticks
@@ -165,7 +171,7 @@ class WavefrontEngine:
 
     def _room(self, chain: _Chain) -> _Wave:
         """Return room for states like a chain's, and for as many ticks of batches as make a block."""
-        states = _stack([chain.start] * self._lanes)
+        states = stack([chain.start] * self._lanes)
         batch = self._streams[chain.seed][chain.indices[0]]
         a_tick = self._lanes * sum(t.numel() * t.element_size() for t in batch)
         ticks = max(1, min(_BLOCK_TICKS, _BLOCK_BYTES // max(1, a_tick)))
@@ -195,89 +201,38 @@ class WavefrontEngine:
             values = self._problem.evaluate(params, buffers)
             return values | {"batch_loss": self._problem.loss(params, buffers, batch)[0]} if batch else values
 
+        def each(params: Tensors, buffers: Tensors, *batch: Tensor) -> Tensors:
+            given = params, buffers, *batch
+            values = [measure(*pytree.tree_map(lambda t, k=k: t[k], given)) for k in range(len(given[0][first]))]
+            return {name: torch.stack([value[name] for value in values]) for name in values[0]}
+
         with torch.no_grad():
-            if self._lanes == 1:
-                picks = zip(states, seeds, steps, strict=True)
-                each = [measure(s.params, s.buffers, *(self._streams[k][n] if n else ())) for s, k, n in picks]
-                return [{name: float(value) for name, value in values.items()} for values in each]
-            stack = _stack(states)
+            together = stack(states)
+            first = next(iter(together.params))
             batches = stacked(self._streams, np.array(seeds), np.array(steps)) if steps[0] else ()
-            # A few large states at a time: an evaluation holds the activations of all its examples for each.
-            together = None if sum(t[0].numel() for t in stack.params.values()) < 10_000 else 8
-            values = torch.vmap(measure, chunk_size=together)(stack.params, stack.buffers, *batches)
+            given = together.params, together.buffers, *batches
+            if self._lanes == 1 or self._refused:
+                values = each(*given)
+            else:
+                # A few large states at a time: an evaluation holds the activations of all its examples for each.
+                few = None if sum(t[0].numel() for t in together.params.values()) < 10_000 else 8
+                values = self._proven(torch.vmap(measure, chunk_size=few)(*given), each, given)
         columns = {name: value.tolist() for name, value in values.items()}
         return [{name: column[k] for name, column in columns.items()} for k in range(len(states))]
 
-
-@dataclass(frozen=True)
-class _Gradient:
-    """The gradient as a function that can be vectorised and compiled."""
-
-    problem: LiveProblem
-
-    def __call__(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
-        def loss(p: Tensors) -> tuple[Tensor, Tensors]:
-            return self.problem.loss(p, buffers, batch)
-
-        gradients, after = torch.func.grad(loss, has_aux=True)(params)
-        return gradients, after
-
-    def along(self, params: Tensors, buffers: Tensors, batch: Batch, direction: Tensors) -> Tensors:
-        def slope(p: Tensors) -> Tensor:
-            gradients, _ = self(p, buffers, batch)
-            return torch.stack([(g * direction[name]).sum() for name, g in gradients.items()]).sum()
-
-        bent: Tensors = torch.func.grad(slope)(params)
-        return bent
-
-
-def functional_gradient(problem: LiveProblem) -> Gradient:
-    """Return the gradient of a problem's loss on a batch as `torch.func` sees it: to be differentiated, vectorised."""
-    return _Gradient(problem)
-
-
-def tick_of(problem: LiveProblem, operator: Operator, lanes: int) -> Tick:
-    """Return the tick of a problem and an operator: vectorised over the lanes, or plain for one lane."""
-
-    gradient = functional_gradient(problem)
-
-    def apply(state: State, batch: Batch, index: Tensor) -> State:
-        return operator.apply(gradient, state, batch, index)
-
-    def alone(states: State, batches: Batch, indices: Tensor) -> State:
-        after = apply(pytree.tree_map(lambda t: t[0], states), tuple(t[0] for t in batches), indices[0])
-        stack: State = pytree.tree_map(lambda t: t[None], after)
-        return stack
-
-    together = alone if lanes == 1 else torch.vmap(apply)
-
-    def tick(states: State, batches: Batch, indices: Tensor) -> None:
-        after = _apart(together(states, batches, indices), states)
-        # In place: fresh memory for every tick would cost up to half as much again in page faults.
-        for old, new in zip(pytree.tree_leaves(states), pytree.tree_leaves(after), strict=True):
-            old.copy_(new)
-
-    return tick
-
-
-def eager(tick: Tick) -> Advance:
-    """Return what runs the ticks of a block as they are."""
-
-    def advance(states: State, batches: Batch, indices: Tensor, ticks: int) -> None:
-        for j in range(ticks):
-            tick(states, tuple(t[j] for t in batches), indices[j])
-
-    return advance
-
-
-def _apart(after: State, before: State) -> State:
-    """Copy what an operator hands through, such as the last parameters kept as memory, before it is written over."""
-    if torch.compiler.is_compiling():  # the compiler leaves out what is not needed
-        copied: State = pytree.tree_map(torch.clone, after)
-        return copied
-    held = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(before)}
-    apart: State = pytree.tree_map(lambda t: t.clone() if t.untyped_storage().data_ptr() in held else t, after)
-    return apart
+    def _proven(self, values: Tensors, definition: Definition, given: tuple[Any, ...]) -> Tensors:
+        """Return vectorised metrics once they are what each state's are, or these."""
+        kind = len(given)  # with the loss on a batch, or without
+        if kind in self._measured:
+            return values
+        self._measured.add(kind)
+        one, of_one = pytree.tree_map(lambda t: t[:1], (given, values))
+        told = disproof(of_one, definition, *one)
+        if not told:
+            return values
+        self._refused = (f"the vectorised metrics are something else than their definition: {told}",)
+        each: Tensors = definition(*given)
+        return each
 
 
 def _chains(works: Sequence[Work]) -> Iterator[_Chain]:
@@ -291,13 +246,8 @@ def _chains(works: Sequence[Work]) -> Iterator[_Chain]:
                 yield _Chain(k, seed, last.state, leg.chain(n), [n], last.step)
 
 
-def _stack(states: Sequence[State]) -> State:
-    stack: State = pytree.tree_map(lambda *tensors: torch.stack(tensors), *states)
-    return stack
-
-
 def _take(wave: State, lane: int) -> State:
-    state: State = pytree.tree_map(lambda t: t[lane].clone(), wave)
+    state: State = pytree.tree_map(torch.clone, lane_of(wave, lane))
     return state
 
 

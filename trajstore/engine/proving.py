@@ -1,0 +1,172 @@
+"""Proof: does a fast way give what its definition gives, but for rounding?
+
+Whatever is computed in another way than it is defined (compiled, vectorised, replayed) is compared with its definition
+on the very numbers that are at hand, before anything that came of it is used: `disproof`. Where it differs it is not
+used.
+
+What rounding explains is not known beforehand: Adam divides a gradient that should be zero by almost nothing. So it is
+measured there and then, for each number: by how much the definition differs from itself, computed in float64. Where
+that says nothing, because the numbers are float64 already or the definition holds on to another precision, the
+definition is asked again for arguments moved by a few units in the last place; and so it is before anything is called
+wrong, since a number next to a kink, as that of a ReLU, may fall on either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+__all__ = ["Definition", "disproof"]
+
+Definition = Callable[..., Any]
+"""A pure function from trees of tensors to a tree of tensors, lanes first."""
+
+_TIMES = 16.0
+"""So many times what the definition differs from itself is still rounding."""
+_UNITS = 4.0
+"""So many units in the last place always are; arguments are moved by as many at most."""
+_AT_FIRST, _AT_LAST = 2, 8
+"""How often the definition is asked for moved arguments: where float64 says nothing, and before a refusal."""
+
+
+def disproof(found: Any, definition: Definition, *arguments: Any, lanes: Sequence[int] | None = None) -> str:  # noqa: ANN401
+    """Say where `found` differs from what a definition gives for arguments by more than rounding; nothing: ''.
+
+    Integers have to be equal, NaN is equal to NaN, and infinity to infinity. `lanes` are the numbers of the lanes, if
+    not 0, 1, 2, …
+    """
+    with torch.no_grad():
+        defined = pytree.tree_leaves(definition(*arguments))
+        leaves = pytree.tree_leaves_with_path(found)
+        if len(leaves) != len(defined) or any(f.shape != d.shape for (_, f), d in zip(leaves, defined, strict=True)):
+            return "it has another form"
+        floors = [_floor(f, d) for (_, f), d in zip(leaves, defined, strict=True)]
+        noises = [torch.zeros_like(floor) for floor in floors]
+        told = _first_beyond(leaves, defined, noises, floors, lanes)
+        for others in (_in_float64(definition, arguments, len(defined)), _moved(definition, arguments, _AT_LAST)):
+            if told:
+                for other in others:
+                    noises = [torch.maximum(n, _off(o, d)) for n, o, d in zip(noises, other, defined, strict=True)]
+                told = _first_beyond(leaves, defined, noises, floors, lanes)
+        return told
+
+
+def _first_beyond(
+    found: Sequence[tuple[Any, Tensor]],
+    defined: Sequence[Tensor],
+    noises: Sequence[Tensor],
+    floors: Sequence[Tensor],
+    lanes: Sequence[int] | None,
+) -> str:
+    for (path, f), d, noise, floor in zip(found, defined, noises, floors, strict=True):
+        off = _off(f, d)
+        explained = _TIMES * (noise + _usual(noise)) + floor
+        beyond = off > explained if d.is_floating_point() or d.is_complex() else off > 0
+        if bool(beyond.any()):
+            worst = (off - explained).where(beyond, -1.0).flatten().argmax()
+            one, other, most = (t.flatten()[worst].item() for t in (f, d, explained))
+            row = int(worst) // max(1, f[0].numel())
+            lane = row if lanes is None else lanes[row]
+            here = f"{_named(path)} of lane {lane}"
+            return f"{here} is {one:.9g} and should be {other:.9g}, and rounding explains {most:.1e}"
+    return ""
+
+
+def _off(one: Tensor, other: Tensor) -> Tensor:
+    """Return how far numbers are from each other, in float64: infinitely, if only one of them is a number."""
+    if not (one.is_floating_point() or one.is_complex()):
+        return (one != other).double()
+    wide = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
+    a, b = one.to(wide), other.to(wide)
+    off = (a - b).abs().nan_to_num(nan=torch.inf)
+    return off.masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
+
+
+def _floor(found: Tensor, defined: Tensor) -> Tensor:
+    """Return what is rounding in any case."""
+    if not (found.is_floating_point() or found.is_complex()):
+        return torch.zeros(defined.shape, dtype=torch.float64, device=defined.device)
+    limits = torch.finfo(found.dtype)
+    return _UNITS * limits.eps * defined.abs().double().nan_to_num(posinf=0.0) + limits.tiny
+
+
+def _usual(noise: Tensor) -> Tensor:
+    """Return the root mean square over each lane: a number may come out exactly once, by chance."""
+    finite, dims = noise.isfinite(), tuple(range(1, noise.ndim))
+    if not dims:
+        return noise
+    square = noise.masked_fill(~finite, 0.0).square().sum(dims, keepdim=True)
+    return (square / finite.sum(dims, keepdim=True).clamp(min=1)).sqrt()
+
+
+def _in_float64(definition: Definition, arguments: Any, leaves: int) -> Iterator[list[Tensor]]:  # noqa: ANN401
+    """Yield what a definition gives in float64, or where that tells nothing for arguments that are moved a little."""
+    given = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.is_floating_point()]
+    if any(t.dtype != torch.float64 for t in given):
+        widened = pytree.tree_map(_wide, arguments)
+        try:
+            with _Wide():
+                wide = pytree.tree_leaves(definition(*widened))
+        except Exception:  # it holds on to a precision, in a way that `_Wide` does not see
+            wide = []
+        if len(wide) == leaves:
+            yield wide
+            return
+    yield from _moved(definition, arguments, _AT_FIRST)
+
+
+class _Wide(TorchFunctionMode):
+    """Everything in float64, also what a problem holds itself, and what it would make smaller."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: Any = (),  # noqa: ANN401
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        function = _WIDER.get(function, function)
+        args, kwargs = pytree.tree_map(_wide, (tuple(args), dict(kwargs or {})))
+        return pytree.tree_map(_wide, function(*args, **kwargs))
+
+
+_WIDER: Mapping[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
+    (Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double
+)
+
+
+def _wide(value: Any) -> Any:  # noqa: ANN401
+    """Return a tensor or a precision as wide as there is."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.dtype != torch.float64:
+            return value.double()
+        return value.to(torch.complex128) if value.dtype == torch.complex64 else value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
+    return value
+
+
+def _moved(definition: Definition, arguments: Any, times: int) -> Iterator[list[Tensor]]:  # noqa: ANN401
+    """Yield what a definition gives for arguments each number of which is moved by a few units in the last place."""
+    for k in range(times):
+        random = torch.Generator().manual_seed(k)
+
+        def move(t: Any, random: torch.Generator = random) -> Any:  # noqa: ANN401
+            if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
+                return t
+            by = (
+                _UNITS * torch.finfo(t.dtype).eps * (2 * torch.rand(t.shape, generator=random, dtype=torch.float64) - 1)
+            )
+            return (t.to(_wide(t.dtype)) * (1 + by).to(t.device)).to(t.dtype)
+
+        yield pytree.tree_leaves(definition(*pytree.tree_map(move, arguments)))
+
+
+def _named(path: Any) -> str:  # noqa: ANN401
+    """Return the place of a leaf as a person would write it: ``params/0.weight``."""
+    return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
