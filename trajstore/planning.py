@@ -98,8 +98,12 @@ def afford(plan: Plan, experiment: Experiment, live: LiveProblem, schema: Schema
     """
     limit = wishes.memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     segment = schema.layout.row_bytes * min(schema.snapshots_per_segment, len(schema.snapshots))
-    # The wave, what comes out of a tick, its gradients and activations.
-    wave = 4 * plan.lanes * _state_bytes(live, experiment.operator, experiment.init_seeds[0])
+    # The wave, what comes out of a tick, its gradients and activations; while it is proven also those in float64.
+    wave = (
+        (12 if plan.engine == "wavefront" else 4)
+        * plan.lanes
+        * _state_bytes(live, experiment.operator, experiment.init_seeds[0])
+    )
     a_slab = segment + segment // 4
 
     def needed(workers: int) -> int:

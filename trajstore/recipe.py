@@ -5,6 +5,7 @@ A stored experiment has its recipe, and so has a dataset of it, in its attribute
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trajstore.configuration import completed, differences
+from trajstore.engine.proving import disproof
 from trajstore.engine.reference import gradient_of
 from trajstore.engine.ticks import functional_gradient
-from trajstore.errors import ConfigurationError, ConflictError, NotFoundError
+from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, RefusedWarning
 from trajstore.experiment import Experiment
 from trajstore.measures import maker_of
 from trajstore.operators import Batch, Gradient, Pushes
@@ -77,16 +79,33 @@ class Recipe:
         self, state: State, tangents: Sequence[Tensors], batch: Batch, index: int
     ) -> tuple[State, list[Tensors]]:
         """Return T_index(state), and what becomes of infinitely small differences of the parameters."""
-        operator = self.experiment.operator
-        if isinstance(operator, Pushes):
-            with torch.no_grad():
-                i = torch.tensor(index)
-                moved = [operator.push(self._gradient, state, tangent, batch, i) for tangent in tangents]
-            return self.apply(state, batch, index), moved
-        gradient, i = functional_gradient(self.live), torch.tensor(index)
+        operator, i = self.experiment.operator, torch.tensor(index)
+        if not isinstance(operator, Pushes) or self._pushing == [False]:
+            return self._derived(state, tangents, batch, i)
+        with torch.no_grad():
+            moved = [operator.push(self._gradient, state, tangent, batch, i) for tangent in tangents]
+        if not self._pushing:  # what an operator says of itself is compared with what it does, once
+            told = disproof(moved, lambda *given: self._derived(*given)[1], state, tangents, batch, i)
+            self._pushing.append(not told)
+            if told:
+                what = f"operator {type(operator).__name__}: its `push` is not the derivative of its `apply`: {told}"
+                warnings.warn(f"{what}; torch's derivative is used", RefusedWarning, stacklevel=2)
+                return self._derived(state, tangents, batch, i)
+        return self.apply(state, batch, index), moved
+
+    @cached_property
+    def _pushing(self) -> list[bool]:
+        """Whether the operator's own derivative may be used, once that is known."""
+        return []
+
+    def _derived(
+        self, state: State, tangents: Sequence[Tensors], batch: Batch, index: Tensor
+    ) -> tuple[State, list[Tensors]]:
+        """Return the same by torch's derivatives."""
+        operator, gradient = self.experiment.operator, functional_gradient(self.live)
 
         def step(params: Tensors) -> tuple[Tensors, State]:
-            after = operator.apply(gradient, state._replace(params=params), batch, i)
+            after = operator.apply(gradient, state._replace(params=params), batch, index)
             return after.params, after
 
         # Twice backwards instead of once forwards: not all that torch can do backwards it can do forwards.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from trajstore.analysis import contraction, convergence, lyapunov
 from trajstore.analysis.contracting import lemma_factor, limit_bound
 from trajstore.analysis.states import norm, signs
 
 from tests.analysis import processes
 from trajstore.batches import generator
-from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
+from trajstore.errors import ConfigurationError, NotFoundError, RefusedWarning, StatisticError
+from trajstore.operators.sgd import SGD
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.recipe import Recipe
 
@@ -152,6 +154,20 @@ def test_an_operators_own_derivative_is_the_one_that_is_had_without_it(record, m
     again, (found,) = recipe.pushed(here, [tangent], batch, 3)
     assert known["theta"].numpy() == pytest.approx(found["theta"].numpy(), abs=1e-14)
     assert again.params["theta"].numpy() == pytest.approx(after.params["theta"].numpy(), abs=1e-14)
+
+
+def test_an_operator_that_is_wrong_about_its_derivative_is_not_believed(record, monkeypatch):
+    push = SGD.push
+    monkeypatch.setattr(SGD, "push", lambda *given: {n: v * 1.001 for n, v in push(*given).items()})
+    recipe = Recipe.of(record({**RIDGE, "steps": 5}))
+    here, batches = recipe.start(0), recipe.batches(0)
+    tangent = signs(here.params, generator(0, "analysis"))
+    with pytest.warns(RefusedWarning, match="operator SGD: its `push` is not the derivative of its `apply`: 0/theta"):
+        _, (found,) = recipe.pushed(here, [tangent], batches[3], 3)
+    _, (again,) = recipe.pushed(here, [tangent], batches[3], 3)
+    for moved in (found, again):
+        right = push(SGD(0.05), recipe._gradient, here, tangent, batches[3], torch.tensor(3))
+        assert moved["theta"].numpy() == pytest.approx(right["theta"].numpy(), abs=1e-14)
 
 
 def test_operators_without_one_have_exponents(record):

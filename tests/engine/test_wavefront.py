@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -22,6 +23,7 @@ from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.operators.adam import Adam
 from trajstore.operators.sgd import SGD
 from trajstore.orders import Leg, Order
+from trajstore.problems._streams import stacked
 from trajstore.problems.quadratic import Quadratic
 
 CPU = torch.device("cpu")
@@ -126,6 +128,17 @@ def test_a_compiled_wave_has_the_references_dropout_and_batchnorm(lanes):
     found = last_of(wave, Leg("backward"), 12)
     torch.testing.assert_close(found.state, expected.state, rtol=1e-9, atol=1e-11)
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-8)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_batches_of_a_block_are_the_streams_own_bit_for_bit(problem):
+    live = PROBLEMS[problem].build(CPU)
+    streams = [live.batches(seed) for seed in (0, 7, 3)]
+    rng = np.random.default_rng(0)
+    seeds, indices = rng.integers(0, 3, 50), rng.integers(1, 40, 50)
+    together = stacked(streams, seeds, indices)
+    for row, (k, i) in enumerate(zip(seeds, indices, strict=True)):
+        assert all(torch.equal(t[row], one) for t, one in zip(together, streams[k][int(i)], strict=True))
 
 
 def test_the_consumer_of_iterates_keeps_its_gradients():

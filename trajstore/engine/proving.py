@@ -45,14 +45,13 @@ def disproof(found: Any, definition: Definition, *arguments: Any, lanes: Sequenc
         leaves = pytree.tree_leaves_with_path(found)
         if len(leaves) != len(defined) or any(f.shape != d.shape for (_, f), d in zip(leaves, defined, strict=True)):
             return "it has another form"
-        floors = [_floor(f, d) for (_, f), d in zip(leaves, defined, strict=True)]
-        noises = [torch.zeros_like(floor) for floor in floors]
-        told = _first_beyond(leaves, defined, noises, floors, lanes)
+        noises = [torch.zeros((), dtype=torch.float64, device=d.device).expand(d.shape) for d in defined]
+        told = _first_beyond(leaves, defined, noises, lanes)
         for others in (_in_float64(definition, arguments, len(defined)), _moved(definition, arguments, _AT_LAST)):
             if told:
                 for other in others:
                     noises = [torch.maximum(n, _off(o, d)) for n, o, d in zip(noises, other, defined, strict=True)]
-                told = _first_beyond(leaves, defined, noises, floors, lanes)
+                told = _first_beyond(leaves, defined, noises, lanes)
         return told
 
 
@@ -60,12 +59,11 @@ def _first_beyond(
     found: Sequence[tuple[Any, Tensor]],
     defined: Sequence[Tensor],
     noises: Sequence[Tensor],
-    floors: Sequence[Tensor],
     lanes: Sequence[int] | None,
 ) -> str:
-    for (path, f), d, noise, floor in zip(found, defined, noises, floors, strict=True):
+    for (path, f), d, noise in zip(found, defined, noises, strict=True):
         off = _off(f, d)
-        explained = _TIMES * (noise + _usual(noise)) + floor
+        explained = _TIMES * (noise + _usual(noise)) + _floor(f, d)
         beyond = off > explained if d.is_floating_point() or d.is_complex() else off > 0
         if bool(beyond.any()):
             worst = (off - explained).where(beyond, -1.0).flatten().argmax()

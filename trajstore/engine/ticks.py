@@ -49,8 +49,9 @@ Tick = Callable[[State, Batch, Tensor], None]
 class Advance(Protocol):
     """How a wave advances."""
 
-    refusals: Sequence[str]
-    """What was tried and gave something else than its definition, so that it is not used: a sentence each."""
+    @property
+    def refusals(self) -> Sequence[str]:
+        """What was tried and gave something else than its definition, so that it is not used: a sentence each."""
 
     def __call__(self, states: State, batches: Batch, indices: Tensor, ticks: range, busy: Sequence[int]) -> None:
         """Advance a stack of states in place by some ticks of a block; batches and indices have ticks first.

@@ -267,6 +267,7 @@ class _Counter:
     total = 0
 
     measuring = 0.0
+    refusals: Sequence[str] = ()
 
     def start(self, seed: int) -> Iterate:
         return Iterate(0, State({}, {}, {}, torch.tensor(0)), _NoMetric())

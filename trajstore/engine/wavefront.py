@@ -202,15 +202,15 @@ class WavefrontEngine:
             return values | {"batch_loss": self._problem.loss(params, buffers, batch)[0]} if batch else values
 
         def each(params: Tensors, buffers: Tensors, *batch: Tensor) -> Tensors:
-            given = params, buffers, *batch
-            values = [measure(*pytree.tree_map(lambda t, k=k: t[k], given)) for k in range(len(given[0][first]))]
+            one: tuple[Any, ...] = params, buffers, *batch
+            values = [measure(*pytree.tree_map(lambda t, k=k: t[k], one)) for k in range(len(params[first]))]
             return {name: torch.stack([value[name] for value in values]) for name in values[0]}
 
         with torch.no_grad():
             together = stack(states)
             first = next(iter(together.params))
             batches = stacked(self._streams, np.array(seeds), np.array(steps)) if steps[0] else ()
-            given = together.params, together.buffers, *batches
+            given: tuple[Any, ...] = together.params, together.buffers, *batches
             if self._lanes == 1 or self._refused:
                 values = each(*given)
             else:
