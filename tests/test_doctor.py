@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trajstore.engine.compilers import missing_for_compiling
-from trajstore.engine.wavefront import eager
+from trajstore.engine.ticks import Eager
 from trajstore.errors import ConfigurationError
 from trajstore.machine import checks, examine
 
@@ -53,18 +53,16 @@ def test_a_compiled_tick_agrees_with_its_definition(tmp_path, monkeypatch):
 def broken(how):
     """A compiler whose ticks are eager, and then changed."""
 
-    def compiled(tick):
-        def advance(states, batches, indices, ticks):
-            for j in range(ticks):
+    class Broken(Eager):
+        def __call__(self, states, batches, indices, ticks, busy):
+            for j in ticks:
                 before = [
                     {name: t.clone() for name, t in part.items()} for part in (states.params, *states.memory.values())
                 ]
-                tick(states, tuple(t[j] for t in batches), indices[j])
+                super().__call__(states, batches, indices, range(j, j + 1), busy)
                 how(states, before)
 
-        return advance
-
-    return compiled
+    return Broken
 
 
 def shift_one_lane(states, before):
@@ -92,14 +90,14 @@ def whole_machine(monkeypatch):
 
 def test_eager_ticks_in_the_compilers_place_are_no_fault(tmp_path, monkeypatch):
     whole_machine(monkeypatch)
-    monkeypatch.setattr("trajstore.engine.compiling.compiled", eager)
+    monkeypatch.setattr("trajstore.engine.compiling.Compiled", Eager)
     assert [state for state, _ in found("compiling", tmp_path)] == ["good"] * 4
 
 
 @pytest.mark.parametrize("how", [shift_one_lane, leave_a_buffer, lose_precision, make_nan])
 def test_a_compiled_tick_that_is_broken_is_wrong(how, tmp_path, monkeypatch):
     whole_machine(monkeypatch)
-    monkeypatch.setattr("trajstore.engine.compiling.compiled", broken(how))
+    monkeypatch.setattr("trajstore.engine.compiling.Compiled", broken(how))
     findings = found("compiling", tmp_path)
     assert [state for state, _ in findings] == ["wrong"] * 4
     assert "computes something else than its definition" in findings[0][1]

@@ -9,9 +9,9 @@ from functools import cache
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from tests.engine.problems import HANDING, OF_PARTS, OPERATORS, PROBLEMS, goes_with
+from trajstore import pytree
 from trajstore.engine import Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import Plan, ready

@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 import trajstore as ts
 from tests.conftest import last_of
 from tests.engine.problems import normed
+from trajstore import pytree
 from trajstore.engine import Work, compiling, plan
 from trajstore.engine.plan import Plan, choose, make_engine, ready
 from trajstore.engine.proving import disproof
@@ -92,6 +92,19 @@ def test_what_a_definition_holds_itself_is_widened_too():
     found = (x[:, None] * held).sum(-1)
     assert disproof(found, lambda t: t @ held.T, x) == ""
     assert disproof(found + 1e-4, lambda t: t @ held.T, x) != ""
+
+
+def test_what_a_definition_makes_of_several_tensors_at_once_is_widened():
+    x = numbers(4, 50)
+
+    def several(t):
+        top, at = t.max(-1)
+        return {"top": torch.cat([top, t.topk(2).values[:, 1]]).reshape(2, 4).T + torch.zeros(2), "at": at}
+
+    found = several(x)
+    assert disproof(found, several, x) == ""
+    found["top"][2, 1] += 1e-5
+    assert disproof(found, several, x).startswith("top of lane 2 is ")
 
 
 def test_a_definition_that_insists_on_its_precision_is_moved_instead():

@@ -9,7 +9,8 @@ import torch
 
 from tests.conftest import last_of
 from trajstore.engine.reference import ReferenceEngine
-from trajstore.engine.wavefront import WavefrontEngine, eager, tick_of
+from trajstore.engine.ticks import Eager, step_of
+from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.operators.sgd import SGD
 from trajstore.orders import Leg
 from trajstore.problems.regression import Regression
@@ -43,7 +44,7 @@ class Backwards(SGD):
 def test_an_operator_may_return_its_state_in_any_order(lanes):
     live, operator = Regression(width=3, depth=2, points=7, dtype="float64").build(CPU), Backwards(0.05, momentum=0.9)
     reference = ReferenceEngine(live, operator, [(0, 0)])
-    wave = WavefrontEngine(live, operator, [(0, 0)], lanes, eager(tick_of(live, operator, lanes)))
+    wave = WavefrontEngine(live, operator, [(0, 0)], lanes, Eager(step_of(live, operator, lanes)))
     expected, found = (last_of(engine, Leg("backward"), 5).state for engine in (reference, wave))
     for name, tensor in expected.params.items():
         torch.testing.assert_close(found.params[name], tensor, rtol=1e-12, atol=1e-12)

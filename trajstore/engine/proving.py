@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from trajstore.pytree import tree_leaves, tree_map
 
 __all__ = ["Definition", "disproof"]
 
@@ -41,8 +42,8 @@ def disproof(found: Any, definition: Definition, *arguments: Any, lanes: Sequenc
     not 0, 1, 2, …
     """
     with torch.no_grad():
-        defined = pytree.tree_leaves(definition(*arguments))
-        leaves = pytree.tree_leaves_with_path(found)
+        defined = tree_leaves(definition(*arguments))
+        leaves = list(_places(found))
         if len(leaves) != len(defined) or any(f.shape != d.shape for (_, f), d in zip(leaves, defined, strict=True)):
             return "it has another form"
         noises = [torch.zeros((), dtype=torch.float64, device=d.device).expand(d.shape) for d in defined]
@@ -56,12 +57,12 @@ def disproof(found: Any, definition: Definition, *arguments: Any, lanes: Sequenc
 
 
 def _first_beyond(
-    found: Sequence[tuple[Any, Tensor]],
+    found: Sequence[tuple[str, Tensor]],
     defined: Sequence[Tensor],
     noises: Sequence[Tensor],
     lanes: Sequence[int] | None,
 ) -> str:
-    for (path, f), d, noise in zip(found, defined, noises, strict=True):
+    for (place, f), d, noise in zip(found, defined, noises, strict=True):
         off = _off(f, d)
         explained = _TIMES * (noise + _usual(noise)) + _floor(f, d)
         beyond = off > explained if d.is_floating_point() or d.is_complex() else off > 0
@@ -70,7 +71,7 @@ def _first_beyond(
             one, other, most = (t.flatten()[worst].item() for t in (f, d, explained))
             row = int(worst) // max(1, f[0].numel())
             lane = row if lanes is None else lanes[row]
-            here = f"{_named(path)} of lane {lane}"
+            here = f"{place} of lane {lane}"
             return f"{here} is {one:.9g} and should be {other:.9g}, and rounding explains {most:.1e}"
     return ""
 
@@ -104,12 +105,12 @@ def _usual(noise: Tensor) -> Tensor:
 
 def _in_float64(definition: Definition, arguments: Any, leaves: int) -> Iterator[list[Tensor]]:  # noqa: ANN401
     """Yield what a definition gives in float64, or where that tells nothing for arguments that are moved a little."""
-    given = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.is_floating_point()]
+    given = [t for t in tree_leaves(arguments) if t.is_floating_point()]
     if any(t.dtype != torch.float64 for t in given):
-        widened = pytree.tree_map(_wide, arguments)
+        widened = tree_map(_wide, arguments)
         try:
             with _Wide():
-                wide = pytree.tree_leaves(definition(*widened))
+                wide = tree_leaves(definition(*widened))
         except Exception:  # it holds on to a precision, in a way that `_Wide` does not see
             wide = []
         if len(wide) == leaves:
@@ -129,8 +130,8 @@ class _Wide(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         function = _WIDER.get(function, function)
-        args, kwargs = pytree.tree_map(_wide, (tuple(args), dict(kwargs or {})))
-        return pytree.tree_map(_wide, function(*args, **kwargs))
+        args, kwargs = _wide((tuple(args), dict(kwargs or {})))
+        return _wide(function(*args, **kwargs))
 
 
 _WIDER: Mapping[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
@@ -139,13 +140,18 @@ _WIDER: Mapping[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
 
 
 def _wide(value: Any) -> Any:  # noqa: ANN401
-    """Return a tensor or a precision as wide as there is."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.dtype != torch.float64:
-            return value.double()
-        return value.to(torch.complex128) if value.dtype == torch.complex64 else value
-    if isinstance(value, torch.dtype):
-        return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
+    """Return tensors and precisions, also in what holds them, as wide as there is."""
+    match value:
+        case Tensor():
+            wide = _wide(value.dtype)
+            return value if value.dtype == wide else value.to(wide)
+        case torch.dtype():
+            return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
+        case tuple() | list():
+            parts = [_wide(part) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        case dict():
+            return {name: _wide(part) for name, part in value.items()}
     return value
 
 
@@ -154,17 +160,25 @@ def _moved(definition: Definition, arguments: Any, times: int) -> Iterator[list[
     for k in range(times):
         random = torch.Generator().manual_seed(k)
 
-        def move(t: Any, random: torch.Generator = random) -> Any:  # noqa: ANN401
-            if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
+        def move(t: Tensor, random: torch.Generator = random) -> Tensor:
+            if not (t.is_floating_point() or t.is_complex()):
                 return t
             by = (
                 _UNITS * torch.finfo(t.dtype).eps * (2 * torch.rand(t.shape, generator=random, dtype=torch.float64) - 1)
             )
             return (t.to(_wide(t.dtype)) * (1 + by).to(t.device)).to(t.dtype)
 
-        yield pytree.tree_leaves(definition(*pytree.tree_map(move, arguments)))
+        yield tree_leaves(definition(*tree_map(move, arguments)))
 
 
-def _named(path: Any) -> str:  # noqa: ANN401
-    """Return the place of a leaf as a person would write it: ``params/0.weight``."""
-    return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
+def _places(tree: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
+    """Yield each tensor, in the order of `tree_leaves`, with its place: ``params/0.weight``."""
+    if isinstance(tree, Tensor):
+        yield place, tree
+    elif isinstance(tree, dict):
+        for name in sorted(tree):
+            yield from _places(tree[name], f"{place}/{name}" if place else name)
+    else:
+        for k, part in enumerate(tree):
+            name = tree._fields[k] if hasattr(tree, "_fields") else str(k)
+            yield from _places(part, f"{place}/{name}" if place else name)

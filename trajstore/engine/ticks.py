@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from trajstore import pytree
 from trajstore.engine.proving import disproof
 from trajstore.engine.reference import gradient_of
 from trajstore.operators import Batch, Gradient, Operator
