@@ -104,7 +104,7 @@ def naive(problem: Problem, module: Callable[[], nn.Module], loss: Loss, lr: flo
 
 
 def engine(problem: Problem, lr: float, plan: Plan, device: torch.device) -> tuple[Run, float, float, str]:
-    """Return chains by an engine without evaluating metrics, the seconds to get ready and to be proven, and the plan."""
+    """Return chains by an engine without metrics, the seconds it takes to get ready and to be proven, and the plan."""
     live = problem.build(device)
     live.evaluate = lambda params, buffers: {}  # type: ignore[method-assign]
     begin = time.perf_counter()
