@@ -194,7 +194,7 @@ def choose(
         if several and spread not in compiling.found and applications * best > _WORTH_WORKERS:
             compiling.try_out(spread)
         if compiling.failed and not compiling.found:
-            reason, slowed = compiling.failed, True
+            reason, slowed = told or compiling.failed, True
         elif choice == "wavefront" and compiling.found:
             found = compiling.found
         else:
