@@ -12,7 +12,7 @@ FITS := from importlib.metadata import version as v; \
 	print("--system-site-packages" * (fits("torch", 2, 9) and fits("torchvision", 0, 24)))
 SITE = $(shell $(PYTHON) -c '$(FITS)' 2>/dev/null)
 
-.PHONY: demo test lowest slow engines torture check lint types docs notebooks clean
+.PHONY: demo test lowest slow engines clustered torture check lint types docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/trajstore demo
@@ -39,6 +39,11 @@ slow: $(VENV)/.installed-test
 # Every operator on every problem, compiled, against the reference: an hour or so.
 engines: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m engines tests/engine
+
+# The tests of the analysis with a Dask client that computes everything, and with dask's processes: slow as well.
+clustered: $(VENV)/.installed-test
+	CLUSTERED=client $(BIN)/python -m pytest tests/analysis
+	CLUSTERED=processes $(BIN)/python -m pytest tests/analysis
 
 # Kills, failing disks, power cuts, writers that lost their lock, and every byte flipped: some hours.
 torture: $(VENV)/.installed-test

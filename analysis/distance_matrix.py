@@ -20,7 +20,7 @@ from trajstore.iterates import Layers, Slab
 from trajstore.streaming import Block, Need
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from trajstore.distributing import Scheduler
 
 __all__ = ["DistanceMatrix", "distance_matrix"]
 
@@ -28,12 +28,23 @@ _ROWS = 64
 """Iterates that are compared with each other one at a time: with their differences, they stay in the cache."""
 
 
-def distance_matrix(ds: xr.Dataset, *, layers: Layers = None, cluster: str | Client | None = None) -> xr.DataArray:
+def distance_matrix(
+    ds: xr.Dataset,
+    *,
+    layers: Layers = None,
+    scheduler: Scheduler | None = None,
+    cluster: Scheduler | None = None,
+) -> xr.DataArray:
     """Return the Euclidean distances between all stored iterates, (order, seed, snapshot, other).
 
-    They are roots of float64 sums of squared differences; NaN where no iterate is stored.
+    They are roots of float64 sums of squared differences; NaN where no iterate is stored. `layers` and `scheduler` are
+    those of `stream`; `cluster` is the former name of `scheduler`, deprecated.
     """
-    return stream(ds, [DistanceMatrix()], layers=layers, cluster=cluster)["distance_matrix"]
+    if cluster is not None:
+        from trajstore.distributing.cluster import one_scheduler
+
+        scheduler = one_scheduler(scheduler, cluster)
+    return stream(ds, [DistanceMatrix()], layers=layers, scheduler=scheduler)["distance_matrix"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from trajstore.iterates import Layers
 from trajstore.streaming import PerLayer, Statistic, streamed
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from trajstore.distributing import Scheduler
 
 __all__ = ["stream"]
 
@@ -25,7 +25,8 @@ def stream(
     statistics: Sequence[Statistic[Any] | PerLayer[Any]],
     *,
     layers: Layers = None,
-    cluster: str | Client | None = None,
+    scheduler: Scheduler | None = None,
+    cluster: Scheduler | None = None,
 ) -> xr.Dataset:
     """Compute statistics of the parameters of a dataset, or of a selection of it, in one pass.
 
@@ -38,8 +39,11 @@ def stream(
         `PerLayer(…)`, or declarations of your own (`trajstore.streaming.Statistic`).
     layers
         Names or globs of the parameters to take; by default all.
+    scheduler
+        The address of a Dask scheduler, a `distributed.Client`, or a cluster such as a `distributed.LocalCluster`;
+        its workers have to reach the store. By default threads do it here.
     cluster
-        The address of a Dask scheduler, or a client, whose workers reach the store. By default threads do it here.
+        Its former name, deprecated.
 
     Returns
     -------
@@ -52,16 +56,10 @@ def stream(
         If a slab does not have what a statistic needs: nothing is computed then.
     """
     lazy = streamed(ds, statistics, layers)
-    if cluster is None:
+    if scheduler is None and cluster is None:
         return lazy.compute(scheduler="threads")
-    if isinstance(cluster, str):
-        from trajstore.distributing import connected_to
+    from trajstore.distributing.cluster import connected_to, one_scheduler
 
-        with connected_to(cluster) as client:
-            return _on(client, lazy)
-    return _on(cluster, lazy)
-
-
-def _on(client: Client, lazy: xr.Dataset) -> xr.Dataset:
-    found: xr.Dataset = client.compute(lazy, sync=True)  # type: ignore[no-untyped-call]
+    with connected_to(one_scheduler(scheduler, cluster)) as client:
+        found: xr.Dataset = client.compute(lazy, sync=True)  # type: ignore[no-untyped-call]
     return found

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import locale
+import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,33 @@ def forget(module: str) -> None:
     """Have a module imported again, and what its functions made made again."""
     del sys.modules[module]
     factory._call.cache_clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def computed_elsewhere() -> Iterator[None]:
+    """Compute what dask computes as `CLUSTERED` says: on a `client`'s workers, or by `processes`.
+
+    `make clustered` runs the tests of the analysis in both ways.
+    """
+    import dask
+
+    how = os.environ.get("CLUSTERED", "")
+    if how == "client":
+        from distributed import Client, LocalCluster
+
+        with (
+            warnings.catch_warnings(),
+            LocalCluster(1, threads_per_worker=2, dashboard_address="127.0.0.1:0", memory_limit=0) as cluster,
+            Client(cluster),
+        ):
+            yield
+    elif how == "processes":
+        one = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))  # for all: it imports for seconds
+        with one, dask.config.set(scheduler="processes", pool=one):
+            yield
+    else:
+        assert not how, f"CLUSTERED is {how!r}; it is client, processes or nothing"
+        yield
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -18,6 +18,9 @@ from trajstore.plans import remembered
 from trajstore.problems import LiveProblem
 from trajstore.state import beginning
 from trajstore.storage.schema import Schema
+
+if TYPE_CHECKING:
+    from trajstore.distributing import Scheduler
 
 __all__ = ["Device", "Wishes", "afford", "plan_for", "run_seeds"]
 
@@ -40,8 +43,8 @@ class Wishes:
     device: Device = "auto"
     workers: int | None = None
     """Processes of this machine; 0: only the one that was called."""
-    scheduler: str | None = None
-    """Address of a Dask scheduler whose workers compute."""
+    scheduler: Scheduler | None = None
+    """A Dask scheduler, by its address, a client or a cluster, whose workers compute."""
     memory: int | None = None
     """Bytes that all processes together may take."""
 

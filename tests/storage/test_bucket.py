@@ -469,10 +469,18 @@ def test_a_process_that_ends_under_a_lock_ends():
     assert subprocess.run([sys.executable, "-c", held], timeout=HANGS).returncode == 0
 
 
-def test_a_keeper_that_is_pickled_opens_its_bucket_again(bucket):
+def test_a_keeper_that_is_pickled_opens_its_bucket_again_to_read(bucket, monkeypatch):
+    with pytest.raises(ConfigurationError, match="in the memory of this process; others cannot read it"):
+        pickle.dumps(bucket.keeper(read_only=True))
+    monkeypatch.setattr(bucket, "only_here", False)  # as if it were on a server
     keeper = pickle.loads(pickle.dumps(bucket.keeper(read_only=True)))
     assert keeper._bucket is bucket
     assert keeper == bucket.keeper(read_only=True)
+    assert keeper.read_only
+    with pytest.raises(
+        ConfigurationError, match="open for writing in this process, and a copy of it would be a second"
+    ):
+        pickle.dumps(bucket.keeper(read_only=False))
 
 
 def test_a_store_that_does_not_answer_is_not_taken_for_a_damaged_one(bucket, monkeypatch):

@@ -13,6 +13,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trajstore.errors import UnreachableError
 from trajstore.storage.codecs import Codec, chunk_codecs, write_block
 from trajstore.storage.folder import Folder
 from trajstore.storage.states import States
@@ -73,3 +74,14 @@ def test_a_fork_and_another_process_read_too(both):
         with multiprocessing.get_context(kind).Pool(1) as pool:
             assert np.array_equal(pool.apply(read, (states,)), expected, equal_nan=True)
     assert pickle.loads(pickle.dumps(states)) == states
+
+
+def test_states_of_a_folder_that_is_not_seen_are_not_taken_for_missing(both, tmp_path):
+    states, _ = both
+    packed = pickle.dumps(states)
+    Path(states.address).rename(tmp_path / "elsewhere")
+    try:
+        with pytest.raises(UnreachableError, match="this process sees no store at"):
+            pickle.loads(packed)
+    finally:
+        (tmp_path / "elsewhere").rename(states.address)

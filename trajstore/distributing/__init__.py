@@ -6,7 +6,7 @@ worker that dies had in hand is computed again by another.
 """
 
 from trajstore.distributing.client import fill
-from trajstore.distributing.cluster import connected, connected_to
+from trajstore.distributing.cluster import Scheduler, connected, connected_to, one_scheduler
 from trajstore.distributing.job import Job
 
-__all__ = ["Job", "connected", "connected_to", "fill"]
+__all__ = ["Job", "Scheduler", "connected", "connected_to", "fill", "one_scheduler"]

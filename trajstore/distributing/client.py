@@ -61,10 +61,14 @@ def fill(
                 f"experiment {job.experiment.name!r}: workers died again and again at the same task ({error}); "
                 "they may lack memory: use fewer, or none (--workers 0)"
             ) from None
+        except BaseException:
+            filling.give_up()  # a client that goes on would have tasks go on, and the locks are about to be freed
+            raise
         return filling.spent
 
 
 class _Task(NamedTuple):
+    future: Any
     pack: _Pack
     applications: int
     where: str
@@ -111,7 +115,7 @@ class _Filling:
             future = self._client.submit(workshop.compute, self._known, scouted, bundle, lent, **first)
             seeds = sorted({self._shape.schema.seeds[stretches[p.stretch].slabs[0].seed] for p in bundle})
             where = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-            self.tasks[future.key] = _Task(pack, sum(part.applications for part in bundle), where)
+            self.tasks[future.key] = _Task(future, pack, sum(part.applications for part in bundle), where)
             pack.tasks += 1
             self._done.add(future)
         self._packs += 1
@@ -124,7 +128,7 @@ class _Filling:
         if really.slowed and not self._told:
             self._told = True
             self._follow(really, refused)
-        pack, applications, where = self.tasks.pop(future.key)
+        _, pack, applications, where = self.tasks.pop(future.key)
         for one in gathered:
             pack.take(one)
         pack.tasks -= 1
@@ -132,6 +136,11 @@ class _Filling:
             pack.finish()
             pack.locks.close()
         return applications, where
+
+    def give_up(self) -> None:
+        """Take back what was handed out and has not begun."""
+        for task in self.tasks.values():
+            task.future.release()
 
 
 class _Pack:

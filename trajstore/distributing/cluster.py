@@ -8,16 +8,21 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from trajstore.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from distributed import Client
+    from distributed.deploy.cluster import Cluster
 
-__all__ = ["connected", "connected_to"]
+__all__ = ["Scheduler", "connected", "connected_to", "one_scheduler"]
+
+Scheduler: TypeAlias = "str | Client | Cluster"
+"""Whose workers compute: the address of a scheduler, a client of one, or a cluster such as a `LocalCluster`."""
 
 _PATIENCE = 20
 """Seconds to wait for a scheduler to answer."""
@@ -77,18 +82,42 @@ def _worker() -> type[Any]:
 
 
 @contextmanager
-def connected_to(scheduler: str) -> Iterator[Client]:
-    """Connect to a scheduler that is there already."""
+def connected_to(scheduler: Scheduler) -> Iterator[Client]:
+    """Connect to a scheduler that is there already; a client is used as it is, and left open."""
     from distributed import Client
 
     with _quiet():
+        if isinstance(scheduler, Client):
+            if scheduler.asynchronous:
+                raise ConfigurationError("the client is asynchronous, and nobody here awaits; make a plain Client")
+            if scheduler.status != "running":
+                raise ConfigurationError(f"the client is {scheduler.status}; connect it, or make another")
+            yield scheduler
+            return
+        address = scheduler if isinstance(scheduler, str) else getattr(scheduler, "scheduler_address", None)
+        if not isinstance(address, str) or not address:
+            raise ConfigurationError(
+                f"scheduler is {scheduler!r}; give the address of a Dask scheduler, such as 'tcp://10.0.0.1:8786', "
+                "a distributed.Client, or a cluster that is running, such as a distributed.LocalCluster"
+            )
         try:
-            client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+            client = Client(address, timeout=_PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, ValueError) as error:
             told = " ".join(str(error).split())
-            raise ConfigurationError(f"no Dask scheduler answers at {scheduler!r}: {told}") from None
+            raise ConfigurationError(f"no Dask scheduler answers at {address!r}: {told}") from None
         with client:
             yield client
+
+
+def one_scheduler(scheduler: Scheduler | None, cluster: Scheduler | None) -> Scheduler:
+    """Return the scheduler that was given, also where it was called `cluster`, as it was before."""
+    if cluster is None:
+        assert scheduler is not None
+        return scheduler
+    if scheduler is not None:
+        raise ConfigurationError("scheduler and cluster are two names of one thing; give scheduler alone")
+    warnings.warn("cluster= is now scheduler=, with the same values", DeprecationWarning, stacklevel=3)
+    return cluster
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zarr.abc.buffer import Buffer, BufferPrototype
@@ -13,6 +13,7 @@ from zarr.abc.store import Store as ZarrStore
 from trajstore.errors import UnreachableError
 from trajstore.storage import objects
 from trajstore.storage.codecs import refuse_bomb
+from trajstore.storage.elsewhere import refuse_only_here, refuse_second_writer
 from trajstore.storage.leases import Lease
 from trajstore.storage.objects import elsewhere
 from trajstore.storage.place import DECLARING, ReplacedError, array_path, below, check_writable
@@ -60,6 +61,13 @@ class Guarded(ZarrStore):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Guarded) and (self._bucket, self.read_only) == (other._bucket, other.read_only)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._bucket.only_here:
+            refuse_only_here(self._bucket.address)
+        if not self.read_only:
+            refuse_second_writer(self._bucket.address)
+        return _read_elsewhere, (self._bucket, dict(self._bounds))
 
     def with_read_only(self, read_only: bool = False) -> Guarded:
         """Return the same store, read-only or not."""
@@ -202,3 +210,10 @@ class Guarded(ZarrStore):
                 version = objects.version(there, key)
                 self._bucket.check_held(lease, key)
         raise UnreachableError(f"{self._bucket.address}: {key} is replaced by another process again and again")
+
+
+def _read_elsewhere(bucket: Bucket, bounds: Mapping[str, int]) -> Guarded:
+    store = Guarded(bucket, read_only=True)
+    for path, most in bounds.items():
+        store.bound(path, most)
+    return store

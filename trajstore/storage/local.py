@@ -16,9 +16,10 @@ import shutil
 import stat
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from weakref import finalize
 
 from zarr.abc.buffer import Buffer, BufferPrototype
@@ -27,6 +28,7 @@ from zarr.storage import LocalStore
 
 from trajstore.errors import FormatError, WriteError
 from trajstore.storage.codecs import refuse_bomb
+from trajstore.storage.elsewhere import refuse_second_writer, refuse_unseen
 from trajstore.storage.locks import descriptor_of
 from trajstore.storage.place import DOCUMENT, Place, ReplacedError, array_path, below, check_writable, place_of
 
@@ -97,6 +99,11 @@ class DurableStore(LocalStore):
         """Return the same store, read-only or not."""
         return type(self)(self.root, read_only=read_only, durable=self._durable)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self.read_only:
+            refuse_second_writer(str(self.root))
+        return _read_elsewhere, (str(self.root.absolute()), self._durable, dict(self._bounds))
+
     async def set(self, key: str, value: Buffer) -> None:
         """Write a file durably under a temporary name, then rename it."""
         await asyncio.to_thread(self.set_sync, key, value)
@@ -123,9 +130,11 @@ class DurableStore(LocalStore):
                     file.flush()
                     os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
             self._refuse_elsewhere(key)  # it may have been moved just now
+            if isinstance(error, OSError) and error.errno is not None:  # a full disk does not say which file it was
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
         if record:
             self._seen[key] = bytes(content)
@@ -238,6 +247,8 @@ class DurableStore(LocalStore):
                 raise
             try:
                 os.fsync(descriptor)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(folder)) from error
             finally:
                 os.close(descriptor)
 
@@ -258,6 +269,15 @@ def contents(path: Path, most: int | None = None) -> bytes | None:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+
+
+def _read_elsewhere(root: str, durable: bool, bounds: Mapping[str, int]) -> DurableStore:
+    """Open a folder that another process reads; where it is not seen, all would be read as missing, which is NaN."""
+    refuse_unseen(root)
+    store = DurableStore(root, read_only=True, durable=durable)
+    for path, most in bounds.items():
+        store.bound(path, most)
+    return store
 
 
 def user_cache() -> Path:

@@ -20,8 +20,8 @@ from numcodecs import Zstd  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from pcodec.standalone import simple_decompress_into  # type: ignore[import-untyped]
 
-from trajstore.errors import ConfigurationError
 from trajstore.storage.codecs import Codec, refuse_bomb, zstd_size
+from trajstore.storage.elsewhere import refuse_only_here, refuse_unseen
 from trajstore.storage.place import Place, place_of
 
 __all__ = ["States"]
@@ -78,8 +78,8 @@ class States:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if place_of(self.address).only_here:
-            raise ConfigurationError(f"{self.address} is in the memory of this process; others cannot read it")
-        return States, (self.address, self.path, self.shape, self.chunks, self.dtype, self.codec)
+            refuse_only_here(self.address)
+        return _states_elsewhere, (self.address, self.path, self.shape, self.chunks, self.dtype, self.codec)
 
     def _read(self, spans: list[range]) -> NDArray[Any]:
         out = np.empty(tuple(map(len, spans)), self.dtype)
@@ -137,3 +137,9 @@ class States:
             whole = Zstd().decode(chunk, out=out).nbytes == out.nbytes and zstd_size(chunk) == out.nbytes
         if not whole:  # the rest of the buffer is of whatever was decoded before
             raise ValueError(f"{self.path}, chunk {index} holds another number of values than the array declares")
+
+
+def _states_elsewhere(address: str, *described: Any) -> States:  # noqa: ANN401
+    if "://" not in address:
+        refuse_unseen(address)
+    return States(address, *described)
