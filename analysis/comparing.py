@@ -15,6 +15,7 @@ from trajstore.analysis.windows import own_metrics, window_of
 
 from trajstore.drawing import drawing_of
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
+from trajstore.origin import attributes_of
 
 __all__ = ["compare"]
 
@@ -95,7 +96,7 @@ def _shares(variants: Mapping[str, xr.Dataset], base: str, given: Mapping[str, i
         raise NotFoundError(f"batch_sizes: no variant {unknown[0]!r}; {choices(unknown[0], variants)}")
     sizes = {}
     for name, ds in variants.items():
-        stored = drawing_of(ds.attrs.get("trajstore", {})).batch_size
+        stored = drawing_of(attributes_of(ds)).batch_size
         size = given.get(name) if stored is None else stored
         if size is None:
             raise StatisticError(

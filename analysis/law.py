@@ -30,6 +30,7 @@ from trajstore.analysis.windows import metrics_of, with_slabs
 from trajstore.drawing import drawing_of
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 from trajstore.measures import OF_MORE_THAN_THE_ITERATE, maker_of
+from trajstore.origin import attributes_of
 
 __all__ = ["adjusted", "disjoint_test", "law", "refuse_of_more", "swap_test"]
 
@@ -168,7 +169,7 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
         raise StatisticError(
             "the law is over batch streams from one θ₀, and these seeds start from several; record with one init seed"
         )
-    attributes: Mapping[str, Any] = ds.attrs.get("trajstore", {})
+    attributes: Mapping[str, Any] = attributes_of(ds)
     config = attributes.get("config", {})
     operator = config.get("operator", {})
     if not config or maker_of(config) != "problem":

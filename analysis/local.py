@@ -50,7 +50,7 @@ def local_variance_ratio(
     return xr.Dataset(
         {name: ("seed", np.array(column)) for name, column in columns},
         {"seed": seen.coords["seed"]},
-        {**seen.attrs, "kind": kind, "level": level, "orders": list(orders), "blocks": _blocks(len(seen))[0]},
+        {**seen.attrs, "kind": kind, "level": level, "orders": ", ".join(orders), "blocks": _blocks(len(seen))[0]},
     )
 
 

@@ -20,6 +20,7 @@ from trajstore.analysis.rounding import Precision, of_moves, of_zero
 from trajstore.analysis.windows import SLABS, Window, metrics_of, stored_window, window_of, with_slabs
 
 from trajstore.errors import NotFoundError, StatisticError, choices
+from trajstore.origin import attributes_of
 
 __all__ = ["LAYER", "OUTPUTS", "PARAMETERS", "SUM", "Path", "embedded", "path_of", "paths_of"]
 
@@ -82,7 +83,7 @@ def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Wind
 
 
 def _recorded_gap(ds: xr.Dataset) -> int:
-    record = ds.attrs.get("trajstore", {}).get("config", {}).get("record", {})
+    record = attributes_of(ds).get("config", {}).get("record", {})
     return int(record.get("every") or 1)
 
 

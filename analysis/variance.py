@@ -157,7 +157,7 @@ def variance_ratio(
     made = [_ratio(pair, kind, level, orders, seen.precision) for pair in pairs_of(seen, orders)]
     table = _table(seen, ("seed",), {"seed": seen.coords["seed"]}, [estimate for estimate, _ in made], kind, level)
     table["basis"] = ("seed", np.array([basis for _, basis in made]))
-    return table.assign_attrs(orders=list(orders)).rename(variance="ratio")
+    return table.assign_attrs(orders=", ".join(orders)).rename(variance="ratio")
 
 
 def pairs_of(seen: Window, orders: tuple[str, str]) -> list[tuple[Floats, Floats]]:

@@ -16,6 +16,7 @@ from trajstore.analysis.rounding import UNKNOWN, Precision
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 from trajstore.measures import MEASURES
+from trajstore.origin import attributes_of
 
 __all__ = [
     "SLABS",
@@ -133,7 +134,7 @@ def window_of(
 
 def precision_of(ds: xr.Dataset, metric: str) -> Precision:
     """Return what is known of how a metric was computed: the dtype of the states, and how large it was at first."""
-    layout = ds.attrs.get("trajstore", {}).get("schema", {}).get("layout", {})
+    layout = attributes_of(ds).get("schema", {}).get("layout", {})
     known = {entry["dtype"] for entry in layout.get("entries", ()) if entry["role"] == "parameter"}
     recorded, measured = _masks(ds, metric, metric)
     there = recorded & measured

@@ -11,11 +11,13 @@ from uuid import uuid4
 import dask.array
 import numpy as np
 import xarray as xr
+import zarr
 from numpy.typing import NDArray
 from xarray.backends import BackendArray
 
 from trajstore import accessor as accessor  # registers `ds.traj`
 from trajstore.measures import training_mark
+from trajstore.origin import ORIGIN, origin_of
 from trajstore.storage.schema import ArraySpec, Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
@@ -75,7 +77,7 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
         mask = mask or next((mask for mask in masks.values() if {*mask[0]} <= {*spec.dims}), None)
         encoding = {"preferred_chunks": _chunks(schema, spec)}
         source = _Committed.of(experiment, schema, spec, mask)
-        attributes = dict(array_of(experiment.group, spec.name).attrs)
+        attributes = _attributes(array_of(experiment.group, spec.name))
         if f"{spec.name}_samples" in late:  # computed afterwards
             attributes["mode"] = "train" if training_mark(spec.name) in late else "eval"
         if spec.name == "measured" and late and len(schema.metrics) < _BITS:
@@ -87,7 +89,7 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
     }
     metric = experiment.config["record"].get("adaptive")
     adaptive = {"adaptive": metric} if metric else {}
-    attrs = {"trajstore": experiment.attributes, "experiment": experiment.name, **adaptive}
+    attrs = {ORIGIN: origin_of(experiment), "experiment": experiment.name, **adaptive}
     return xr.Dataset(variables, {**labels, **masks}, attrs)
 
 
@@ -100,6 +102,13 @@ def _lazy(source: _Committed, spec: ArraySpec, encoding: Mapping[str, Any]) -> A
         chunks = tuple(encoding["preferred_chunks"][dim] for dim in spec.dims)
         return dask.array.from_array(source, chunks)  # type: ignore[no-untyped-call]
     return LazilyIndexedArray(source)
+
+
+def _attributes(array: zarr.Array[Any]) -> dict[str, Any]:
+    """Return an array's attributes as every file format holds them: none that is None, and yes and no as numbers."""
+    stored: Mapping[str, Any] = dict(array.attrs)
+    told = {name: value for name, value in stored.items() if value is not None}
+    return {name: int(value) if isinstance(value, bool) else value for name, value in told.items()}
 
 
 def _with_late(

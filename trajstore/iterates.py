@@ -17,6 +17,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError, NotFoundError, choices
+from trajstore.origin import UNKNOWN_ORIGIN, attributes_of
 from trajstore.storage.layout import Entry, Layout
 
 __all__ = ["Iterates", "Layers", "Slab", "entry_named", "layout_of", "slab_named"]
@@ -113,12 +114,9 @@ class Iterates:
 def layout_of(ds: xr.Dataset) -> Layout:
     """Return how the states of a dataset are laid out."""
     try:
-        return Layout.from_json(ds.attrs["trajstore"]["schema"]["layout"])
+        return Layout.from_json(attributes_of(ds)["schema"]["layout"])
     except (KeyError, TypeError, ValueError):
-        raise ConfigurationError(
-            "this dataset does not say how its states are laid out: it does not come from an experiment, or its "
-            "attributes were dropped on the way (keep them with xr.set_options(keep_attrs=True))"
-        ) from None
+        raise ConfigurationError(f"this dataset does not say how its states are laid out: {UNKNOWN_ORIGIN}") from None
 
 
 def slab_named(experiment: str, labels: Mapping[str, Any]) -> str:

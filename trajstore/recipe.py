@@ -25,6 +25,7 @@ from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, R
 from trajstore.experiment import Experiment
 from trajstore.measures import maker_of
 from trajstore.operators import Batch, Gradient, Pushes
+from trajstore.origin import UNKNOWN_ORIGIN, attributes_of
 from trajstore.problems import Batches, KnowsItsData, LiveProblem, Predicts
 from trajstore.state import Memory, State, Tensors, beginning
 from trajstore.storage.schema import Schema
@@ -205,9 +206,6 @@ def refuse_other_data(source: Source, live: LiveProblem) -> None:
 def _attributes(source: Source) -> tuple[str, Mapping[str, Any]]:
     if isinstance(source, StoredExperiment):
         return source.name, source.attributes
-    if "trajstore" not in source.attrs:
-        raise ConfigurationError(
-            "this dataset does not say how it was made: it does not come from an experiment, or its "
-            "attributes were dropped on the way (keep them with xr.set_options(keep_attrs=True))"
-        )
-    return str(source.attrs.get("experiment", "")), source.attrs["trajstore"]
+    if not (attributes := attributes_of(source)):
+        raise ConfigurationError(f"this dataset does not say how it was made: {UNKNOWN_ORIGIN}")
+    return str(source.attrs.get("experiment", "")), attributes

@@ -41,7 +41,7 @@ def _said(ratio: xr.Dataset, attrs: Mapping[Any, Any]) -> str:
     if not np.isfinite(value):
         return str(ratio["why"].item())
     sure = "" if np.isfinite(low) else " (no interval)"
-    one, other = attrs["orders"]
+    one, other = attrs["orders"].split(", ")
     return (
         f"variance {one}/{other} {interval(value, low, high)}{sure}, steps {attrs['from_step']} to {attrs['to_step']}"
     )

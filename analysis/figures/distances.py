@@ -32,6 +32,7 @@ from trajstore.analysis.windows import measured_steps, metrics_of
 from trajstore.analysis.writing import interval
 
 from trajstore.errors import StatisticError
+from trajstore.origin import attributes_of
 
 __all__ = ["draw"]
 
@@ -192,7 +193,7 @@ def _said(found: xr.Dataset) -> str:
 
 def _bound(ax: Axes, ds: xr.Dataset, seed: int, curve: xr.DataArray) -> None:
     """Draw what Theorem 2.2 says of the distances, where it says something, as far down as they go."""
-    config = ds.attrs.get("trajstore", {}).get("config", {})
+    config = attributes_of(ds).get("config", {})
     if config.get("problem", {}).get("family") not in _CONTRACTING or len(curve) < _LEAST:
         return
     from trajstore.analysis.contracting import limit_bound
