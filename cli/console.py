@@ -13,10 +13,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from trajstore.cli.writing import as_written, holds
+
 from trajstore.printable import printable
 from trajstore.units import human_bytes
 
-__all__ = ["counted", "human_bytes", "human_seconds", "print_csv", "print_json", "print_table", "progress_bar", "say"]
+__all__ = [
+    "counted",
+    "human_bytes",
+    "human_seconds",
+    "print_csv",
+    "print_json",
+    "print_table",
+    "progress_bar",
+    "say",
+    "tell",
+]
 
 
 def say(text: str) -> None:
@@ -24,9 +36,16 @@ def say(text: str) -> None:
     sys.stdout.write(printable(text, keep="\n") + "\n")
 
 
+def tell(text: str) -> None:
+    """Print a line that is not data to standard error."""
+    sys.stderr.write(printable(text, keep="\n") + "\n")
+
+
 def print_json(value: Any) -> None:  # noqa: ANN401
     """Print JSON; numbers that are not finite become the strings 'NaN', 'Infinity' and '-Infinity'."""
     text = json.dumps(_strict(value), indent=2, ensure_ascii=False)
+    if not holds(sys.stdout, text):
+        text = json.dumps(_strict(value), indent=2)
     if not text.replace("\n", "").isprintable():  # JSON has a way of its own to escape
         text = "".join(c if printable(c, keep="\n") == c else _escaped(c) for c in text)
     say(text)
@@ -41,8 +60,8 @@ def print_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print aligned columns, numbers to the right."""
-    columns = [printable(column) for column in columns]
-    cells = [[printable(_cell(value)) for value in row] for row in rows]
+    columns = [as_written(printable(column)) for column in columns]
+    cells = [[as_written(printable(_cell(value))) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     numeric = [all(isinstance(row[k], int | float | None) for row in rows) and bool(rows) for k in range(len(columns))]
 

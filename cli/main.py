@@ -13,9 +13,10 @@ from typing import Any
 
 import typer
 from trajstore.cli import analyze, claims, compute, demo, doctor, exchange, inspection, maintenance, plotting, record
+from trajstore.cli.console import tell
+from trajstore.cli.writing import spell_out
 
 from trajstore.errors import TrajstoreError
-from trajstore.printable import printable
 
 __all__ = ["app", "main"]
 
@@ -55,7 +56,8 @@ def main() -> None:
     """Run a command; every foreseeable failure is one line on standard error."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # problems of one's own lie there; last, so that they stand in nobody's way
-    warnings.showwarning = lambda message, *_, **__: typer.echo(f"trajstore: {printable(str(message))}", err=True)
+    spell_out()
+    warnings.showwarning = lambda message, *_, **__: tell(f"trajstore: {message}")
     try:
         code = typer.main.get_command(app).main(prog_name="trajstore", standalone_mode=False) or 0
         if code == _INTERRUPTED:
@@ -77,8 +79,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, prefix: str = "trajstore: ") -> int:
-    line = printable(message, keep="\n") if not prefix else printable(" ".join(message.split()))
-    typer.echo(f"{prefix}{line}", err=True)
+    tell(f"{prefix}{message if not prefix else ' '.join(message.split())}")
     return code
 
 
