@@ -163,7 +163,7 @@ def _experiments(
     names = variants(what)
     if len(names) > 1:
         return [Experiment.of(preset_table(one, scale, shared=changes)) for one in names]
-    return [Experiment.of(merge(preset_table(what, scale), changes))]
+    return [Experiment.preset(what, changes, scale)]
 
 
 def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:

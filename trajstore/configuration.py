@@ -18,7 +18,17 @@ from typing import Any, cast, get_type_hints
 from trajstore.errors import ConfigurationError, ConflictError, choices
 from trajstore.families import family, family_name, family_names
 
-__all__ = ["build", "check_fields", "completed", "defaults", "describe", "differences", "merge", "refuse_differences"]
+__all__ = [
+    "build",
+    "check_fields",
+    "check_types",
+    "completed",
+    "defaults",
+    "describe",
+    "differences",
+    "merge",
+    "refuse_differences",
+]
 
 _PACKAGES = {
     "problem": "trajstore.problems",
@@ -29,6 +39,10 @@ _PACKAGES = {
 _DOES = {"problem": "build", "operator": "apply", "schedule": "factor", "images": "load"}
 _EXAMPLE = {"problem": "regression", "operator": "sgd", "schedule": "cosine", "images": "shapes"}
 _FACTORY = "trajstore.problems.factory"
+_SHORT = 80
+"""Characters of a value that a message shows."""
+_SHOWN = 6
+"""Differences that a message names."""
 
 
 def build(kind: str, table: Any) -> Any:  # noqa: ANN401
@@ -62,6 +76,21 @@ def check_fields(what: str, declared: type[Any], given: Mapping[str, Any]) -> di
     }
 
 
+def check_types(what: str, declared: Any) -> None:  # noqa: ANN401
+    """Refuse a declaration, made directly, whose fields are not of their types; nothing is converted."""
+    hints = get_type_hints(type(declared))
+    for field in fields(declared):
+        value = getattr(declared, field.name)
+        if field.name in _PACKAGES:
+            if not callable(getattr(value, _DOES[field.name], None)):
+                raise ConfigurationError(
+                    f"{what}: {field.name} is {_short(value)}; give a declaration, such as one of "
+                    f"{_PACKAGES[field.name]}, or make {what} of a table with `of`"
+                )
+        else:
+            _validated(f"{what}: {field.name}", hints[field.name], value, strict=True)
+
+
 def completed(kind: str, table: Any) -> Any:  # noqa: ANN401
     """Return a stored table with the fields that its family got since it was stored.
 
@@ -84,13 +113,15 @@ def _has_default(field: Field[Any]) -> bool:
     return field.default is not MISSING or field.default_factory is not MISSING
 
 
-def _validated(what: str, hint: Any, value: Any) -> Any:  # noqa: ANN401
+def _validated(what: str, hint: Any, value: Any, *, strict: bool = False) -> Any:  # noqa: ANN401
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
-        return value
+    if isinstance(hint, type) and is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        raise ConfigurationError(f"{what} is {value!r}; input should be a {hint.__name__}")
     try:
-        return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+        return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value, strict=strict)
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
@@ -149,22 +180,43 @@ def _describe_tensor(tensor: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> list[str]:
-    """Return where two descriptions differ, as 'operator.lr: 0.05 / 0.1'."""
-    found = []
-    for key in sorted(a.keys() | b.keys()):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found += differences(left, right, f"{at}{key}.")
-        elif left != right:
-            found.append(f"{at}{key}: {left!r} / {right!r}")
-    return found
+    """Return where two descriptions differ, each in short, as 'operator.lr: 0.05 / 0.1'."""
+    for head in ("family", "object"):  # the fields of two kinds of things cannot be compared
+        if head in a and head in b and a[head] != b[head]:
+            return [f"{at}{head}: {_short(a[head])} / {_short(b[head])}"]
+    return [told for key in sorted(a.keys() | b.keys()) for told in _difference(a.get(key), b.get(key), f"{at}{key}")]
+
+
+def _difference(left: Any, right: Any, at: str) -> list[str]:  # noqa: ANN401
+    if left == right:
+        return []
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return differences(left, right, f"{at}.")
+    if isinstance(left, list) and isinstance(right, list) and max(len(repr(left)), len(repr(right))) > _SHORT:
+        if len(left) != len(right):
+            return [f"{at}: {len(left)} of them / {len(right)} of them"]
+        place = next(k for k, (one, other) in enumerate(zip(left, right, strict=True)) if one != other)
+        return _difference(left[place], right[place], f"{at}[{place}]")
+    return [f"{at}: {_short(left)} / {_short(right)}"]
+
+
+def _short(value: Any) -> str:  # noqa: ANN401
+    text = repr(value)
+    return text if len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
 
 
 def refuse_differences(experiment: str, found: Sequence[str], remedy: str = "choose another name") -> None:
-    """Raise if what is stored of an experiment differs from what is requested."""
-    if found:
+    """Raise if what is stored of an experiment differs from what is requested.
+
+    Fields that were written come alone: what the problem makes of them, shapes and layout, differs as a consequence.
+    """
+    written = [told for told in found if not told.startswith("schema.") and ".made." not in told]
+    shown = written or list(found)
+    if shown:
+        more = f"; and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
         raise ConflictError(
-            f"experiment {experiment!r} exists already and differs in {'; '.join(found)} (stored / requested); {remedy}"
+            f"experiment {experiment!r} exists already and differs in {'; '.join(shown[:_SHOWN])}{more} "
+            f"(stored / requested); {remedy}"
         )
 
 

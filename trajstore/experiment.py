@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from trajstore.configuration import check_fields, completed, defaults, describe, merge
+from trajstore.configuration import check_fields, check_types, completed, defaults, describe, merge
 from trajstore.engine.refining import Wanted
 from trajstore.errors import ConfigurationError, choices
 from trajstore.grids import coarse, exactly, planned
+from trajstore.measures import maker_of
 from trajstore.operators import Operator
 from trajstore.operators.sgd import is_plain
 from trajstore.orders import Order
-from trajstore.presets import FULL, Scale, preset_table
+from trajstore.presets import FULL, Scale, family_of, preset_table
 from trajstore.problems import LiveProblem, Problem
 from trajstore.storage.codecs import Codec
 
@@ -58,6 +59,7 @@ class Record:
     codec: Codec = "pcodec"
 
     def __post_init__(self) -> None:
+        check_types("record", self)
         if self.every < 1:
             raise ConfigurationError(f"record: every is {self.every}; it must be at least 1")
         if self.log_until is not None and self.log_until < 1:
@@ -97,10 +99,18 @@ class Experiment:
     """One θ₀ for all seeds; None: each seed starts from its own."""
     stops: tuple[int, ...] = ()
     """The last steps of earlier declarations, before it was extended; they are recorded too."""
+    variant_of: str | None = None
+    """What it is a variant of: the name that the variants share, which comes before a dot in the name of each."""
     record: Record = field(default_factory=Record)
 
     def __post_init__(self) -> None:
+        check_types("an experiment", self)
         check_name(self.name)
+        if self.variant_of is not None and not re.match(f"{re.escape(self.variant_of)}[.].", self.name):
+            raise ConfigurationError(
+                f"experiment {self.name!r} cannot be a variant of {self.variant_of!r}: its name would begin with "
+                f"{f'{self.variant_of}.'!r}"
+            )
         if not 1 <= self.steps <= _MOST_STEPS:
             raise ConfigurationError(f"steps is {self.steps}; it must be from 1 to {_MOST_STEPS:,}")
         for what, values in (("orders", self.orders), ("seeds", self.seeds)):
@@ -133,6 +143,8 @@ class Experiment:
         """
         if "preset" in table:
             base = preset_table(table["preset"], table.get("scale", FULL))
+            if table.get("name", base["name"]) != base["name"]:
+                base.pop("variant_of", None)  # under a name of its own it is an experiment of its own
             table = merge(base, {k: v for k, v in table.items() if k not in ("preset", "scale")})
         given = {key: value for key, value in table.items() if key != "about"}
         if "orders" in given:
@@ -144,7 +156,7 @@ class Experiment:
     @classmethod
     def preset(cls, name: str, changes: Mapping[str, Any] | None = None, scale: Scale = FULL) -> Experiment:
         """Return a preset with some fields changed; at ``scale="small"`` it takes minutes on two cores."""
-        return cls.of(merge(preset_table(name, scale), changes or {}))
+        return cls.of({**(changes or {}), "preset": name, "scale": scale})
 
     def grown_from(self, config: Mapping[str, Any]) -> Experiment:
         """Return this experiment with what a stored one has of orders, seeds and steps, first."""
@@ -214,6 +226,7 @@ class Experiment:
             "seeds": list(self.seeds),
             "init_seed": self.init_seed,
             "stops": list(self.stops),
+            "variant_of": self.variant_of,
             "record": {f.name: describe(getattr(self.record, f.name)) for f in fields(self.record)},
         }
 
@@ -221,7 +234,8 @@ class Experiment:
 def of_today(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored configuration as it would be stored by now: with the fields that were added since."""
     tables = {kind: completed(kind, config[kind]) for kind in ("problem", "operator") if kind in config}
-    return {**config, **tables, "record": defaults(Record) | dict(config["record"])}
+    variant = {"variant_of": family_of(str(config["name"])) if maker_of(config) == "problem" else None}
+    return {**variant, **config, **tables, "record": defaults(Record) | dict(config["record"])}
 
 
 def check_name(name: str) -> None:

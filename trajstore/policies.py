@@ -16,7 +16,7 @@ from functools import cached_property
 from trajstore import grids
 from trajstore.errors import ConfigurationError
 
-__all__ = ["Policy", "every", "log_then_every", "window"]
+__all__ = ["Policy", "every", "log_then_every", "policy_of", "window"]
 
 
 class Policy(ABC):
@@ -112,3 +112,21 @@ class _Both(Policy):
     def __str__(self) -> str:
         left, right = (f"({p})" if isinstance(p, _Either) else str(p) for p in (self.one, self.other))
         return f"{left} & {right}"
+
+
+def policy_of(given: Policy | int | None) -> Policy:
+    """Return a policy that was given, or in short: a number k stands for every k-th step, None for every step.
+
+    >>> str(policy_of(10))
+    'every(10)'
+    """
+    if given is None:
+        return every(1)
+    if isinstance(given, int) and not isinstance(given, bool):
+        return every(given)
+    if not isinstance(given, Policy):
+        raise ConfigurationError(
+            f"snapshots is {given!r}; give a number k for every k-th step, or every(k), log_then_every(k) and "
+            "window(a, b), combined with | and &"
+        )
+    return given

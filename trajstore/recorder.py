@@ -40,7 +40,7 @@ from trajstore.errors import ConfigurationError, ConflictError, OrderError, Resu
 from trajstore.experiment import check_name
 from trajstore.fills import noted
 from trajstore.measures import MEASURES
-from trajstore.policies import Policy, every
+from trajstore.policies import Policy, policy_of
 from trajstore.provenance import provenance
 from trajstore.storage.checking import is_label
 from trajstore.storage.codecs import Codec
@@ -53,7 +53,18 @@ from trajstore.storage.schema import Schema, check_metric_names, segment_length
 from trajstore.storage.segment import Observation
 from trajstore.storage.sketch import Sketch
 from trajstore.storage.writer import COMMIT_SECONDS, COMMIT_STEPS, Ledger, SlabWriter
-from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_foreign
+from trajstore.store import (
+    DECLARED,
+    Store,
+    StoredExperiment,
+    check_place,
+    check_portable,
+    open_root,
+    refuse_alike,
+    refuse_foreign,
+    refuse_new,
+    standing,
+)
 from trajstore.watching import Watched, random_state
 
 __all__ = ["Recorder", "record"]
@@ -75,7 +86,7 @@ def record(
     also: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     steps: int | None = None,
-    snapshots: Policy | None = None,
+    snapshots: Policy | int | None = None,
     layers: str | Sequence[str] | None = None,
     dtype: str | None = None,
     optimizer_state: bool = False,
@@ -111,7 +122,7 @@ def record(
         model, optimizer, also or {}, layers=globs, memory=optimizer_state,
         precision=None if dtype is None else _PRECISIONS[dtype],
     )  # fmt: skip
-    policy = every(1) if snapshots is None else snapshots
+    policy = policy_of(snapshots)
     what = {"snapshots": str(policy), "layers": globs, "dtype": dtype, "optimizer_state": optimizer_state}
     table: dict[str, Any] = {
         "name": name,
@@ -244,6 +255,8 @@ class Recorder:
         known = {*schema.metrics, *schema.late, *self._late}
         if new := [name for name in metrics if name not in known]:
             check_metric_names(replace(schema, metrics={**schema.metrics, **dict.fromkeys(new)}))
+            for name in new:
+                check_portable("metric", name)
         return {name: _scalar(name, value) for name, value in metrics.items()}
 
     def _comes_late(self, number: int, metrics: dict[str, float]) -> None:
@@ -280,6 +293,8 @@ class Recorder:
 
     def _begin(self) -> None:
         check_place(self._store)
+        if standing(self._store.place, self._table["name"]) in ("nothing", "half declared"):
+            refuse_new(self._store, self._table["name"])
         self._store.place.make()
         what = self._named
         lock = slab_lock(self._table["name"], self._order, self._seed)
@@ -444,6 +459,7 @@ class Recorder:
             sizes |= {DECLARED: declared} if declared else {}
             config = {**self._table, **sizes}
             if stored is None:
+                refuse_alike(self._store, name)  # somebody may have made it in the meantime
                 self._group = declare(root, name, schema, config, [])
                 return schema
             found = differences({k: v for k, v in stored.config.items() if k not in (*sizes, DECLARED)}, self._table)

@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 
 from trajstore.configuration import describe, differences, refuse_differences
-from trajstore.distributing import Job, connected, connected_to, fill
+from trajstore.distributing import Job, Scheduler, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import EngineChoice, Plan, followed, ready
@@ -35,7 +35,7 @@ from trajstore.storage.declaring import declare, grow
 from trajstore.storage.place import Durability
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
-from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, standing
+from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, refuse_new, standing
 from trajstore.trust import remember
 
 __all__ = ["accept", "record_here", "refuse_conflict", "run"]
@@ -55,7 +55,7 @@ def run(
     lanes: int | None = None,
     device: Device = "auto",
     workers: int | None = None,
-    scheduler: str | None = None,
+    scheduler: Scheduler | None = None,
     memory: int | None = None,
     progress: Tell | None = None,
 ) -> StoredExperiment:
@@ -67,7 +67,8 @@ def run(
     Under ``durability="none"`` nothing is fsynced, for disks whose contents need not survive a power cut.
 
     `lanes` fixes the width of the wave, `workers` the number of processes (0: only this one); a Dask `scheduler` has
-    workers of its own. `memory` is what all processes may take together, in bytes.
+    workers of its own: give its address, a `distributed.Client`, or a cluster such as a `distributed.LocalCluster`.
+    `memory` is what all processes may take together, in bytes.
     """
     store, asked = Store(path), experiment
     if store.place.only_here:
@@ -80,6 +81,8 @@ def run(
     schema = schema_of(experiment, live)  # everything that can be wrong with the request comes before the first byte
     check_place(store)
     begun = standing(store.place, experiment.name) == "experiment"
+    if not begun:
+        refuse_new(store, experiment.name, schema.metrics)
     plan = None if begun else plan_for(experiment, live, wishes)
     if plan is not None:
         afford(plan, experiment, live, schema, wishes)
@@ -124,7 +127,7 @@ def run(
 
     if scheduler is not None or plan.workers:
         job = Job(uuid.uuid4().hex, experiment, store.place.address, durability, replace(plan, threads=1), where.type)
-        on_workers = connected_to(scheduler) if scheduler else connected(plan.workers)
+        on_workers = connected_to(scheduler) if scheduler is not None else connected(plan.workers)
         with noted(stored, named([slab for slabs in missing for slab in slabs]), origin) as note, on_workers as client:
             spent = fill(client, job, packs, lambda slabs: ledgers_of(stored, slabs), progress, follow)
             note.update(spent._asdict())
@@ -204,8 +207,10 @@ def refuse_conflict(experiment: Experiment, path: str | Path, *, resume: bool, e
     """Raise what `run` would raise because of what is stored already."""
     store = Store(path)
     if not store.is_missing() and experiment.name in store:
-        live = experiment.problem.build(torch.device("cpu"))
+        live = experiment.live
         accept(store[experiment.name], experiment, live, resume=resume, extend=extend)
+    else:
+        refuse_new(store, experiment.name, experiment.metrics)
 
 
 def _short(part: object) -> str:
@@ -267,6 +272,8 @@ def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, re
     config, schema = stored.config, stored.schema
     experiment = asked.grown_from(config) if extend else replace(asked, stops=tuple(config["stops"]))
     own = experiment.config()
+    if "variant_of" not in config:  # it was not stored yet, and changes nothing that is computed
+        own["variant_of"] = of_today(config)["variant_of"]
     growing = ("orders", "seeds", "steps", "stops") if extend else ()
     left, right = ({k: v for k, v in c.items() if k not in growing} for c in (config, own))
     found = differences(of_today(left), right)

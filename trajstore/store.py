@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from zarr.errors import GroupNotFoundError
 
 from trajstore.errors import (
+    ConfigurationError,
     ConflictError,
     DamageError,
     FormatError,
@@ -31,6 +33,7 @@ from trajstore.errors import (
     slab_named,
 )
 from trajstore.grids import planned
+from trajstore.measures import maker_of
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_folder, slab_lock
@@ -53,9 +56,12 @@ __all__ = [
     "Store",
     "StoredExperiment",
     "check_place",
+    "check_portable",
     "open",
     "open_root",
+    "refuse_alike",
     "refuse_foreign",
+    "refuse_new",
     "standing",
 ]
 
@@ -93,6 +99,8 @@ def open_root(path: str | Path | Place, durability: Durability = "segment") -> z
     return zarr.open_group(keeper, mode="r+", zarr_format=3)
 
 
+_RESERVED = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")
+"""Names that Windows keeps for devices, whatever they end in."""
 Standing = Literal["nothing", "foreign", "half declared", "experiment", "damaged"]
 
 
@@ -203,10 +211,21 @@ class Store:
         return StoredExperiment(self, group)
 
     def variants(self, name: str) -> dict[str, StoredExperiment]:
-        """Return the experiments ``NAME.VARIANT`` by their variants, or the one of this name."""
-        head = f"{name}."
-        found = {one.removeprefix(head): self[one] for one in self if one.startswith(head)}
+        """Return the experiments that are variants of this name, by their own names in it, or the one of this name."""
+        found = {one.removeprefix(f"{name}."): self[one] for one, of in self.families().items() if of == name}
         return found or {name: self[name]}  # which says what there is
+
+    def families(self) -> dict[str, str]:
+        """Return which experiments are variants, and of what: name → the name that they share."""
+        found = {}
+        for name in self:
+            try:
+                of = self[name].variant_of
+            except FormatError:
+                continue  # a damaged one says so itself where it is asked
+            if of is not None:
+                found[name] = of
+        return found
 
     def __repr__(self) -> str:
         from trajstore.representation import store_text
@@ -252,6 +271,16 @@ class StoredExperiment:
     def config(self) -> dict[str, Any]:
         """The configuration."""
         return dict(self.attributes["config"])
+
+    @property
+    def variant_of(self) -> str | None:
+        """The name that this experiment shares with other variants; None where it is no variant."""
+        config = self.config
+        if "variant_of" in config:
+            return str(config["variant_of"]) if config["variant_of"] is not None else None
+        from trajstore.presets import family_of
+
+        return family_of(self.name) if maker_of(config) == "problem" else None
 
     @property
     def problem(self) -> str:
@@ -482,6 +511,34 @@ def refuse_foreign(store: Store, name: str) -> None:
             f"{store}/{name} exists but is not an experiment, or has lost its zarr.json; "
             "move it away, or choose another name"
         )
+
+
+def refuse_new(store: Store, name: str, metrics: Iterable[str] = ()) -> None:
+    """Refuse names of a new experiment, and of its metrics, that could not be copied to every file system."""
+    check_portable("experiment", name)
+    for metric in metrics:
+        check_portable("metric", metric)
+    refuse_alike(store, name)
+
+
+def check_portable(what: str, name: str) -> None:
+    """Refuse a name that no folder can have on Windows."""
+    if name.endswith(".") or _RESERVED.fullmatch(name.partition(".")[0]):
+        raise ConfigurationError(
+            f"{what} name {name!r}: no folder on Windows can have it, so the store could not be copied there; "
+            "choose another name"
+        )
+
+
+def refuse_alike(store: Store, name: str) -> None:
+    """Refuse a name that differs from another one in the store only by upper and lower case."""
+    there = [DOCUMENT, *([] if store.is_missing() else store.place.folders())]
+    for other in there:
+        if other != name and other.casefold() == name.casefold():
+            raise ConflictError(
+                f"experiment name {name!r}: {store} has {other!r} already, and to Windows and macOS that is the same; "
+                "choose another name"
+            )
 
 
 def _name_of(table: dict[str, Any]) -> str:

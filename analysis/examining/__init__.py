@@ -146,14 +146,15 @@ def examine(
 ) -> Iterator[Examined]:
     """Examine claims, by default all of them, in experiments of a store, by default in all, one row after the other."""
     known = list(store)
-    families = {name.partition(".")[0] for name in known if "." in name}
+    variants = store.families()
+    families = set(variants.values())
     chosen = list(experiments or known)
     for name in (name for name in chosen if name not in known and name not in families):
         raise NotFoundError(f"no experiment {name!r} in {store}; {choices(name, known)}")
     for name in (name for name in names or () if name not in CLAIMS):
         raise NotFoundError(f"no claim {name!r}; {choices(name, CLAIMS)}")
     single = [name for name in chosen if name in known]
-    several = sorted({name.partition(".")[0] for name in chosen} & families)
+    several = sorted({variants.get(name, name) for name in chosen} & families)
     for name in names or CLAIMS:
         claim, found = CLAIMS[name], False
         for where, finding in _findings(claim, store, single, several):

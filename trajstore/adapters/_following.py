@@ -37,7 +37,7 @@ class How(TypedDict, total=False):
     order: str
     config: Mapping[str, Any]
     steps: int
-    snapshots: Policy | None
+    snapshots: Policy | int | None
     layers: str | Sequence[str] | None
     dtype: str | None
     optimizer_state: bool

@@ -25,7 +25,7 @@ from trajstore.storage.codecs import CODECS, Codec
 from trajstore.storage.declaring import declare, grow
 from trajstore.storage.place import Durability
 from trajstore.storage.sketch import Sketch
-from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign
+from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, refuse_new
 
 __all__ = ["Import", "Precision", "carry_out", "import_checkpoints", "prepare"]
 
@@ -118,6 +118,8 @@ def carry_out(
     begun = [slab for slab in asked.sources if stored is not None and not_noted(asked, stored, slab) is not None]
     if not begun and not any(asked.missing.values()):
         return asked.store[asked.name]
+    if stored is None:
+        refuse_new(asked.store, asked.name)
     asked.store.place.make()
     with asked.store.declaring():
         root = open_root(asked.store.place, durability)

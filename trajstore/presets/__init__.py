@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 from trajstore.configuration import merge
 from trajstore.errors import ConfigurationError, choices
 
-__all__ = ["FULL", "Scale", "about", "preset_names", "preset_table", "preset_text", "variants"]
+__all__ = ["FULL", "Scale", "about", "family_of", "preset_names", "preset_table", "preset_text", "variants"]
 
 Scale = Literal["full", "small"]
 FULL: Scale = "full"
@@ -69,7 +69,17 @@ def preset_table(name: str, scale: Scale = FULL, shared: Mapping[str, Any] | Non
         raise ConfigurationError(f"preset {name!r} is several experiments; name one: {', '.join(names)}")
     if variant not in known:
         raise ConfigurationError(f"unknown preset {name!r}; {choices(name, names or [base])}")
-    return _variant(table, known[variant], name) | {"name": f"{table['name']}.{variant}"}
+    return _variant(table, known[variant], name) | {"name": f"{table['name']}.{variant}", "variant_of": table["name"]}
+
+
+def family_of(name: str) -> str | None:
+    """Return the name before that of a variant of any preset: before it was stored, only names said what is a variant.
+
+    >>> family_of("fig14-small.lambda-0.5"), family_of("mine.large"), family_of("lr-0.02")
+    ('fig14-small', 'mine', None)
+    """
+    known = (variant for preset in preset_names() for variant in _merged(preset, FULL).get("variants", {}))
+    return next((name.removesuffix(f".{v}") for v in known if name.endswith(f".{v}") and name != f".{v}"), None)
 
 
 def _variant(shared: Mapping[str, Any], own: Mapping[str, Any], name: str) -> dict[str, Any]:
