@@ -9,7 +9,7 @@ import typer
 from trajstore.cli.console import say
 from trajstore.cli.options import ExperimentName, FigureName, StorePath, Trust, parse_seeds
 
-from trajstore.errors import ConfigurationError
+from trajstore.errors import ConfigurationError, WriteError
 
 __all__ = ["check_output", "plot", "save"]
 
@@ -46,8 +46,11 @@ def save(figure: object, output: Path) -> None:
     from trajstore.analysis.figures import style
 
     assert isinstance(figure, Figure)
-    with style():
-        figure.savefig(output)
+    try:
+        with style():
+            figure.savefig(output)
+    except OSError as error:
+        raise WriteError(f"{output} could not be written ({error.strerror or error})") from None
 
 
 def check_output(output: Path) -> None:

@@ -253,10 +253,15 @@ def test_a_second_writer_is_told_and_the_first_can_be_shut_out(place):
 def test_what_is_not_there_or_does_not_answer_is_one_line(place, monkeypatch):
     with pytest.raises(NotFoundError, match="there is no store at s3://bucket/"):
         ts.open(place)
-    with pytest.raises((NotFoundError, UnreachableError), match="s3://no-such-bucket/"):
+    no_bucket = r"s3://no-such-bucket/runs\.zarr: there is no bucket 'no-such-bucket' \(404 Not Found\); make it first"
+    with pytest.raises(UnreachableError, match=no_bucket):
         ts.open("s3://no-such-bucket/runs.zarr")
-    with pytest.raises(UnreachableError, match=r"s3://no-such-bucket/runs\.zarr: .*404"):
+    with pytest.raises(UnreachableError, match=no_bucket):
         ts.run(ts.Experiment.of(SMALL_NET), "s3://no-such-bucket/runs.zarr", **HOW)
+    with monkeypatch.context() as patch:
+        patch.delenv("AWS_ALLOW_HTTP")
+        with pytest.raises(UnreachableError, match=r"its endpoint is http.*; set AWS_ALLOW_HTTP=true"):
+            ts.open("s3://bucket/unencrypted.zarr")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(UnreachableError, match=r"s3://bucket/unreachable\.zarr: "):
         ts.open("s3://bucket/unreachable.zarr")

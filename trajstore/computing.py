@@ -45,6 +45,7 @@ def compute_late(
     if every < 1:
         raise ConfigurationError(f"every is {every}; it must be at least 1")
     wanted = _wanted(stored, every)
+    stored.store.place.make()  # refuses where nothing can be written
     group = _declared(stored, names)
     schema, done = Schema.of(group), 0
     with ThreadPoolExecutor(threads or os.cpu_count(), "trajstore-compute") as pool:

@@ -25,7 +25,7 @@ from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
-from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_foreign
+from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_alike, refuse_foreign
 
 __all__ = ["Merged", "merge", "remove"]
 
@@ -46,6 +46,7 @@ class Merged:
 def remove(store: Store, name: str) -> None:
     """Remove an experiment, with everything in it."""
     experiment = store[name]
+    store.place.make()  # refuses where nothing can be written
     with ExitStack() as held:
         held.enter_context(store.declaring())
         _lock_slabs(held, experiment)
@@ -65,6 +66,8 @@ def merge(source: Store, target: Store, names: Sequence[str] | None = None) -> l
     for experiment in experiments:  # what contradicts is known before anything is written
         if there and experiment.name in target:
             _union(target[experiment.name], experiment)
+        else:
+            refuse_alike(target, experiment.name)
     target.place.make()
     return [merged for experiment in experiments for merged in _take_over(experiment, target)]
 

@@ -30,7 +30,7 @@ UNKNOWN_ORIGIN = (
 )
 """Why a dataset may not know its origin, for messages."""
 _WRITTEN = re.compile(r"(\S+) of (.+) \(identity ([0-9a-f]{16})\)")
-_GROWING = ("name", "orders", "seeds", "steps", "stops", "variant_of")
+_GROWING = ("name", "orders", "seeds", "steps", "stops", "declared_steps", "variant_of")
 """What of a configuration may change while the experiment stays what it is."""
 
 

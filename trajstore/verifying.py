@@ -7,6 +7,7 @@ Repairing takes out what is wrong, so that it counts no more and a recording wri
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from zarr.abc.buffer import Buffer as AnyBuffer
 from zarr.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from trajstore.errors import FormatError, NotFoundError, TrajstoreError, UnreachableError, choices
+from trajstore.errors import ConfigurationError, FormatError, NotFoundError, TrajstoreError, UnreachableError, choices
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
 from trajstore.storage.late import LateSeries
@@ -37,6 +38,8 @@ __all__ = ["Finding", "verify"]
 
 _DECODING = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError)
 """What zarr and its codecs raise on bytes that are not what was written."""
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""How a system says that nothing may be written, or that nothing more fits."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def verify(store: Store, name: str | None = None, *, repair: bool = False) -> It
     names = store.names()
     if name is not None and name not in names:
         raise NotFoundError(f"no experiment {name!r} in {store}; {choices(name, names)}")
+    if repair:
+        place.make()  # refuses where nothing can be repaired
     yield from _root(store, repair)
     for folder in place.folders() if name is None else ():
         if not is_name(folder) or standing(place, folder) == "foreign":
@@ -103,6 +108,9 @@ class _Verifying:
         except TrajstoreError:
             raise
         except _DECODING as error:
+            if self.repair and isinstance(error, OSError) and error.errno in _REFUSED:
+                where = error.filename or self.name  # not what is there is wrong, but what was to be written
+                raise ConfigurationError(f"cannot repair {self.store}: {error.strerror}: {where}") from None
             yield Finding(self.name, f"it cannot be read: {' '.join(str(error).split())}", f"{self.name}/{DOCUMENT}")
 
     def _everything(self) -> Iterator[Finding]:

@@ -65,7 +65,7 @@ class Bucket:
         try:
             yield
         except (BaseError, FileNotFoundError, PermissionError) as error:
-            raise UnreachableError(f"{self.address}: {objects.first_line(error)}") from None
+            raise UnreachableError(f"{self.address}: {objects.why(error, self.address)}") from None
 
     def read(self, key: str, most: int | None = None) -> bytes | None:
         """Return what is there, None where there is nothing."""
@@ -119,7 +119,7 @@ class Bucket:
         try:
             objects.delete(self.objects, keys)
         except BaseError as error:
-            raise UnreachableError(f"{self}: {objects.first_line(error)}") from None
+            raise UnreachableError(f"{self}: {objects.why(error, self.address)}") from None
 
     @contextmanager
     def lock(self, name: str, what: str, patience: float = 0.0) -> Iterator[Callable[[str], None]]:

@@ -41,6 +41,7 @@ __all__ = [
     "replace",
     "version",
     "waited",
+    "why",
 ]
 
 P = ParamSpec("P")
@@ -180,3 +181,17 @@ def _condition(meta: Any) -> UpdateVersion:  # noqa: ANN401
 def first_line(error: Exception) -> str:
     """Return what an error says, without what obstore adds for its developers."""
     return str(error).strip().splitlines()[0].strip() if str(error).strip() else type(error).__name__
+
+
+def why(error: Exception, url: str) -> str:
+    """Return what an error says, and what to do about the two that come first: no bucket, and no encryption."""
+    text, line = str(error), first_line(error)
+    if "NoSuchBucket" in text or ("list request" in line and "404" in line):
+        bucket = url.partition("://")[2].partition("/")[0]
+        return (
+            f"there is no bucket {bucket!r} (404 Not Found); make it first, or check its name, and the region and "
+            "endpoint in the environment"
+        )
+    if "builder error" in text and " http://" in text:
+        return "its endpoint is http://, which is not encrypted; set AWS_ALLOW_HTTP=true if that is meant"
+    return line

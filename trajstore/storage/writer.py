@@ -284,9 +284,10 @@ class SlabWriter:
                 keeper_of(self.ledger.group).check()  # moved in this moment: nothing of it is found any more
                 if not isinstance(error, OSError):
                     raise
+                told = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
                 steps = f"steps {cut.rows[0].step} to {cut.rows[-1].step}" if cut.rows else "a segment"
                 raise WriteError(
-                    f"{self.ledger.name}: {steps} could not be written ({error.strerror or error}); "
+                    f"{self.ledger.name}: {steps} could not be written ({told}); "
                     f"what was committed before is kept; {self._schema.again} continues"
                 ) from error
 
