@@ -154,6 +154,12 @@ def test_what_is_a_variant_is_stored_and_not_read_from_a_dot(trajstore, tmp_path
     assert {row["experiment"] for row in json.loads(out)} <= {"mine.v1", ""}
 
 
+def test_what_a_variant_takes_is_predicted():
+    from trajstore.costing import cost
+
+    assert cost(ts.Experiment.of({**TINY, "name": "mine.a", "variant_of": "mine"}), engine="reference").snapshots == 10
+
+
 def test_variants_of_presets_that_were_stored_without_it_are_known():
     assert family_of("fig14.lambda-0.5") == "fig14"
     assert family_of("fig14-small.large") == "fig14-small"

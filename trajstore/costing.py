@@ -136,7 +136,7 @@ def _trial(
     grid = tuple(n for n in experiment.grid if n <= steps)
     record = replace(experiment.record, every=1, log_until=None, adaptive=None, tolerance=None, steps=grid)
     first: dict[str, Any] = {"steps": steps, "orders": orders, "seeds": experiment.seeds[:1]}
-    small = replace(experiment, name="trial", record=record, **first)
+    small = replace(experiment, name="trial", variant_of=None, record=record, **first)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         stored = record_here(small, Path(folder) / "trial.zarr", live, engine)

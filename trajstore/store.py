@@ -199,6 +199,9 @@ class Store:
     def __getitem__(self, name: str) -> StoredExperiment:
         if name not in self:
             raise NotFoundError(f"no experiment {name!r} in {self}; {choices(name, self)}")
+        return self._opened(name)
+
+    def _opened(self, name: str) -> StoredExperiment:
         where = f"experiment {name!r} in {self}"
         with _reading(where):
             group = self.root[name]
@@ -220,7 +223,7 @@ class Store:
         found = {}
         for name in self:
             try:
-                of = self[name].variant_of
+                of = self._opened(name).variant_of
             except FormatError:
                 continue  # a damaged one says so itself where it is asked
             if of is not None:

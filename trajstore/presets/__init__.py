@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
 
@@ -78,8 +79,13 @@ def family_of(name: str) -> str | None:
     >>> family_of("fig14-small.lambda-0.5"), family_of("mine.large"), family_of("lr-0.02")
     ('fig14-small', 'mine', None)
     """
-    known = (variant for preset in preset_names() for variant in _merged(preset, FULL).get("variants", {}))
-    return next((name.removesuffix(f".{v}") for v in known if name.endswith(f".{v}") and name != f".{v}"), None)
+    return next((name.removesuffix(f".{v}") for v in _variants() if name.endswith(f".{v}") and name != f".{v}"), None)
+
+
+@cache
+def _variants() -> frozenset[str]:
+    """Return the names that presets give to their variants."""
+    return frozenset(variant for preset in preset_names() for variant in _merged(preset, FULL).get("variants", {}))
 
 
 def _variant(shared: Mapping[str, Any], own: Mapping[str, Any], name: str) -> dict[str, Any]:
