@@ -20,7 +20,7 @@ from trajstore.recipe import Recipe
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> ts.StoredExperiment:
-    table = {**SMALL_NET, "steps": 100, "orders": ["forward", "backward", "backward/10"]}
+    table = {**SMALL_NET, "steps": 120, "orders": ["forward", "backward", "backward/40"]}
     return ts.run(ts.Experiment.of(table), tmp_path_factory.mktemp("origin") / "runs.zarr", engine="reference")
 
 
