@@ -9,6 +9,7 @@ import pytest
 import trajstore as ts
 from tests.conftest import forget
 from trajstore.drawing import Drawing, drawing_of
+from trajstore.errors import ConfigurationError
 
 OWN = """
 import torch, trajstore as ts
@@ -94,6 +95,13 @@ def test_of_a_loop_only_what_it_says_is_known(tmp_path):
         with ts.record(tmp_path / "s.zarr", name, torch.nn.Linear(2, 1), config=config) as rec:
             rec.step(loss=1.0)
         assert drawing_of(ts.open(tmp_path / "s.zarr")[name].attributes) == Drawing(expected, None)
+
+
+def test_a_loop_does_not_pass_for_a_problem(tmp_path):
+    import torch
+
+    with pytest.raises(ConfigurationError, match="config: 'family' is how trajstore marks a loop"):
+        ts.record(tmp_path / "s.zarr", "mine", torch.nn.Linear(2, 1), config={"family": "quadratic"})
 
 
 def test_runs_tell_it_too(record, module):

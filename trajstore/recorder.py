@@ -122,6 +122,8 @@ def record(
         model, optimizer, also or {}, layers=globs, memory=optimizer_state,
         precision=None if dtype is None else _PRECISIONS[dtype],
     )  # fmt: skip
+    if "family" in (config or {}):  # it says that a loop made this, and what cannot be told of it
+        raise ConfigurationError("config: 'family' is how trajstore marks a loop; give it another name")
     policy = policy_of(snapshots)
     what = {"snapshots": str(policy), "layers": globs, "dtype": dtype, "optimizer_state": optimizer_state}
     table: dict[str, Any] = {
