@@ -10,13 +10,15 @@ Single batches need not contract for their products to: ‖I − hxxᵀ‖ = 1 f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.longrun import quantile, standard_error
+from trajstore.analysis.products import CERTAIN, LEAST, Exponent, Growth, directions, exponent_of, follow
 from trajstore.analysis.rounding import of_size
-from trajstore.analysis.states import distance, dot, norm, signs
+from trajstore.analysis.states import distance, norm
 
 from trajstore.batches import generator
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, slab_named
@@ -31,12 +33,6 @@ from trajstore.state import State, Tensors
 from trajstore.store import StoredExperiment
 
 __all__ = ["contraction", "known_factors", "lemma_factor", "limit_bound", "lyapunov"]
-
-_LEAST = 50
-_CERTAIN = 50
-"""How many times its rounding a distance must be, for a factor of it to be known to a hundredth."""
-_ALIGNED = 0.99
-"""The cosine of two differences from which they count as one."""
 
 
 def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 100, random_seed: int = 0) -> xr.Dataset:
@@ -68,7 +64,7 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
         batch = revived.batches(seed)[index]
         x_after, y_after = (revived.apply(state, batch, index) for state in (x, y))
         before, after = distance(x, y), distance(x_after, y_after)
-        if before < _CERTAIN * float(of_size(np.array([norm(x.params)]), schema.layout.dtype)[0]):
+        if before < CERTAIN * float(of_size(np.array([norm(x.params)]), schema.layout.dtype)[0]):
             before = np.nan  # iterates so near each other that rounding would be seen in the factor
         losses = [_loss(revived, state) for state in (x, y, x_after, y_after)]
         found.append(
@@ -86,63 +82,56 @@ def lyapunov(source: Source, seed: int | None = None, steps: int | None = None, 
     The logarithm of how an infinitely small difference grows at each step, averaged. ``rate`` is the factor per step,
     exp(exponent): backward iterates approach their limit by it.
 
-    Any difference turns, step by step, into the direction that grows most. Until it has, it grows less than the
-    exponent says, which takes the longer the more parameters there are. So two differences begin in random directions,
-    and the average begins where they have become one. If they have not by the middle, ``exponent`` is NaN, and ``why``
-    says so; ``growth`` is how the first of them has grown, per step of the last three quarters, which is no more than a
-    fact about such differences over so many steps.
+    Any difference turns, step by step, into the direction that grows most, and until it has, it grows otherwise than
+    the exponent says, which takes the longer the more parameters there are and the nearer the next exponent is. So two
+    differences begin at right angles (of one parameter there is one, and nothing turns), and the average begins where
+    they are nearly one. Where they are not by the middle, or do not go on to become one, and where their growth still
+    changes, ``exponent`` is NaN, and ``why`` says so. ``growth`` is how the first of them has grown, per step of the
+    last three quarters, which is no more than a fact about such differences over so many steps. Where a map leaves
+    nothing of any difference, the exponent is −∞.
 
     Without `seed` it is the first of an experiment, that of a dataset of which one is selected.
     """
     recipe = Recipe.of(source)
-    known = recipe.schema.seeds if isinstance(source, StoredExperiment) else np.atleast_1d(source["seed"].values)
-    chosen, count = int(known[0]) if seed is None else seed, recipe.schema.steps if steps is None else steps
-    if count < 2 * _LEAST:
-        raise StatisticError(f"{count} steps are too few for an exponent; ask for {2 * _LEAST} or more")
+    seeds = recipe.schema.seeds if isinstance(source, StoredExperiment) else np.atleast_1d(source["seed"].values)
+    chosen, count = int(seeds[0]) if seed is None else seed, recipe.schema.steps if steps is None else steps
+    if count < 2 * LEAST:
+        raise StatisticError(f"{count} steps are too few for an exponent; ask for {2 * LEAST} or more")
     _refuse_more_than_parameters(recipe)
-    growth, alignment = _grown(recipe, chosen, count)
-    begin, reach, why = count // 4, np.nan, ""
-    together = int(np.argmax(alignment >= _ALIGNED)) if alignment.max() >= _ALIGNED else count
-    exponent = _of_one_hessian(recipe.experiment)
-    if exponent is not None:
-        reach = 0.0
-    elif together > count // 2:
-        exponent = np.nan
-        turned = f"two random differences have not turned into one direction by step {count // 2}"
-        why = f"{turned} (cosine {alignment[-1]:.2g} in the end)"
-    else:
-        settled = growth[max(begin, together) :]
-        exponent, reach = float(settled.mean()), quantile(level) * float(standard_error(settled - settled.mean()))
-    fields = {"exponent": exponent, "exponent_low": exponent - reach, "exponent_high": exponent + reach}
+    grown = _grown(recipe, chosen, count)
+    known = _of_one_hessian(recipe.experiment)
+    found = exponent_of(grown, level) if known is None else Exponent(known)
+    low, high = (found.value + side * found.reach for side in (-1, 1))
+    fields = {"exponent": found.value, "exponent_low": low, "exponent_high": high}
     rates = {name.replace("exponent", "rate"): float(np.exp(value)) for name, value in fields.items()}
-    seen = {"growth": float(growth[begin:].mean()), "alignment": float(alignment[-1]), "why": why}
+    seen = {
+        "growth": float(grown.logarithms[count // 4 :].mean()) if np.isfinite(grown.logarithms[-1]) else -np.inf,
+        "alignment": float(np.sqrt(max(0.0, 1 - grown.apart[-1] ** 2))),
+        "why": found.why,
+    }
     attrs = {"experiment": recipe.name, "seed": chosen, "steps": count, "level": level}
     return xr.Dataset(fields | rates | seen, attrs=attrs)
 
 
-def _grown(recipe: Recipe, seed: int, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return how a random difference grows at each step, as a logarithm, and its cosine to another one after it."""
-    here, batches, rng = recipe.start(seed), recipe.batches(seed), generator(seed, "analysis")
-    tangents = [_unit(signs(here.params, rng)) for _ in range(2)]
-    growth, alignment = np.empty(steps), np.empty(steps)
-    for n in range(1, steps + 1):
-        here, moved = recipe.pushed(here, tangents, batches[n], n)
-        sizes = [norm(difference) for difference in moved]
-        if not all(0 < size < np.inf for size in sizes):
-            raise StatisticError(
-                f"experiment {recipe.name!r}, seed {seed}: at step {n} a difference grows {sizes[0]} times, so the "
-                "products have no exponent"
-            )
-        growth[n - 1], tangents = np.log(sizes[0]), [_unit(difference) for difference in moved]
-        alignment[n - 1] = abs(dot(*tangents))
-    return growth, alignment
+def _grown(recipe: Recipe, seed: int, steps: int) -> Growth:
+    """Return how random differences grow along the forward iterates of a seed."""
+    here, batches = recipe.start(seed), recipe.batches(seed)
+
+    def push(n: int, differences: Sequence[Tensors]) -> list[Tensors]:
+        nonlocal here
+        here, moved = recipe.pushed(here, differences, batches[n], n)
+        return moved
+
+    two = directions(here.params, 2, generator(seed, "analysis"))
+    return follow(push, two, steps, f"experiment {recipe.name!r}, seed {seed}")
 
 
 def _of_one_hessian(experiment: Experiment) -> float | None:
     """Return the exponent of maps that all have the derivative I − hH, where differences need not turn."""
     if not isinstance(experiment.problem, Quadratic) or not is_plain(experiment.operator):
         return None
-    return float(np.log(np.abs(1 - experiment.operator.lr * np.array(experiment.problem.spectrum)).max()))
+    largest = float(np.abs(1 - experiment.operator.lr * np.array(experiment.problem.spectrum)).max())
+    return float(np.log(largest)) if largest else -np.inf
 
 
 def lemma_factor(lr: float, m: float, M: float) -> float:
@@ -210,11 +199,6 @@ def _refuse_more_than_parameters(recipe: Recipe) -> None:
             f"experiment {recipe.name!r}: a step changes {what} besides the parameters, and what it does to "
             "distances of parameters alone is no contraction factor"
         )
-
-
-def _unit(direction: Tensors) -> Tensors:
-    size = norm(direction)
-    return {name: d / size for name, d in direction.items()}
 
 
 def _loss(recipe: Recipe, state: State) -> float:

@@ -6,6 +6,7 @@ anything else would be a number about something else, so it is an error that say
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,9 @@ from trajstore.origin import attributes_of
 __all__ = [
     "SLABS",
     "Window",
+    "dense_tail",
     "ends_early",
+    "even_tail",
     "measured_steps",
     "measured_where",
     "metrics_of",
@@ -29,7 +32,9 @@ __all__ = [
     "precision_of",
     "resets_within",
     "stored_window",
+    "uneven",
     "usual_metric",
+    "usual_window",
     "window_of",
     "with_slabs",
 ]
@@ -105,6 +110,8 @@ def window_of(
 ) -> Window:
     """Return the last `window` steps at which a metric was measured, or by default the last half of all of them.
 
+    Of an adaptive grid with a dense tail, the default is that tail, at most the last half.
+
     `least` is how many steps a statistic takes at the least, `called` what an error calls it, by default the metric.
     """
     what = called or metric
@@ -112,22 +119,10 @@ def window_of(
         raise StatisticError(f"window is {window}; this statistic needs at least {least} steps")
     recorded, known = _masks(ds, metric, what)
     steps = _measured(ds, what, recorded & known)
-    steps = steps[: len(steps) - ends_early(ds["step"].values[steps])]
-    asked = max(least, len(steps) // 2 if window is None else len(steps) if window == "all" else window)
-    if len(steps) < asked:
-        raise StatisticError(f"{what}: it was measured at {len(steps)} steps, fewer than the window of {asked}")
-    tail = steps[-asked:]
+    lacks = {"has no step": recorded[..., steps], "was not measured at step": known[..., steps]}
+    tail = steps[_window(ds, what, ds["step"].values[steps], lacks, window, least)]
     labels = ds["step"].values[tail]
-    _refuse_uneven(ds, what, labels)
     coords = {dim: np.atleast_1d(ds[dim].values) for dim in SLABS}
-    for there, lack in ((recorded, "has no step"), (known, "was not measured at step")):
-        missing = ~there[:, :, tail]
-        if missing.any():
-            order, seed, step = next(zip(*np.nonzero(missing), strict=True))
-            raise StatisticError(
-                f"{what}: order {str(coords['order'][order])!r}, seed {coords['seed'][seed]} {lack} {labels[step]}; "
-                "finish the recording, or select the orders and seeds that are complete"
-            )
     values = with_slabs(ds[metric].isel(step=tail)).values.astype(np.float64)
     return Window(metric, labels.astype(np.int64), values, coords, precision_of(ds, metric))
 
@@ -157,24 +152,14 @@ def stored_window(ds: xr.Dataset, what: str, window: int | None = None, least: i
     """Return the last `window` steps with a stored state, or the last half of them; every slab must have them all."""
     stored = with_slabs(ds["stored"]).values
     places = np.flatnonzero(stored.any((0, 1)))
-    places = places[: len(places) - ends_early(ds["snapshot"].values[places])]
-    asked = max(least, len(places) // 2) if window is None else window
+    asked = least if window is None else window
     if asked < least or len(places) < asked:
         raise StatisticError(
             f"{what}: {len(places)} states are stored; a window of {asked} needs as many, and this statistic at "
             f"least {least}"
         )
-    tail = places[-asked:]
-    steps = ds["snapshot"].values[tail]
-    _refuse_uneven(ds, what, steps)
-    missing = ~stored[:, :, tail]
-    if missing.any():
-        order, seed, step = next(zip(*np.nonzero(missing), strict=True))
-        labels = [np.atleast_1d(ds[dim].values) for dim in SLABS]
-        raise StatisticError(
-            f"{what}: order {str(labels[0][order])!r}, seed {labels[1][seed]} has no state of step {steps[step]}; "
-            "finish the recording, or select the orders and seeds that are complete"
-        )
+    labels = ds["snapshot"].values[places]
+    steps = labels[_window(ds, what, labels, {"has no state of step": stored[:, :, places]}, window, least)]
     return np.asarray(steps, dtype=np.int64)
 
 
@@ -234,14 +219,89 @@ def ends_early(steps: NDArray[Any]) -> bool:
     return len(gaps) == 2 and bool(gaps[1] < gaps[0])
 
 
-def _refuse_uneven(ds: xr.Dataset, metric: str, steps: NDArray[Any]) -> None:
-    gaps = set(np.diff(steps).tolist())
-    if len(gaps) <= 1:
-        if gaps and min(gaps) < 0:
-            raise StatisticError(f"{metric}: the steps decrease, from {steps[0]} to {steps[-1]}; sort them")
-        return
+def even_tail(steps: NDArray[Any], complete: NDArray[np.bool_] | None = None) -> int:
+    """Return how many of the last steps are evenly spaced, and complete, where that is told of each.
+
+    >>> even_tail(np.array([0, 4, 6, 7, 8, 9]))
+    4
+    """
+    whole = np.ones(len(steps), dtype=bool) if complete is None else complete
+    lacking = np.flatnonzero(~whole)
+    steps = steps[lacking[-1] + 1 if len(lacking) else 0 :]
+    gaps = np.diff(steps)
+    if not len(gaps) or gaps[-1] <= 0:
+        return min(len(steps), 1)
+    other = np.flatnonzero(gaps != gaps[-1])
+    return len(gaps) - (int(other[-1]) + 1 if len(other) else 0) + 1
+
+
+def usual_window(ds: xr.Dataset, steps: NDArray[Any], even: int) -> int:
+    """Return how many of some steps to look at where nobody says: the last half of them.
+
+    Where an adaptive grid has left some of these out, it is the tail that it was to have whole.
+    """
+    tail = dense_tail(ds)
+    if tail is None or even < 2:
+        return len(steps) // 2
+    places = int(steps[-1] - steps[0]) // int(steps[-1] - steps[-2]) + 1
+    return places // 2 if even >= places // 2 else min(places // 2, tail, even)
+
+
+def dense_tail(ds: xr.Dataset) -> int | None:
+    """Return how many of the last steps of each leg an adaptive grid was to have whole."""
+    found = ds.attrs.get("trajstore", {}).get("config", {}).get("record", {}).get("dense_tail")
+    return None if found is None else int(found)
+
+
+def uneven(ds: xr.Dataset, what: str, steps: NDArray[Any], longest: str) -> StatisticError:
+    """Return the error that says that steps are not evenly spaced; `longest` says what there is that is."""
     why = f" where {ds.attrs['adaptive']} changes most" if ds.attrs.get("adaptive") else ""
-    raise StatisticError(
-        f"{metric}: steps {steps[0]} to {steps[-1]} are recorded at uneven distances{why}, and a statistic over time "
-        "would be wrong; record them evenly, or choose a window that is even"
+    return StatisticError(
+        f"{what}: steps {steps[0]} to {steps[-1]} are recorded at uneven distances{why}, and a statistic over time "
+        f"would be wrong; {longest}"
     )
+
+
+def _window(
+    ds: xr.Dataset,
+    what: str,
+    labels: NDArray[Any],
+    lacks: Mapping[str, NDArray[np.bool_]],
+    window: int | Literal["all"] | None,
+    least: int,
+) -> slice:
+    """Return which of some steps are the window; refuse one that is uneven, or that some slab lacks steps of.
+
+    `lacks` says (order, seed, step) which there are, by how an error tells that one is missing.
+    """
+    count = len(labels) - ends_early(labels)
+    labels, lacks = labels[:count], {lack: there[..., :count] for lack, there in lacks.items()}
+    complete = np.logical_and.reduce([there.all((0, 1)) for there in lacks.values()])
+    even = even_tail(labels, complete)
+    usual = count if window == "all" else usual_window(ds, labels, even)
+    asked = max(least, window if isinstance(window, int) else usual)
+    if count < asked:
+        raise StatisticError(f"{what}: it was measured at {count} steps, fewer than the window of {asked}")
+    tail = labels[-asked:]
+    if even >= asked:
+        return slice(count - asked, count)
+    if (np.diff(tail) < 0).any():
+        raise StatisticError(f"{what}: the steps decrease, from {tail[0]} to {tail[-1]}; sort them")
+    longest = (
+        "record them evenly, or the end of each leg (dense_tail)" if ds.attrs.get("adaptive") else "record them evenly"
+    )
+    if even > 2:
+        longest += f"; the longest even window is {even}, from step {labels[-even]} on"
+    if len(set(np.diff(tail).tolist())) > 1:
+        raise uneven(ds, what, tail, longest)
+    for lack, there in lacks.items():
+        missing = ~there[..., -asked:]
+        if missing.any():
+            order, seed, step = next(zip(*np.nonzero(missing), strict=True))
+            names, seeds = (np.atleast_1d(ds[dim].values) for dim in SLABS)
+            slab = f"order {str(names[order])!r}, seed {seeds[seed]}"
+            # The last step is on every grid: a slab that has it has left out the others.
+            left_out = bool(ds.attrs.get("adaptive")) and bool(there[order, seed, -1])
+            remedy = longest if left_out else "finish the recording, or select the orders and seeds that are complete"
+            raise StatisticError(f"{what}: {slab} {lack} {tail[step]}; {remedy}")
+    raise AssertionError("an uneven window is uneven, or lacks a step")

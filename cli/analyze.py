@@ -59,15 +59,15 @@ def _convergence(stored: StoredExperiment, metric: str = "parameters", window: i
     return [Table(f"point or distribution: {_window(found)}", found, shown, pairs)]
 
 
-def _resets(stored: StoredExperiment, metric: str | None = None) -> list[Table]:
+def _resets(stored: StoredExperiment, metric: str | None = None, window: int | None = None) -> list[Table]:
     from trajstore.analysis import resets
     from trajstore.analysis.windows import usual_metric
 
     ds = stored.dataset()
-    found = resets(ds, metric or usual_metric(ds))
+    found = resets(ds, metric or usual_metric(ds), window)
     pairs = {name: (f"{name}_low", f"{name}_high") for name in ("before", "after", "difference")}
     shown = (
-        "order", "seed", "step", "before", "after", "difference", "settles", "settled_after",
+        "order", "seed", "step", "before", "after", "difference", "settles", "why", "settled_after",
         "forward_between", "forward_crosses_before", "forward_crosses_after",
     )  # fmt: skip
     return [Table(f"resets: {found.attrs['metric']}", found, shown, pairs)]

@@ -175,7 +175,8 @@ def _stored_where(experiment: StoredExperiment) -> str:
         return f"{int(experiment.commits().snapshots.any(axis=(0, 1)).sum())} of them"
     if record.get("adaptive") is None:
         return f"{places} of them"
-    return f"those of {places} that it took to know {record['adaptive']} to {record['tolerance']:g}"
+    tail = f", and the last {record['dense_tail']} of each leg" if record.get("dense_tail") else ""
+    return f"those of {places} that it took to know {record['adaptive']} to {record['tolerance']:g}{tail}"
 
 
 def _fill_line(fill: dict[str, Any]) -> str:

@@ -65,6 +65,10 @@ def record(
         str | None,
         typer.Option(metavar="METRIC=TOLERANCE", help="Compute only as many as it takes to know a metric's curve."),
     ] = None,
+    dense_tail: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --adaptive: all of the last N recorded steps of each leg."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change any field, as in operator.lr=0.1; repeatable."),
@@ -103,7 +107,10 @@ def record(
             "name": name, "seeds": parse_seeds(seeds) if seeds is not None else None, "init_seed": init_seed,
             "orders": orders, "steps": steps,
         },
-        {"every": record_every, "snapshot_every": snapshot_every, **parse_adaptive(adaptive)},
+        {
+            "every": record_every, "snapshot_every": snapshot_every, "dense_tail": dense_tail,
+            **parse_adaptive(adaptive),
+        },
         parse_settings(set_ or []),
     )  # fmt: skip
     how = {"engine": engine, "lanes": lanes, "device": device, "workers": workers, "memory": parse_size(memory)}

@@ -1,6 +1,6 @@
 """How often the intervals, verdicts and tests of the analysis are right, on processes whose answer is known.
 
-    python -m tests.calibration [ratios] [local] [rates] [verdicts] [resets] [law] [theorem]
+    python -m tests.calibration [ratios] [local] [rates] [verdicts] [resets] [exponents] [law] [theorem]
                                 [compare] [loss-metric] [averages]
 
 The tests assert bounds on a part of these; here are the numbers that `docs/analysis.md` has.
@@ -16,10 +16,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from scipy.signal import lfilter
+from scipy.special import digamma
 from trajstore.analysis import local_variance_ratio, resets, time_average, variance_ratio
 from trajstore.analysis.convergence import judge
 from trajstore.analysis.examining.maps import loss_contracts
 from trajstore.analysis.law import adjusted, disjoint_test, swap_test
+from trajstore.analysis.products import Exponent, Growth, exponent_of
 from trajstore.analysis.rates import fit_rate
 from trajstore.analysis.seeds import DECIDES, over_seeds
 
@@ -36,6 +38,7 @@ from tests.analysis.processes import (
     quadratic,
     runs_of,
 )
+from trajstore.errors import StatisticError
 
 
 def ratios(runs: int) -> None:
@@ -128,19 +131,117 @@ def verdicts(runs: int) -> None:
 
 
 def leg_changes(runs: int) -> None:
-    """Levels before and after a reset that changes nothing: how many differ at 95%, how many are told `elsewhere`."""
-    print(f"{'process':40} {'steps':>6} {'given':>6} {'differ':>7} {'elsewhere':>10}")
-    descents = [(0.0, 1_000, descent) for descent in (0.25, 0.5, 1.0, 4.0)]
-    for phi, steps, descent in ((0.5, 1_000, 0.0), (0.9, 4_000, 0.0), (0.99, 40_000, 0.0), *descents):
-        line = descent * np.arange(steps) / steps
-        ds = runs_of(ar1(phi, steps, runs, 30) - line, ar1(phi, steps, runs, 31) - line)
-        half = (ds["step"] >= steps // 2).broadcast_like(ds["loss"]).transpose(*ds["loss"].dims)
-        found = resets(ds.assign(leg=half.astype(int)), "loss")
-        given = np.isfinite(found["difference_low"].values)
-        apart = (found["difference_low"].values > 0) | (found["difference_high"].values < 0)
-        elsewhere = (found["settles"].values == "elsewhere")[given].mean()
-        name = f"AR(1), φ = {phi}, descending by {descent}"
-        print(f"{name:40} {steps:6} {given.mean():6.0%} {apart[given].mean():7.0%} {elsewhere:10.0%}", flush=True)
+    """A reset that changes nothing: how many are told `elsewhere` by what is beside; and how many that change by 1."""
+    columns = ("forward", "without", "alone")
+    print(
+        f"{'curve, AR(1) of 0.02 or 0.3':44} {'steps':>6} "
+        + " ".join(f"{c:>8}" for c in (*columns, "undecided", "of 1"))
+    )
+    for steps in (800,):
+        for name, curve in nothing_changes(steps).items():
+            for size, phi in ((0.0, 0.0), (0.02, 0.0), (0.3, 0.5), (0.3, 0.9)):
+                told = {beside: Counter(told_of(curve, runs, size, phi, 0.0, beside)) for beside in columns}
+                changed = Counter(told_of(curve, runs, size, phi, 1.0, "forward"))
+                shares = [told[beside]["elsewhere"] / runs for beside in columns]
+                shares += [told["alone"]["undecided"] / runs, changed["elsewhere"] / runs]
+                name_of = f"{name}, {size}, φ = {phi}"
+                print(f"{name_of:44} {steps:6} " + " ".join(f"{share:8.1%}" for share in shares), flush=True)
+
+
+def nothing_changes(steps: int) -> dict[str, np.ndarray]:
+    """Return curves that do not know of a reset in the middle; sigmoids fall so many legs after it."""
+    n, leg = np.arange(steps), steps // 2
+    falls = {f"sigmoid at {at}": 1 / (1 + np.exp(np.clip(((n - leg) / leg - at) / 0.03, -700, 700)))
+             for at in (0.1, 0.3, 0.5, 0.7, 0.9)}  # fmt: skip
+    decays = {f"exponential of {tau} legs": np.exp(-n / (tau * leg)) for tau in (0.2, 0.5, 1)}
+    powers = {f"n^-{power}": (1 + n / 10.0) ** -power for power in (0.5, 1, 3)}
+    return {**falls, **decays, **powers, "logarithm": -np.log(1 + n) / 5, "slope": -n / steps, "flat": np.ones(steps)}
+
+
+def told_of(curve: np.ndarray, runs: int, size: float, phi: float, change: float, beside: str) -> list[str]:
+    """Return what is told of a reset in the middle that adds a change, with one order beside, or alone."""
+    steps, leg = len(curve), len(curve) // 2
+    noise = [size * np.sqrt(1 - phi**2) * ar1(phi, steps, runs, 70 + k) for k in range(3)]
+    after = np.arange(steps) > leg
+    reset = curve + noise[0] + change * after
+    other = curve + (noise[1] if beside == "forward" else np.where(after, noise[2], noise[0]))
+    ds = runs_of(other, reset).assign_coords(order=["forward" if beside == "forward" else "backward", "reset"])
+    legs = np.zeros(ds["loss"].shape, dtype=int)
+    legs[1, :, leg + 1 :] = leg
+    ds = ds.assign(leg=(ds["loss"].dims, legs))
+    try:
+        found = resets(ds if beside != "alone" else ds.sel(order=["reset"]), "loss")
+    except StatisticError:
+        return ["too short"] * runs
+    return [str(told) for told in found["settles"].values]
+
+
+Maps = Callable[[int], np.ndarray]
+"""n → the n-th matrices, (run, d, d)."""
+
+
+def exponents(runs: int) -> None:
+    """Exponents at 95%: how many are given, hold the true one, and are off by more than twice their reach."""
+    print(f"{'product':40} {'steps':>6} {'given':>6} {'hold':>6} {'wrong':>6}")
+    for steps in (400, 2_000):
+        rng = np.random.default_rng(steps)
+        for name, true, maps in _products(rng, runs, steps):
+            for dtype in (np.float64, np.float32):
+                found = exponents_of([maps(n).astype(dtype) for n in range(steps)], runs)
+                value, reach = np.array([(one.value, one.reach) for one in found]).T
+                given, off = ~np.isnan(value), np.abs(value - true)
+                held = (off <= reach)[given].mean() if given.any() else np.nan
+                wrong = (given & (off > 2 * reach)).mean()
+                name_of = f"{name}, {np.dtype(dtype)}"
+                print(f"{name_of:40} {steps:6} {given.mean():6.0%} {held:6.0%} {wrong:6.1%}", flush=True)
+
+
+def exponents_of(maps: Sequence[np.ndarray], runs: int | None = None) -> list[Exponent]:
+    """Return the exponents of products, a run each, of two differences that begin at right angles."""
+    runs, d, dtype = runs or len(maps[0]), maps[0].shape[-1], maps[0].dtype
+    here = np.linalg.qr(np.random.default_rng(5).standard_normal((runs, d, min(2, d))))[0].astype(dtype)
+    logarithms, apart, rounding = np.zeros((3, runs, len(maps)))
+    for n, matrices in enumerate(maps):
+        moved = matrices @ here
+        sizes = np.sqrt((moved.astype(np.float64) ** 2).sum(1))
+        logarithms[:, n], rounding[:, n] = np.log(sizes[:, 0]), 4 * np.finfo(dtype).eps / sizes.min(1)
+        here = (moved / sizes[:, None]).astype(dtype)
+        if d > 1:
+            one, other = (here[:, :, k].astype(np.float64) for k in range(2))
+            across = other - (one * other).sum(1)[:, None] * one
+            apart[:, n] = np.sqrt((across**2).sum(1))
+    return [exponent_of(Growth(*rows)) for rows in zip(logarithms, apart, rounding, strict=True)]
+
+
+def gaussian(rng: np.random.Generator, runs: int, steps: int, d: int) -> list[np.ndarray]:
+    """Return independent matrices of standard normal deviates."""
+    return [rng.standard_normal((runs, d, d)) for _ in range(steps)]
+
+
+def _products(rng: np.random.Generator, runs: int, steps: int) -> Iterable[tuple[str, float, Maps]]:
+    """Yield products with their exponents."""
+    for d in (1, 2, 3, 5):
+        problem = LeastSquares(h=0.05, d=d)
+        true = problem.lyapunov(np.random.default_rng(1), 50_000)
+        drawn = rng.integers(0, len(problem.A), (runs, steps))
+        yield f"least squares, d = {d}", true, lambda n, A=problem.A, drawn=drawn: A[drawn[:, n]]  # type: ignore[misc]
+    for d in (2, 5):
+        drawn = gaussian(rng, runs, steps, d)
+        yield f"Gaussian, d = {d}", 0.5 * (np.log(2) + digamma(d / 2)), lambda n, drawn=drawn: drawn[n]  # type: ignore[misc]
+    for name, falls in (("equal", [0.01, 0.01]), ("near", [0.01, 0.03]), ("far", [0.01, 0.1])):
+        drawn = np.exp(0.1 * rng.standard_normal((steps, runs, 2)) - falls)
+        yield f"commuting, {name} exponents", -0.01, lambda n, drawn=drawn: drawn[n][:, :, None] * np.eye(2)  # type: ignore[misc]
+    fixed = {f"diagonal, 1 to 1.25, h = {h}, d = {d}": (np.log(1 - h), np.diag(1 - h * np.linspace(1, 1.25, d)))
+             for d in (2, 3, 5, 50) for h in (0.004, 0.04, 0.4)}  # fmt: skip
+    fixed["two slow directions of five"] = np.log(0.996), np.diag([0.996, 0.995, 0.6, 0.5, 0.4])
+    fixed["equal, d = 3"] = np.log(0.9), 0.9 * np.eye(3)
+    for angle, long in ((0.3, 1), (0.3, 10), (0.3, 40), (0.01, 40), (0.003, 40)):
+        turn = np.array([[np.cos(angle), -long * np.sin(angle)], [np.sin(angle) / long, np.cos(angle)]])
+        fixed[f"turning by {angle}, stretched {long} times"] = np.log(0.99), 0.99 * turn
+    fixed["a Jordan block"] = np.log(0.99), np.array([[0.99, 1], [0, 0.99]])
+    fixed["of both signs"] = np.log(0.95), np.diag([-0.95, 0.9])
+    for name, (true, matrix) in fixed.items():
+        yield name, float(true), lambda n, matrix=matrix: matrix[None]  # type: ignore[misc]
 
 
 def law(runs: int) -> None:
@@ -285,7 +386,8 @@ PARTS: Mapping[str, tuple[Callable[[int], None], int]] = {
     "local": (local_ratios, 500),
     "rates": (rates, 500),
     "verdicts": (verdicts, 200),
-    "resets": (leg_changes, 200),
+    "resets": (leg_changes, 50),
+    "exponents": (exponents, 100),
     "law": (law, 500),
     "theorem": (theorem, 200),
     "compare": (comparisons, 10_000),

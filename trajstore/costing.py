@@ -134,7 +134,9 @@ def _trial(
     while steps > 2 and seconds(steps) > budget:
         steps = math.ceil(steps / 2)
     grid = tuple(n for n in experiment.grid if n <= steps)
-    record = replace(experiment.record, every=1, log_until=None, adaptive=None, tolerance=None, steps=grid)
+    record = replace(
+        experiment.record, every=1, log_until=None, adaptive=None, tolerance=None, dense_tail=None, steps=grid
+    )
     first: dict[str, Any] = {"steps": steps, "orders": orders, "seeds": experiment.seeds[:1]}
     small = replace(experiment, name="trial", variant_of=None, record=record, **first)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from trajstore.configuration import check_fields, check_types, completed, defaults, describe, merge
 from trajstore.engine.refining import Wanted
 from trajstore.errors import ConfigurationError, choices
-from trajstore.grids import coarse, exactly, planned
+from trajstore.grids import coarse, exactly, planned, tail
 from trajstore.measures import maker_of
 from trajstore.operators import Operator
 from trajstore.operators.sgd import is_plain
@@ -50,6 +51,8 @@ class Record:
     """A metric: begin with few of these steps, and bisect until its curve is known to the tolerance."""
     tolerance: float | None = None
     """How far the metric may be from a straight line between the steps that are computed."""
+    dense_tail: int | None = None
+    """Where the grid is adaptive: leave out none of the last so many of these steps of each leg."""
     snapshot_every: int | None = None
     """Store the state of every k-th step, where it is recorded; None: of every recorded step."""
     optimizer_state: bool = False
@@ -74,6 +77,12 @@ class Record:
             )
         if self.adaptive is not None and (self.steps is not None or self.log_until is not None):
             raise ConfigurationError("record: adaptive chooses the steps; leave steps and log_until out")
+        if self.dense_tail is not None and self.adaptive is None:
+            raise ConfigurationError(
+                "record: dense_tail is for adaptive grids, which leave steps out; any other has its last ones as well"
+            )
+        if self.dense_tail is not None and self.dense_tail < 1:
+            raise ConfigurationError(f"record: dense_tail is {self.dense_tail}; it must be at least 1")
         if self.tolerance is not None and not 0 < self.tolerance < math.inf:
             raise ConfigurationError(f"record: tolerance is {self.tolerance}; it must be a number above 0")
         if self.snapshot_every is not None and (self.snapshot_every < 1 or self.snapshot_every % self.every):
@@ -83,6 +92,11 @@ class Record:
             )
         if self.sketch < 1 or self.sketch & (self.sketch - 1):
             raise ConfigurationError(f"record: sketch is {self.sketch}; it must be a power of two")
+
+    def described(self) -> dict[str, Any]:
+        """Return it as plain data: without what later versions added, where that is not used, so that digests stay."""
+        told = {f.name: describe(getattr(self, f.name)) for f in fields(self)}
+        return {name: value for name, value in told.items() if name != "dense_tail" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,16 @@ class Experiment:
         """The steps that are computed in any case: all of the grid, unless it is adaptive."""
         if self.record.adaptive is None:
             return self.grid
-        return coarse(self.grid, {0}.union(*(order.turns(self.steps) for order in self.orders)))
+        begun = coarse(self.grid, {0}.union(*(order.turns(self.steps) for order in self.orders)))
+        return tuple(sorted({*begun, *self._tails}))
+
+    @property
+    def _tails(self) -> set[int]:
+        """The last steps of each leg, of every order, which an adaptive grid is to have as well."""
+        most = self.record.dense_tail or 0
+        legs = {leg for order in self.orders for leg in pairwise(sorted({0, *order.turns(self.steps), self.steps}))}
+        ended = {(0, stop) for stop in self.stops}  # what was asked for before an experiment was extended stays
+        return {step for begin, end in legs | ended for step in tail(self.grid, begin, end, most)}
 
     @property
     def refinement(self) -> Wanted | None:
@@ -227,7 +250,7 @@ class Experiment:
             "init_seed": self.init_seed,
             "stops": list(self.stops),
             "variant_of": self.variant_of,
-            "record": {f.name: describe(getattr(self.record, f.name)) for f in fields(self.record)},
+            "record": self.record.described(),
         }
 
 

@@ -40,7 +40,8 @@ def fill_here(
     before: dict[Slab, tuple[int, Tensor]] = {}
     leaving: deque[tuple[list[Slab], Progress, Callable[[], Observation]]] = deque()
     with ledgers_of(stored, slabs) as ledgers, _writers(ledgers, clock) as writers:
-        done = {slab: ledger.committed.copy() for slab, ledger in ledgers.items()}
+        decided = _decided if wanted else lambda ledger: ledger.committed.copy()
+        done = {slab: decided(ledger) for slab, ledger in ledgers.items()}
         progress = {} if wanted else {s: p for s, ledger in ledgers.items() if (p := _progress(ledger, device))}
         asked = {slab: _still_wanted(experiment, done[slab], progress.get(slab)) for slab in slabs}
 
@@ -79,6 +80,15 @@ def _progress(ledger: Ledger, device: torch.device) -> Progress | None:
         return None
     found = ledger.slots.latest(last)
     return None if found is None else unpack(found[1], device)
+
+
+def _decided(ledger: Ledger) -> NDArray[np.bool_]:
+    """Return the steps that an adaptive grid has recorded or left out: after an extension it might choose others."""
+    done, last = ledger.committed.copy(), ledger.last_step
+    for segment in np.flatnonzero(ledger.records[:, 0] >= 0).tolist():
+        begin, end = ledger.schema.steps_of(segment)
+        done[begin : min(end, last + 1)] = True
+    return done
 
 
 def _still_wanted(experiment: Experiment, done: NDArray[np.bool_], progress: Progress | None) -> Sequence[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-__all__ = ["coarse", "every", "exactly", "log_then_every", "planned"]
+__all__ = ["coarse", "every", "exactly", "log_then_every", "planned", "tail"]
 
 
 def exactly(wanted: Iterable[int], steps: int) -> tuple[int, ...]:
@@ -53,3 +53,13 @@ def coarse(grid: Sequence[int], turns: Iterable[int], parts: int = 8) -> tuple[i
     after = [bisect_right(grid, turn) for turn in turns]
     beside = {grid[k] for a in after for k in (a - 1, a) if 0 <= k < len(grid)}
     return tuple(sorted(even | beside))
+
+
+def tail(grid: Sequence[int], begin: int, end: int, most: int) -> Sequence[int]:
+    """Return the last steps of a grid that are after a step and not after another one, so many at most.
+
+    >>> tail(range(0, 101, 10), begin=40, end=85, most=3)
+    range(60, 90, 10)
+    """
+    last = bisect_right(grid, end)
+    return grid[max(bisect_right(grid, begin), last - most) : last]

@@ -125,7 +125,14 @@ def run(
         told = f"experiment {experiment.name!r}: {what}{really}"
         warnings.warn(told, RefusedWarning if refused else SlowPlanWarning, stacklevel=3)
 
-    if scheduler is not None or plan.workers:
+    # Workers take segments whole, and one in which an adaptive grid ended before it was extended is to go on.
+    extended = experiment.refinement is not None and bool(experiment.stops)
+    if extended and scheduler is not None:
+        raise ConfigurationError(
+            f"experiment {experiment.name!r}: an adaptive grid that was extended goes on in one process; leave the "
+            "scheduler out"
+        )
+    if (scheduler is not None or plan.workers) and not extended:
         job = Job(uuid.uuid4().hex, experiment, store.place.address, durability, replace(plan, threads=1), where.type)
         on_workers = connected_to(scheduler) if scheduler is not None else connected(plan.workers)
         with noted(stored, named([slab for slabs in missing for slab in slabs]), origin) as note, on_workers as client:

@@ -132,9 +132,7 @@ def elsewhere(stored: StoredExperiment) -> Iterator[Finding]:
         about = f"{one['order']}, seed {one['seed']}, reset at {one['step']}, {one['metric']}"
         difference = (one["difference"], one["difference_low"], one["difference_high"])
         verdict = HOLDS if one["settles"] == "elsewhere" else OPEN
-        evidence = {"elsewhere": "the interval of the difference does not contain 0"}.get(
-            one["settles"], one["settles"]
-        )
+        evidence = ": ".join(filter(None, [one["settles"], one["why"]]))
         yield Finding(verdict, about, "level after less level before", *difference, evidence)
 
 
@@ -157,7 +155,8 @@ def _resets(stored: StoredExperiment) -> Iterator[dict[str, Any]]:
     if not again:
         return
     ds = stored.dataset()
-    asked = ds.sel(order=[*again, *([_FORWARD] if _FORWARD in stored.schema.orders else [])])
+    whole = [order for order in stored.schema.orders if order not in orders and not _is_windowed(order)]
+    asked = ds.sel(order=[*again, *whole])  # the orders that are not reset tell what would have been
     for metric in own_metrics(ds):
         found: xr.Dataset = resets(asked, metric)
         for k in range(found.sizes["reset"]):

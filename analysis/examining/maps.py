@@ -28,6 +28,8 @@ _FAR = 0.01
 """Of the largest distance: pairs nearer than that are left out."""
 _FEW = 8
 """Stored states of a slab; with fewer, forward may be still by chance."""
+_TURN = 2_000
+"""Steps along which an exponent is looked for where it is not found along those that are recorded."""
 _BACKWARD, _FORWARD = "backward", "forward"
 _NOTHING = "nothing is recorded yet"
 
@@ -68,6 +70,8 @@ def rate(stored: StoredExperiment) -> Iterator[Finding]:
             yield Finding(OPEN, f"seed {seed}", "rate of the distances of successive iterates", evidence=told)
             continue
         products = lyapunov(stored, seed)
+        if np.isnan(products["exponent"].item()) and stored.schema.steps < _TURN:
+            products = lyapunov(stored, seed, _TURN)  # differences may not have turned yet
         known = number_of(products, "rate")
         gap, reach = abs(fitted - known[0]), (high - low + known[2] - known[1]) / 2
         # Intervals so wide that they reach to 1 would agree with any rate.

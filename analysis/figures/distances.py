@@ -176,9 +176,10 @@ def _steps(found: xr.Dataset) -> str:
 
 
 def _unfinished(ds: xr.Dataset, order: str, seed: int) -> bool:
-    """Tell whether a slab has fewer steps than another."""
-    counts = ds["recorded"].sum("step")
-    return bool(counts.sel(order=order, seed=seed) < counts.max())
+    """Tell whether a slab has fewer steps than another; of an adaptive grid, whether it has come less far."""
+    there = ds["recorded"] * ds["step"] if ds.attrs.get("adaptive") else ds["recorded"]
+    reached = there.max("step") if ds.attrs.get("adaptive") else there.sum("step")
+    return bool(reached.sel(order=order, seed=seed) < reached.max())
 
 
 def _said(found: xr.Dataset) -> str:

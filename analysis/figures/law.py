@@ -19,7 +19,7 @@ from trajstore.analysis.figures._panels import (
 )
 from trajstore.analysis.law import law, refuse_of_more
 from trajstore.analysis.spaces import PARAMETERS
-from trajstore.analysis.windows import measured_steps
+from trajstore.analysis.windows import measured_steps, stored_window, window_of
 from trajstore.analysis.writing import number
 
 from trajstore.errors import NotFoundError, StatisticError
@@ -54,14 +54,15 @@ def draw(ds: xr.Dataset, metric: str | None = None, *, seed: Seeds = None, axes:
     values, step, label = _values(ds, metric)
     forward, backward = values
     many = len(forward) >= _MANY
-    known, ends = forward[:, -1 if many else slice(forward.shape[1] // 2, None)].ravel(), backward[:, -1]
+    late, when = (forward[:, -1], "") if many else _late(ds, metric, forward)
+    known, ends = late.ravel(), backward[:, -1]
     known, ends = known[np.isfinite(known)], ends[np.isfinite(ends)]
     if len(known) < _LEAST or not len(ends):
         raise StatisticError(
             f"{label}: {len(known)} forward and {len(ends)} backward iterates have a finite value, and {_LEAST} and 1 "
             "are needed; record more steps or seeds"
         )
-    taken = f"forward, step {step} of {_seeds(known)}" if many else f"forward, last half of {_seeds(forward)}"
+    taken = f"forward, step {step} of {_seeds(known)}" if many else f"forward, {when} of {_seeds(forward)}"
     with style():
         made = panels(1, 1, axes, (4.4, 2.7))
         (ax,) = made.flat
@@ -71,6 +72,19 @@ def draw(ds: xr.Dataset, metric: str | None = None, *, seed: Seeds = None, axes:
         titled(ax, _tested(ds, metric))
         made.legend()
     return made.figure
+
+
+def _late(ds: xr.Dataset, metric: str | None, forward: Floats) -> tuple[Floats, str]:
+    """Return forward over its last half, and what that is; of an adaptive grid, which is uneven, over its window."""
+    if not ds.attrs.get("adaptive"):
+        return forward[:, forward.shape[1] // 2 :], "last half"
+    alone = ds.sel(order=["forward"])
+    if metric == PARAMETERS:
+        steps = stored_window(alone, PARAMETERS)
+        values = alone["params"].sel(snapshot=steps).isel(order=0, param=0).transpose("seed", "snapshot").values
+        return values.astype(float), f"last {len(steps)} states"
+    seen = window_of(alone, main_metric(alone, metric))
+    return seen.values[0], f"last {len(seen)} steps"
 
 
 def _seeds(values: Floats) -> str:

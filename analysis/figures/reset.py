@@ -30,6 +30,7 @@ _SETTLES = {
     "elsewhere": "settles elsewhere",
     "not told apart": "levels not told apart",
     "too short": "legs too short to settle",
+    "undecided": "levels differ, not decided why",
 }
 
 
@@ -43,15 +44,17 @@ def draw(
 ) -> Drawn:
     """Draw an order that begins new legs, by default the first that does, with `forward` if it is there.
 
-    Black bars are the levels of `analysis.resets`, over the last half of each leg, the grey about them is their 95%
+    Black bars are the levels of `analysis.resets`, over the steps that they are of, the grey about them is their 95%
     interval, and dotted lines are resets. The titles say where it settled, and where that is elsewhere, how much of
     forward during the new legs is between the levels. `axes` are one a seed.
     """
     ds = selected(ds, seed)
     metric = main_metric(ds, metric)
-    found = resets(selected(ds, order=order), metric)
-    order = str(found["order"].values[0])
-    found = found.isel(reset=found["order"].values == order)  # the first that does
+    found = resets(ds, metric)  # of all orders: others tell what would have been without a reset
+    if order is not None and order not in found["order"].values:
+        resets(selected(ds, order=order), metric)  # which says what it lacks
+    order = order or str(found["order"].values[0])  # the first that does
+    found = found.isel(reset=found["order"].values == order)
     seeds = ds["seed"].values.tolist()
     shown = [name for name in ds["order"].values.tolist() if name in (_FORWARD, order)]
     with style():
@@ -61,8 +64,7 @@ def draw(
                 steps, values = recorded(ds, metric, name, one)
                 ax.plot(steps, values, label=name, **slab_style(ds, name))
             mine = found.isel(reset=found["seed"].values == one)
-            steps, _ = recorded(ds, metric, order, one)
-            _levels(ax, mine, int(steps[-1]))
+            _levels(ax, mine)
             titled(ax, f"seed {one}", _settled(mine), _between(mine) if _FORWARD in shown else "")
         if spans_decades(ds[metric].sel(order=shown)):
             log_axis(made.flat)
@@ -72,14 +74,14 @@ def draw(
     return made.figure
 
 
-def _levels(ax: Axes, found: xr.Dataset, last: int) -> None:
+def _levels(ax: Axes, found: xr.Dataset) -> None:
     """Draw each leg's level where it was taken: before the first reset, and after each."""
-    starts = found["step"].values.tolist()
-    for number, (start, stop) in enumerate(zip([0, *starts], [*starts, last], strict=True) if starts else ()):
+    for number in range(found.sizes["reset"] + 1 if found.sizes["reset"] else 0):
         which = found.isel(reset=max(number - 1, 0))
         side = "after" if number else "before"
         level, low, high = (float(which[side + end]) for end in ("", "_low", "_high"))
-        half = [(start + stop) / 2, stop]
+        start = int(which["step"])
+        half = [float(which[f"{side}_from"]), float(which["after_to"]) if number else start]
         ax.fill_between(half, low, high, color="black", alpha=0.2, linewidth=0, zorder=8)
         ax.plot(
             half,
@@ -87,7 +89,7 @@ def _levels(ax: Axes, found: xr.Dataset, last: int) -> None:
             color="black",
             linewidth=1.4,
             zorder=9,
-            label=None if number else "level (last half)",
+            label=None if number else "level (end of a leg)",
         )
         if number:
             ax.axvline(start, color="black", linestyle=":", linewidth=0.8)

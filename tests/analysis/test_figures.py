@@ -269,7 +269,7 @@ def test_a_reset_shows_the_levels_before_and_after(runs):
         assert "backward" not in lines(ax)
         bars = [line for line in ax.lines if line.get_color() == "black" and line.get_linestyle() == "-"]
         assert [line.get_ydata()[0] for line in bars] == [float(reset["before"]), float(reset["after"])]
-        assert [list(line.get_xdata()) for line in bars] == [[50, 100], [150, 200]]
+        assert [list(line.get_xdata()) for line in bars] == [[51, 100], [151, 200]]
         between = f"forward between the levels: {float(reset['forward_between']):.0%}"
         assert (between in plain(ax)) == (reset["settles"] == "elsewhere")
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from trajstore.analysis import resets
 
-from tests.analysis.processes import ar1, runs_of
+from tests.analysis.processes import ar1
+from tests.calibration import nothing_changes, told_of
 from trajstore.errors import NotFoundError, StatisticError
 
 H = 0.1
@@ -40,6 +41,10 @@ def test_a_reset_is_found_and_its_levels_are_those_of_the_closed_form(ds):
             assert float(reset[f"{side}_low"]) - 1e-5 <= level <= float(reset[f"{side}_high"]) + 1e-5
             assert float(reset[side]) == pytest.approx(level, abs=1e-3)
         assert str(reset["settles"].values) == "elsewhere"
+        assert str(reset["why"].values) in (
+            "the leg before shrinks to a point",
+            "forward does not change so over the same steps",
+        )
         assert float(reset["difference"]) == pytest.approx(after - before, abs=1e-3)
         assert 10 <= float(reset["settled_after"]) <= 80
 
@@ -75,8 +80,10 @@ def test_the_same_level_is_not_told_apart():
         {"loss": (dims, values), "measured": (dims, here, {"flag_meanings": "loss"}), "leg": (dims, legs)},
         {"order": ["noise"], "seed": np.arange(200), "step": np.arange(400), "recorded": (dims, here > 0)},
     )
-    told_apart = (resets(ds, "loss")["settles"] == "elsewhere").mean()
-    assert 0.01 <= float(told_apart) <= 0.10
+    found = resets(ds, "loss")
+    apart = (found["difference_low"] > 0) | (found["difference_high"] < 0)
+    assert 0.01 <= float(apart.mean()) <= 0.10
+    assert "elsewhere" not in found["settles"].values  # nothing tells
 
 
 def test_without_a_reset_there_is_nothing_to_say(ds, record):
@@ -110,19 +117,63 @@ def sham(values):
 
 @pytest.mark.parametrize(("phi", "steps"), [(0.5, 256), (0.9, 400), (0.9, 4_000), (0.99, 1_000)])
 def test_a_reset_that_changes_nothing_is_hardly_ever_told_apart(phi, steps):
-    told = resets(sham(ar1(phi, steps, 200, 1)), "loss")["settles"]
-    assert float((told == "elsewhere").mean()) <= 0.08
+    found = resets(sham(ar1(phi, steps, 200, 1)), "loss")
+    assert float((found["settles"] == "undecided").mean()) <= 0.08
+    assert "elsewhere" not in found["settles"].values
 
 
-def test_what_the_metric_was_doing_anyway_is_no_effect_of_a_reset():
-    line = np.arange(1_000) / 1_000
-    ds = runs_of(ar1(0, 1_000, 100, 30) - line, ar1(0, 1_000, 100, 31) - line)
-    half = (ds["step"] >= 500).broadcast_like(ds["loss"]).transpose(*ds["loss"].dims)
-    found = resets(ds.assign(leg=half.astype(int)), "loss")
-    assert (found["difference_high"].values < 0).mean() > 0.9
-    assert (found["settles"].values == "elsewhere").mean() < 0.15
-    jump = resets(ds.assign(leg=half.astype(int), loss=ds["loss"] - 5 * half), "loss")
-    assert (jump["settles"].values == "elsewhere").mean() > 0.95
+def test_a_curve_that_only_later_begins_to_fall_is_no_effect_of_a_reset():
+    curve = nothing_changes(800)["sigmoid at 0.3"]
+    assert "elsewhere" not in told_of(curve, 20, 1e-3, 0.0, 0.0, "forward")
+    alone = told_of(curve, 20, 1e-3, 0.0, 0.0, "alone")
+    assert set(alone) == {"undecided"}
+
+
+@pytest.mark.parametrize("name", ["sigmoid at 0.1", "exponential of 0.5 legs", "n^-3", "slope", "flat"])
+@pytest.mark.parametrize("beside", ["forward", "without", "alone"])
+def test_what_the_metric_was_doing_anyway_is_no_effect_of_a_reset(name, beside):
+    told = told_of(nothing_changes(800)[name], 50, 0.3, 0.5, 0.0, beside)
+    assert told.count("elsewhere") <= 1
+
+
+@pytest.mark.parametrize("beside", ["forward", "without"])
+@pytest.mark.parametrize("name", ["flat", "exponential of 0.2 legs"])
+def test_a_real_change_is_found(name, beside):
+    told = told_of(nothing_changes(800)[name], 50, 0.3, 0.0, 1.0, beside)
+    assert told.count("elsewhere") >= 40
+
+
+def test_the_order_without_the_reset_tells_best(record):
+    orders = ["backward", "backward+backward@150"]
+    found = resets(record("quadratic", name="both", steps=300, seeds=[0], orders=orders).dataset(), "train_loss")
+    assert found["why"].values.tolist() == ["backward, which is the same without the reset"]
+    assert found["settles"].values.tolist() == ["elsewhere"]
+
+
+ADAPTIVE = {"adaptive": "train_loss", "tolerance": 1e-3}
+
+
+def test_on_an_adaptive_grid_it_is_refused_with_the_longest_even_window(record):
+    orders = ["forward", "backward+backward@100"]
+    sparse = record("quadratic", name="sparse", steps=200, seeds=[0], orders=orders, record=ADAPTIVE).dataset()
+    says = r"order 'backward\+backward@100', seed 0, leg from step 0: steps \d+ to 100 are recorded at uneven distances"
+    for one in (sparse, sparse.sel(order=["backward+backward@100"]).sel(seed=[0])):
+        with pytest.raises(StatisticError, match=says):
+            resets(one, "train_loss")
+
+
+def test_of_a_dense_tail_the_levels_are_those_of_a_dense_recording(record):
+    orders = ["forward", "backward+backward@100"]
+    wanted = {"steps": 200, "seeds": [0], "orders": orders}
+    whole = record("quadratic", name="whole", **wanted).dataset()
+    tails = record("quadratic", name="tails", **wanted, record={**ADAPTIVE, "dense_tail": 40}).dataset()
+    assert int(tails["recorded"].sel(order="backward+backward@100", seed=0).sum()) < 150
+    expected, found = resets(whole, "train_loss", 40), resets(tails, "train_loss")
+    for name in ("before", "before_low", "after", "after_high", "difference", "before_from", "after_from", "after_to"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-12)
+    assert found["settles"].values.tolist() == expected["settles"].values.tolist()
+    with pytest.raises(StatisticError, match=r"the longest even window at the end of every leg is [4-9]\d"):
+        resets(tails, "train_loss", 95)
 
 
 def test_a_leg_that_rests_or_diverges_is_told_as_such():

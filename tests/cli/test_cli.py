@@ -26,6 +26,26 @@ from trajstore.errors import ConfigurationError
 SMALL = ["--seeds", "0-1", "--steps", "6", "--set", "problem.width=4", "--set", "problem.points=11"]
 
 
+def test_an_adaptive_recording_with_a_dense_tail_can_be_analysed(trajstore):
+    adaptive = ["--adaptive", "train_loss=1e-3", "--dense-tail", "60"]
+    asked = ["record", "quadratic", "--steps", "300", "--seeds", "0", "--orders", "forward,backward", *adaptive]
+    code, out, err = trajstore(*asked, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "operator applications  at most 45,450" in out
+    assert trajstore(*asked, "--store", "s.zarr")[0] == 0
+    assert "to know train_loss to 0.001, and the last 60 of each leg" in trajstore("info", "s.zarr", "quadratic")[1]
+    code, out, err = trajstore("analyze", "s.zarr", "quadratic", "convergence", "--json")
+    assert (code, err) == (0, "")
+    assert '"verdict"' in out  # over the tail
+    code, _, err = trajstore("analyze", "s.zarr", "quadratic", "variance", "--metric", "train_loss", "--window", "150")
+    assert code == 2
+    assert "the longest even window is" in err
+    assert trajstore(*asked, "--store", "s.zarr", "--resume")[0] == 0
+    code, _, err = trajstore(*asked[:-2], "--store", "s.zarr", "--resume")
+    assert code != 0
+    assert "record.dense_tail: 60 / None" in err
+
+
 def test_a_session_from_recording_to_the_figure(trajstore):
     code, out, err = trajstore("record", "fig4", "--store", "runs.zarr", "--name", "mine", *SMALL)
     assert (code, err) == (0, "")
@@ -231,6 +251,7 @@ BAD = [
     (["record", "fig4", "--store", "s", "--adaptive", "test_loss"], "write METRIC=TOLERANCE"),
     (["record", "fig4", "--store", "s", "--adaptive", "tst_loss=0.1"], "did you mean 'test_loss'"),
     (["record", "fig4", "--store", "s", "--adaptive", "test_loss=-1"], "tolerance is -1.0"),
+    (["record", "fig4", "--store", "s", "--dense-tail", "20"], "dense_tail is for adaptive grids"),
     (["demo", "-o", "demo.gif"], "the ending says the format"),
 ]
 

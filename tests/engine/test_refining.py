@@ -141,8 +141,67 @@ def _interrupt(done: int, where: str) -> None:
         ({"adaptive": "test_loss", "tolerance": float("nan")}, "tolerance is nan"),
         ({"adaptive": "test_los", "tolerance": 0.1}, "did you mean 'test_loss'"),
         ({"adaptive": "test_loss", "tolerance": 0.1, "steps": [3]}, "leave steps and log_until out"),
+        ({"dense_tail": 50}, "dense_tail is for adaptive grids"),
+        ({"adaptive": "test_loss", "tolerance": 0.1, "dense_tail": 0}, "dense_tail is 0; it must be at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(record, says):
     with pytest.raises(ConfigurationError, match=says):
         ts.Experiment.of({**NETWORK, "record": record})
+
+
+TAILED = {**NETWORK, "record": {**NETWORK["record"], "dense_tail": 30}}
+
+
+def _whole(ds, first, last):
+    return bool(ds["recorded"].sel(step=slice(first, last)).all())
+
+
+def test_of_a_dense_tail_the_last_steps_of_each_leg_are_all_there():
+    experiment = ts.Experiment.of(TAILED)
+    assert set(experiment.asked) == set(ts.Experiment.of(NETWORK).asked) | set(range(68, 98)) | set(range(211, 241))
+    sparse = ts.Experiment.of({**TAILED, "record": {**TAILED["record"], "every": 10}, "orders": ["backward"]})
+    assert set(range(0, 241, 10)) <= set(sparse.asked)  # it counts recorded steps: 30 of them are more than there are
+    windowed = ts.Experiment.of({**TAILED, "orders": ["backward/100"], "record": {**TAILED["record"], "dense_tail": 5}})
+    assert {96, 97, 98, 99, 100, 196, 197, 198, 199, 200, 236, 240} <= set(windowed.asked)
+    assert 95 not in windowed.asked
+
+
+def test_a_dense_tail_depends_on_nothing_else_and_is_that_of_a_dense_recording(tmp_path):
+    experiment = ts.Experiment.of({**TAILED, "seeds": [0]})
+    stored = ts.run(experiment, tmp_path / "wave.zarr", engine="wavefront", lanes=8)
+    ds = stored.dataset()
+    assert _whole(ds, 68, 97)
+    assert _whole(ds, 211, 240)
+    assert not _whole(ds.sel(order=["backward"]), 0, 240)
+    spread = ts.run(experiment, tmp_path / "spread.zarr", lanes=8, workers=2).dataset()
+    np.testing.assert_array_equal(spread.recorded, ds.recorded)
+    with pytest.raises(KeyboardInterrupt):
+        ts.run(experiment, tmp_path / "cut.zarr", engine="reference", progress=_interrupt_late)
+    again = ts.run(experiment, tmp_path / "cut.zarr", resume=True).dataset()
+    np.testing.assert_array_equal(again.recorded, ds.recorded)
+    whole = {**NETWORK, "seeds": [0], "orders": ["forward"], "record": {}}
+    dense = ts.run(ts.Experiment.of(whole), tmp_path / "dense.zarr", engine="reference").dataset()
+    here = ds["test_loss"].sel(order="forward", seed=0, step=slice(211, 240))
+    np.testing.assert_allclose(here, dense["test_loss"].sel(order="forward", seed=0, step=slice(211, 240)), rtol=1e-9)
+
+
+def _interrupt_late(done: int, where: str) -> None:
+    if where.endswith("backward to step 97"):
+        raise KeyboardInterrupt
+
+
+def test_extended_it_has_the_tails_of_both_ends(tmp_path):
+    table = {**QUADRATIC, "steps": 200, "record": {"adaptive": "train_loss", "tolerance": 1e-3, "dense_tail": 20}}
+    ts.run(ts.Experiment.of(table), tmp_path / "s.zarr", engine="reference")
+    longer = ts.Experiment.of({**table, "steps": 300, "seeds": [0, 1]})
+    ds = ts.run(longer, tmp_path / "s.zarr", extend=True).dataset()
+    assert _whole(ds, 181, 200)
+    assert _whole(ds, 281, 300)
+
+
+def test_a_configuration_without_a_dense_tail_is_stored_as_before():
+    assert "dense_tail" not in ts.Experiment.of(NETWORK).config()["record"]
+    config = ts.Experiment.of(TAILED).config()
+    assert config["record"]["dense_tail"] == 30
+    assert ts.Experiment.of(config).config() == config
