@@ -268,6 +268,7 @@ _RECORD = _table(
         "every": _whole(1, _STEPS), "log_until": _or_none(_COUNT), "adaptive": _or_none(_METRIC),
         "tolerance": _or_none(_NUMBER), "snapshot_every": _or_none(_COUNT), "optimizer_state": _YES,
         "sketch": _COUNT, "codec": _TEXT, "steps": _or_none(_list(_COUNT)), "dtype": _or_none(_TEXT),
+        "dense_tail": _or_none(_whole(1, _STEPS)),
     },
 )  # fmt: skip
 
