@@ -162,7 +162,7 @@ def test_an_operator_that_is_wrong_about_its_derivative_is_not_believed(record, 
     monkeypatch.setattr(SGD, "push", lambda *given: {n: v * 1.001 for n, v in push(*given).items()})
     recipe = Recipe.of(record({**RIDGE, "steps": 5}))
     here, batches = recipe.start(0), recipe.batches(0)
-    tangent = signs(here.params, generator(0, "analysis"))
+    (tangent,) = directions(here.params, 1, generator(0, "analysis"))
     with pytest.warns(RefusedWarning, match="operator SGD: its `push` is not the derivative of its `apply`: 0/theta"):
         _, (found,) = recipe.pushed(here, [tangent], batches[3], 3)
     _, (again,) = recipe.pushed(here, [tangent], batches[3], 3)
