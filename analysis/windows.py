@@ -249,7 +249,7 @@ def usual_window(ds: xr.Dataset, steps: NDArray[Any], even: int) -> int:
 
 def dense_tail(ds: xr.Dataset) -> int | None:
     """Return how many of the last steps of each leg an adaptive grid was to have whole."""
-    found = ds.attrs.get("trajstore", {}).get("config", {}).get("record", {}).get("dense_tail")
+    found = attributes_of(ds).get("config", {}).get("record", {}).get("dense_tail")
     return None if found is None else int(found)
 
 
