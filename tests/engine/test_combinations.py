@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.engine.problems import HANDING, OF_PARTS, OPERATORS, PROBLEMS, goes_with
+from tests.engine.problems import HANDING, OF_PARTS, OPERATORS, PROBLEMS, Turning, goes_with
 from trajstore import pytree
 from trajstore.engine import Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
@@ -51,8 +51,9 @@ def agrees(operator: str, problem: str, lanes: int) -> None:
         assert all(t.dtype != torch.float32 for t in pytree.tree_leaves(iterate.state))
         torch.testing.assert_close(iterate.state, expected[at].state, rtol=1e-9, atol=1e-11)
         assert iterate.metrics == pytest.approx(expected[at].metrics, rel=1e-8, abs=1e-11)
-    assert plan.compiled
-    assert engine.refusals == ()  # so all of that is compiled code
+    if not (isinstance(how, Turning) and torch.__version__.startswith("2.9.")):  # which turns wrongly, and is noticed
+        assert plan.compiled
+        assert engine.refusals == ()  # so all of that is compiled code
 
 
 @pytest.mark.parametrize(("operator", "problem", "lanes"), SAMPLE)
