@@ -106,15 +106,17 @@ def ready(
     Where torch cannot compile the wave, or what it compiles gives something else, it runs eagerly, and the plan says
     why.
     """
-    engine = make_engine(plan, problem, operator, seeds)
-    if plan.compiled:
-        try:
+    try:
+        engine = make_engine(plan, problem, operator, seeds)
+        if plan.compiled:
             _try(engine, plan.lanes, 1)
-        except Exception as error:
-            told = " ".join(str(error).split())
-            reason = f"torch.compile failed: {type(error).__name__}: {told[:300]}"
-            plan = replace(plan, compiled=False, reason=reason, slowed=True)
-            return plan, make_engine(plan, problem, operator, seeds)
+    except Exception as error:
+        if not plan.compiled:
+            raise
+        told = " ".join(str(error).split())
+        reason = f"torch.compile failed: {type(error).__name__}: {told[:300]}"
+        plan = replace(plan, compiled=False, reason=reason, slowed=True)
+        return plan, make_engine(plan, problem, operator, seeds)
     return followed(plan, engine), engine
 
 

@@ -68,10 +68,10 @@ def check(name: str, question: str) -> Callable[[Looks], Looks]:
 
 
 def checks() -> Sequence[Check]:
-    """Return all checks, in the order in which they are declared."""
+    """Return all checks, in the order in which they are declared, whatever was imported first."""
     for module in _MODULES:
         import_module(f"{__name__}.{module}")
-    return list(_checks.values())
+    return sorted(_checks.values(), key=lambda each: _MODULES.index(each.look.__module__.rpartition(".")[2]))
 
 
 def examine(path: str | Path = ".", only: Sequence[str] = ()) -> Iterator[Finding]:
