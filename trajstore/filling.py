@@ -84,7 +84,8 @@ def _progress(ledger: Ledger, device: torch.device) -> Progress | None:
 
 def _decided(ledger: Ledger) -> NDArray[np.bool_]:
     """Return the steps that an adaptive grid has recorded or left out: after an extension it might choose others."""
-    done, last = ledger.committed.copy(), ledger.last_step
+    done: NDArray[np.bool_] = ledger.committed.copy()
+    last = ledger.last_step
     for segment in np.flatnonzero(ledger.records[:, 0] >= 0).tolist():
         begin, end = ledger.schema.steps_of(segment)
         done[begin : min(end, last + 1)] = True
