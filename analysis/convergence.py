@@ -2,14 +2,18 @@
 
 The rule is written in `docs/analysis.md` and in `Rule`, whose values are the thresholds:
 
-``point``         the moves shrink geometrically, by a factor of `settled` or more over the window, or have stopped
+``point``         the moves shrink geometrically, by a factor of `settled` or more over the window; or have stopped,
+                  after shrinking or abruptly
 ``distribution``  the moves neither shrink nor grow by a factor of `steady`, the window is worth `effective`
-                  independent iterates, and over it nothing wanders off by `drift` standard deviations
-``drifting``      the moves do not shrink, and it does wander off by more than `drift` standard deviations
+                  independent iterates, over it nothing wanders off by `drift` standard deviations, and it does not
+                  go round in a cycle
+``drifting``      the moves do not shrink, it does wander off by more than `drift` standard deviations, and goes on and
+                  on: more evenly than a random walk does, and without slowing down by a third
 ``undecided``     none of these is sure
 
-Each comparison is of the end of a 95% interval that speaks against it, so that a verdict is what the window shows and
-not what it leaves possible. What is not sure is undecided; a longer window may decide it.
+Each comparison is of the end of an interval that speaks against it, of 95% or, where a random walk might get there by
+chance, of 99%: a verdict is what the window shows and not what it leaves possible. What is not sure is undecided; a
+longer window may decide it.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import effective_size, line_of, quantile, standard_error
-from trajstore.analysis.rates import Rate, fit_rate
+from trajstore.analysis.rates import LEAST, Rate, fit_rate
 from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.spaces import Path, paths_of
 from trajstore.analysis.windows import SLABS, resets_within
@@ -39,17 +43,31 @@ class Rule:
     least: int = 40
     """Recorded steps in the window."""
     settled: float = 10.0
-    steady: float = 2.0
+    steady: float = 1.4
+    """Less than √2: by as much does noise shrink over the last half of a run if it falls as 1/√n."""
     drift: float = 2.0
     effective: float = 20.0
     rest: float = 0.25
     """Of the window: so long nothing must have moved to count as stopped."""
     level: float = 0.95
+    surely: float = 0.99
+    """The level of the intervals for `point` and `drifting`, which a random walk must not reach by chance."""
+    slowing: float = 0.65
+    """The second half of the window must go so many times as far as the first: what settles slows down, 1/√n by 0.6."""
+    line: float = 30.0
+    """A frequency is a line if it is so many times as strong as those beside it."""
+    share: float = 0.1
+    """Of the variance: so much in lines makes a cycle."""
 
 
 RULE = Rule()
 _CHANCE, _PAUSES = 0.0005, 8
 """A rest counts if it is less likely than that by chance, and so many times as long as any pause before."""
+_ABRUPT, _FAR = 0.1, 30.0
+"""The last moves stopped abruptly if they were so many times as large as usual, and as their rounding."""
+_PARTS, _LOWEST, _BESIDE, _ABOUT = 12, 3, 10, 2
+"""Parts of a window whose means tell whether it goes on; cycles in a window at the least; frequencies on either side
+that a line is compared with, and those that belong to it."""
 
 
 _COMPARED, _BLOCK, _SWEEPS = 8_192, 512, 3
@@ -79,6 +97,9 @@ class Evidence:
     """The factor by which moves shrink over the window, and its interval; below 1 they grow."""
     shrinks_low: float = np.nan
     shrinks_high: float = np.nan
+    steady_low: float = np.nan
+    """The interval of the same if noise is about the rate and no random walk: that of what is stationary."""
+    steady_high: float = np.nan
     r2: float = np.nan
     """How much of the logarithm of the moves a geometric rate explains."""
     bend: float = np.nan
@@ -92,6 +113,10 @@ class Evidence:
     drift_high: float = np.nan
     effective: float = np.nan
     """How many independent iterates the window is worth."""
+    lines: float = np.nan
+    """The share of the variance that is at single frequencies: near 1 for a cycle."""
+    period: float = np.nan
+    """Recorded steps from one return to the next; NaN where it does not go round."""
 
 
 def convergence(ds: xr.Dataset, metric: str = "parameters", window: int | None = None, rule: Rule = RULE) -> xr.Dataset:
@@ -116,7 +141,7 @@ def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
         return Evidence("undecided", "diverged within the window")
     scale = scale_of(np.append(path.points.ravel(), path.moves))
     if scale != 1:
-        path = Path(path.steps, path.points / scale, path.moves / scale, path.rounding / scale)
+        path = Path(path.steps, path.points / scale, path.moves / scale, path.rounding / scale, path.earlier / scale)
     found: dict[str, Any] = {name: value * scale for name, value in _extent(path).items()}
     moving = np.flatnonzero(path.moves > path.rounding)
     last = int(moving[-1]) + 1 if len(moving) else 0
@@ -125,14 +150,47 @@ def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
         found["rest_from"] = float(path.steps[last])
     if resting >= rule.rest * len(path.moves) and not _by_chance(moving, last, resting):
         since = f"nothing moves from step {path.steps[last]} on, but by rounding"
-        return Evidence("point", since, **found, **_of(_rate(path, last, per_step, rule)))
-    rate = _rate(path, last, per_step, rule)
-    drift, error = _drift(path.points)
+        rate = _rate(path, last, per_step, rule.level)
+        if _came_to_rest(path, last, rule):
+            return Evidence("point", since, **found, **_of(rate))
+        pause = "; by how it moved before, its moves may grow again: their logarithm may be a random walk"
+        return Evidence("undecided", since + pause, **found, **_of(rate))
+    rate = _rate(path, last, per_step, rule.level)
+    points = _bounded(path.points)
+    drift, error = _drift(points)
     reach = quantile(rule.level) * error
     found |= {"drift": drift, "drift_low": max(0.0, drift - reach), "drift_high": drift + reach}
-    along = _principal(path.points)
-    found |= {"effective": effective_size(along), "halves": _halves(along), **_of(rate)}
-    return Evidence(*_verdict(found, rate, rule), **found)
+    along = _principal(points)
+    lines, period = _lines(points, rule)
+    found |= {"effective": effective_size(along), "halves": _halves(along), "lines": lines, "period": period}
+    found |= _of(rate)
+    if rate is None:
+        return Evidence("undecided", "it moves at too few steps for a rate", **found)
+    surely = found["shrinks_low"] >= rule.settled and _shrinks_surely(path, last, rule)
+    return Evidence(*_verdict(found, surely, _goes_on(points, rule), rule), **found)
+
+
+def _shrinks_surely(path: Path, last: int, rule: Rule) -> bool:
+    rate = _rate(path, last, 1, rule.surely)
+    return rate is not None and float(np.exp(-rate.fall_high)) >= rule.settled
+
+
+def _came_to_rest(path: Path, last: int, rule: Rule) -> bool:
+    """Tell whether moves that have stopped did so abruptly, or after they shrank more than a driftless walk would."""
+    moves, rounding = np.append(path.earlier, _beyond(path)[:last]), float(path.rounding[max(0, last - 1)])
+    moving = np.flatnonzero(moves)
+    if len(moving) < LEAST:
+        return True
+    latest, usual = (float(np.median(some)) for some in (moves[moving[-_PAUSES:]], moves[moving]))
+    if latest > max(_ABRUPT * usual, _FAR * rounding):
+        return True
+    until = moves[: moving[-1] + 1]
+    rate = fit_rate(np.where(until > 0, until, rounding), level=rule.surely)
+    return rate is not None and rate.fall_high < 0
+
+
+def _beyond(path: Path) -> Floats:
+    return np.where(path.moves > path.rounding, path.moves, 0.0)
 
 
 def _by_chance(moving: NDArray[np.int64], last: int, resting: int) -> bool:
@@ -144,27 +202,31 @@ def _by_chance(moving: NDArray[np.int64], last: int, resting: int) -> bool:
     return bool((1 - often) ** resting > _CHANCE or resting < _PAUSES * pauses.max())
 
 
-def _verdict(found: dict[str, float], rate: Rate | None, rule: Rule) -> tuple[Verdict, str]:
-    if rate is None:
-        return "undecided", "it moves at too few steps for a rate"
-    low, high = found["shrinks_low"], found["shrinks_high"]
-    if low >= rule.settled:
-        return "point", f"moves shrink {_factor(low)} times or more over the window"
+def _verdict(found: dict[str, float], surely: bool, goes_on: bool, rule: Rule) -> tuple[Verdict, str]:
+    if surely:
+        return "point", f"moves shrink {_factor(found['shrinks_low'])} times or more over the window"
+    low, high = found["steady_low"], found["steady_high"]
     steady = 1 / rule.steady <= low and high <= rule.steady
     if steady and found["drift_high"] <= rule.drift and found["effective"] >= rule.effective:
-        return "distribution", "moves stay as large as they are, and it does not wander off"
-    if high <= rule.steady and found["drift_low"] > rule.drift:
+        if found["lines"] < rule.share:
+            return "distribution", "moves stay as large as they are, and it does not wander off"
+        return "undecided", f"it returns every {found['period']:.4g} recorded steps to where it was: a cycle"
+    if high <= rule.steady and found["drift_low"] > rule.drift and goes_on:
         far = f"{found['drift_low']:.1f} standard deviations or more"
         return "drifting", f"it goes on by {far}, and moves do not shrink"
-    return "undecided", "; ".join(_doubts(found, rule))
+    return "undecided", "; ".join(_doubts(found, goes_on, rule))
 
 
-def _doubts(found: dict[str, float], rule: Rule) -> list[str]:
+def _doubts(found: dict[str, float], goes_on: bool, rule: Rule) -> list[str]:
     """Say what each definite verdict lacks."""
     low, high = found["shrinks_low"], found["shrinks_high"]
     doubts = [f"moves shrink {_factor(low)} to {_factor(high)} times over the window"]
     if found["drift_low"] <= rule.drift < found["drift_high"]:
         doubts.append(f"it may wander off by {found['drift_low']:.1f} to {found['drift_high']:.1f} standard deviations")
+    if found["drift_low"] > rule.drift and not goes_on:
+        doubts.append("it wanders off, but slows down, or no more evenly than a random walk")
+    if found["lines"] >= rule.share:
+        doubts.append(f"it returns every {found['period']:.4g} recorded steps to where it was: a cycle")
     if found["effective"] < rule.effective:
         doubts.append(f"the window is worth {found['effective']:.0f} independent iterates of {rule.effective:.0f}")
     return [*doubts, "a longer window may decide it"]
@@ -174,9 +236,8 @@ def _factor(value: float) -> str:
     return f"{value:.2g}" if value < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _rate(path: Path, last: int, per_step: int, rule: Rule) -> Rate | None:
-    moves = np.where(path.moves > path.rounding, path.moves, 0.0)[:last]
-    return fit_rate(moves, per_step, rule.level)
+def _rate(path: Path, last: int, per_step: int, level: float) -> Rate | None:
+    return fit_rate(_beyond(path)[:last], per_step, level)
 
 
 def _of(rate: Rate | None) -> dict[str, Any]:
@@ -186,6 +247,8 @@ def _of(rate: Rate | None) -> dict[str, Any]:
         "shrinks": float(np.exp(-rate.fall)),
         "shrinks_low": float(np.exp(-rate.fall_high)),
         "shrinks_high": float(np.exp(-rate.fall_low)),
+        "steady_low": float(np.exp(-rate.noisy_high)),
+        "steady_high": float(np.exp(-rate.noisy_low)),
     }
     return {
         "rate": rate.factor, "rate_low": rate.low, "rate_high": rate.high, "r2": rate.r2, "bend": rate.bend, **shrinks
@@ -225,6 +288,74 @@ def _diameter(points: Floats) -> float:
         i, j = np.unravel_index(int(squares.argmax()), squares.shape)
         largest = max(largest, float(np.sqrt(((rows[i] - columns[j]) ** 2).sum())))
     return largest
+
+
+def _bounded(points: Floats) -> Floats:
+    """Return them with those far off drawn in, as far as noise of a normal law would reach.
+
+    One spike would make all else look still, independent and small.
+    """
+    off = points - np.median(points, axis=0)
+    distances = np.sqrt((off**2).sum(1))
+    reach = 3 / 1.645 * float(np.quantile(distances, 0.9))
+    if reach == 0:
+        return points
+    return np.asarray(points - off + off * np.minimum(1.0, reach / np.maximum(distances, reach))[:, None])
+
+
+def _goes_on(points: Floats, rule: Rule) -> bool:
+    """Tell whether they go one way, more evenly than a random walk does by chance, and do not slow down.
+
+    What is stationary, however slowly it varies, goes back and forth at least as much as a random walk.
+    """
+    means = np.array([part.mean(0) for part in np.array_split(points, _PARTS)])
+    gone = np.diff(means, axis=0)
+    there = means[-1] - means[0]
+    if not there.any():
+        return False
+    along = gone @ (there / np.sqrt((there**2).sum()))
+    half = len(along) // 2
+    weights = np.full(len(along), (1 - rule.slowing) / 2)
+    weights[:half], weights[-half:] = -rule.slowing, 1.0
+    places = np.column_stack([np.ones(len(gone)), np.arange(len(gone)) - (len(gone) - 1) / 2])
+    rest = gone - places @ np.linalg.lstsq(places, gone, rcond=None)[0]
+    free = len(gone) - 2
+    error = np.sqrt((rest**2).sum() / free * (weights @ weights))
+    return bool(weights @ along > quantile(rule.surely, free) * error)
+
+
+def _lines(points: Floats, rule: Rule) -> tuple[float, float]:
+    """Return the share of the variance about a line that is at single frequencies, and the period of these."""
+    n = len(points)
+    rest = line_of(points)[2]
+    if n < rule.least or not rest.any():
+        return 0.0, np.nan
+    power = (np.abs(np.fft.rfft(rest * np.hanning(n + 1)[:n, None], axis=0)) ** 2).sum(1)
+    seen = power[_LOWEST:]
+    padded = np.pad(seen, _BESIDE, mode="reflect")
+    beside = np.delete(
+        np.lib.stride_tricks.sliding_window_view(padded, 2 * _BESIDE + 1),
+        np.arange(_BESIDE - _ABOUT, _BESIDE + _ABOUT + 1),
+        axis=1,
+    )
+    usual = np.maximum(np.median(beside, axis=1) / np.log(2), np.finfo(float).eps * power.max())
+    around = np.pad(power, 1)
+    peaks = ((power >= around[:-2]) & (power >= around[2:]))[_LOWEST:]  # the slope of a slow curve has none
+    lines = _LOWEST + np.flatnonzero(peaks & (seen > rule.line * usual))
+    if not len(lines):
+        return 0.0, np.nan
+    near = np.unique(np.clip(lines[:, None] + np.arange(-_ABOUT, _ABOUT + 1), 0, len(power) - 1))
+    return float(power[near].sum() / power.sum()), _period(power, lines, n)
+
+
+def _period(power: Floats, lines: NDArray[np.int64], n: int) -> float:
+    """Return the smallest whole number of steps that all lines come back in, or else the period of the strongest."""
+    strong = lines[power[lines] > 0.01 * power[lines].max()]
+    for period in range(2, n // (2 * _LOWEST) + 1):
+        turns = strong * period / n
+        if (np.abs(turns - turns.round()) <= 0.6 * period / n).all():
+            return float(period)
+    return float(n / lines[power[lines].argmax()])
 
 
 def _drift(points: Floats) -> tuple[float, float]:

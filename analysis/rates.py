@@ -1,10 +1,10 @@
 """How fast moves shrink: a geometric rate, with an interval.
 
-The logarithms of the moves are averaged over some eighty blocks, and a line is fitted to them. What remains about the
-line is white noise (backward SGD on a quadratic), a random walk (products of random matrices, whose logarithms add up),
-or some of both; which, the data decide: every mixture in a row of them is fitted by generalized least squares and
-weighted by its restricted likelihood, so that the interval is as wide as it must be. Least squares alone would be far
-too sure.
+The moves are averaged over some eighty blocks, by their roots, and a line is fitted to the logarithms. What remains
+about the line is white noise (backward SGD on a quadratic), a random walk (products of random matrices, whose
+logarithms add up), or some of both; which, the data decide: every mixture in a row of them is fitted by generalized
+least squares and weighted by its restricted likelihood, so that the interval is as wide as it must be. Least squares
+alone would be far too sure.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import stdtr
+from trajstore.analysis.longrun import line_of, quantile
 
-__all__ = ["BLOCKS", "Rate", "fit_rate"]
+__all__ = ["BLOCKS", "LEAST", "Rate", "fit_rate"]
 
 BLOCKS = 80
 LEAST = 12
@@ -42,6 +43,9 @@ class Rate:
     """What the fitted line changes by over the window, as a natural logarithm."""
     fall_low: float
     fall_high: float
+    noisy_low: float
+    """The interval of the same if there is stationary noise about the line and no walk."""
+    noisy_high: float
     r2: float
     bend: float
     """The slope of the second half less that of the first, over its standard error: beyond ±3 no line fits."""
@@ -60,9 +64,14 @@ def fit_rate(moves: Floats, per_step: int = 1, level: float = 0.95) -> Rate | No
     if count < LEAST:
         return None
     # A metric of few values stands still most of the time: it is how often it moves that shrinks.
-    y = np.log(blocks).mean(1) if blocks.all() else 0.5 * np.log((blocks**2).mean(1))
+    # Of noise, the mean of roots varies less than that of logarithms, and hardly more for heavy tails.
+    y = 2 * np.log(np.sqrt(blocks).mean(1)) if blocks.all() else 0.5 * np.log((blocks**2).mean(1))
     slope, low, high = _slope(y, level)
     steps, reach = length * per_step, len(moves) / length
+    (plain,), (error,), rest = line_of(y[:, None])
+    # Of eight waves some errors come out too small by chance: not less than if noise was white.
+    white = np.sqrt((rest**2).sum() / (count - 2) * 12 / (count**3 - count))
+    noise = quantile(level) * max(error, white)
     line = y.mean() + slope * (np.arange(count) - (count - 1) / 2)
     unexplained, spread = float(((y - line) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
     return Rate(
@@ -72,6 +81,8 @@ def fit_rate(moves: Floats, per_step: int = 1, level: float = 0.95) -> Rate | No
         fall=slope * reach,
         fall_low=low * reach,
         fall_high=high * reach,
+        noisy_low=float(plain - noise) * reach,
+        noisy_high=float(plain + noise) * reach,
         r2=1 - unexplained / spread if spread > 0 else 1.0,
         bend=_bend(y),
     )
@@ -102,12 +113,12 @@ def _slope(y: Floats, level: float) -> tuple[float, float, float]:
     if not scale.min() > 0:
         return middle, middle, middle
 
-    def quantile(p: float) -> float:
+    def mixed(p: float) -> float:
         widest = 1e3 * (np.abs(at - middle).max() + scale.max())
         above = lambda x: float(weights @ stdtr(q - 2, (x - at) / scale)) - p  # noqa: E731
         return float(brentq(above, middle - widest, middle + widest))
 
-    return middle, quantile((1 - level) / 2), quantile((1 + level) / 2)
+    return middle, mixed((1 - level) / 2), mixed((1 + level) / 2)
 
 
 def _bend(y: Floats) -> float:

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import xarray as xr
@@ -43,6 +43,8 @@ class Path:
     """Distances of successive iterates, one fewer."""
     rounding: Floats
     """Below what each move is rounding."""
+    earlier: Floats = field(default_factory=lambda: np.zeros(0))
+    """The moves before the window, 0 where they are rounding; none if they are not known."""
 
     @property
     def finite(self) -> bool:
@@ -63,7 +65,20 @@ def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tupl
         raise NotFoundError(f"no metric {space!r}; {choices(metric, [*metrics_of(ds), PARAMETERS, OUTPUTS])}")
     seen = window_of(ds, metric, window, least)
     together = space.startswith(SUM)
-    return seen, [[path_of(seen.steps, values, seen.precision, together) for values in rows] for rows in seen.values]
+    before = _before(ds, metric, seen)
+    return seen, [
+        [path_of(seen.steps, seen.values[i, k], seen.precision, together, before[i, k]) for k in range(before.shape[1])]
+        for i in range(before.shape[0])
+    ]
+
+
+def _before(ds: xr.Dataset, metric: str, seen: Window) -> Floats:
+    """Return a metric before the window, (order, seed, step); of no step where it was not measured as evenly."""
+    try:
+        whole = window_of(ds, metric, "all", len(seen))
+    except StatisticError:
+        return seen.values[..., :0]
+    return whole.values[..., : -len(seen)] if whole.gap == seen.gap else seen.values[..., :0]
 
 
 def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
@@ -76,10 +91,21 @@ def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Wind
     if seen.gap != _recorded_gap(ds):  # the distances that were recorded are those to iterates in between
         moves = np.sqrt((np.diff(points, axis=2) ** 2).sum(-1))
     precision = Precision(ds["params"].dtype if "params" in ds else np.dtype(np.float64))
+    before, norms_before = _before(ds, "step_distance", seen), _before(ds, "param_norm", seen)
+    if seen.gap != _recorded_gap(ds) or before.shape != norms_before.shape:
+        before = norms_before = before[..., :0]
+    earlier = _beyond(before[..., 1:], of_moves(norms_before, precision))
     return seen, [
-        [Path(seen.steps, points[i, k], moves[i, k], of_moves(norms[i, k], precision)) for k in range(points.shape[1])]
+        [
+            Path(seen.steps, points[i, k], moves[i, k], of_moves(norms[i, k], precision), earlier[i, k])
+            for k in range(points.shape[1])
+        ]
         for i in range(points.shape[0])
     ]
+
+
+def _beyond(moves: Floats, rounding: Floats) -> Floats:
+    return np.where(moves > rounding, moves, 0.0)
 
 
 def _recorded_gap(ds: xr.Dataset) -> int:
@@ -150,9 +176,23 @@ def embedded(distances: Floats) -> Floats:
     return np.asarray(points * np.where(points[:1] < 0, -1.0, 1.0))
 
 
-def path_of(steps: NDArray[np.int64], values: Floats, precision: Precision, together: bool = False) -> Path:
-    """Return the path of a metric's values; `together` measures distances as L(x) + L(y)."""
+def path_of(
+    steps: NDArray[np.int64],
+    values: Floats,
+    precision: Precision,
+    together: bool = False,
+    before: Floats | None = None,
+) -> Path:
+    """Return the path of a metric's values, after those `before`; `together` measures distances as L(x) + L(y)."""
+    known = values if before is None else np.append(before, values)
     with np.errstate(invalid="ignore"):  # told as diverged
-        moves = values[1:] + values[:-1] if together else np.abs(np.diff(values))
-    nothing = np.full(len(moves), 2 * of_zero(values, precision))
-    return Path(steps, values[:, None], moves, nothing if together else of_moves(values, precision))
+        moves = known[1:] + known[:-1] if together else np.abs(np.diff(known))
+        rounding = np.full(len(moves), 2 * of_zero(known, precision)) if together else of_moves(known, precision)
+    earlier = len(known) - len(values)
+    return Path(
+        steps,
+        values[:, None],
+        moves[earlier:],
+        rounding[earlier:],
+        _beyond(moves[:earlier], rounding[:earlier]),
+    )

@@ -1,6 +1,6 @@
 """How often the intervals, verdicts and tests of the analysis are right, on processes whose answer is known.
 
-    python -m tests.calibration [ratios] [local] [rates] [verdicts] [resets] [exponents] [law] [theorem]
+    python -m tests.calibration [ratios] [local] [rates] [verdicts] [intervals] [resets] [exponents] [law] [theorem]
                                 [compare] [loss-metric] [averages]
 
 The tests assert bounds on a part of these; here are the numbers that `docs/analysis.md` has.
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from scipy.signal import lfilter
 from scipy.special import digamma
-from trajstore.analysis import local_variance_ratio, resets, time_average, variance_ratio
+from trajstore.analysis import local_variance_ratio, resets, time_average, variance, variance_ratio
 from trajstore.analysis.convergence import judge
 from trajstore.analysis.examining.maps import loss_contracts
 from trajstore.analysis.law import adjusted, disjoint_test, swap_test
@@ -27,8 +27,10 @@ from trajstore.analysis.seeds import DECIDES, over_seeds
 
 import trajstore as ts
 from tests.analysis.processes import (
+    AVERAGES,
     KNOWN,
     LAWS,
+    PROCESSES,
     LeastSquares,
     ar1,
     compositions,
@@ -121,13 +123,38 @@ def _rate(name: str, true: float, moves: Iterable[np.ndarray]) -> None:
 
 
 def verdicts(runs: int) -> None:
-    """Verdicts: how many are right, and how many definite ones are wrong."""
+    """Verdicts: how many are right, then how many are decided, and how many of all contradict the process."""
     print(f"{'process':40} {'verdict':>13} {'right':>6} {'wrong':>6}")
     for name, (right, process) in KNOWN.items():
         rng = np.random.default_rng(1)
         found = Counter(judge(last_half(process(rng))).verdict for _ in range(runs))
         wrong = runs - found[right] - found["undecided"]
         print(f"{name:40} {right:>13} {found[right] / runs:6.0%} {wrong / runs:6.1%}", flush=True)
+    lengths = (400, 2_000, 8_000)
+    print(f"\n{'process':40}" + "".join(f"{steps:>9,} decided  wrong" for steps in lengths))
+    for name, (contradicts, make) in PROCESSES.items():
+        shares = ""
+        for steps in lengths:
+            found = Counter(judge(last_half(v)).verdict for v in make(np.random.default_rng(7), runs, steps))
+            wrong = sum(found[verdict] for verdict in contradicts)
+            shares += f"{1 - found['undecided'] / runs:17.0%} {wrong / runs:6.1%}"
+        print(f"{name:40}{shares}", flush=True)
+
+
+def intervals(runs: int) -> None:
+    """Intervals of a mean and of a variance at 95%: how many are given, and how many of these hold the true one."""
+    print(f"{'process':40} {'steps':>6} {'mean':>6} {'hold':>6} {'variance':>9} {'hold':>6}")
+    for name, (mean, spread, make) in AVERAGES.items():
+        for steps in (1_000, 4_000):
+            made = make(np.random.default_rng(8), runs, steps)
+            ds = runs_of(made[: runs // 2], made[runs // 2 :])
+            cells = f"{name:40} {steps:6}"
+            told = ((time_average(ds, "loss", steps), mean, 6), (variance(ds, "loss", steps, "level"), spread, 9))
+            for found, true, width in told:
+                given = np.isfinite(found["low"]).values
+                held = ((found["low"] <= true) & (found["high"] >= true)).values[given]
+                cells += f" {given.mean():{width}.0%} {held.mean() if given.any() else np.nan:6.0%}"
+            print(cells, flush=True)
 
 
 def leg_changes(runs: int) -> None:
@@ -384,8 +411,9 @@ def averages(runs: int) -> None:
 PARTS: Mapping[str, tuple[Callable[[int], None], int]] = {
     "ratios": (ratios, 500),
     "local": (local_ratios, 500),
-    "rates": (rates, 500),
+    "rates": (rates, 200),
     "verdicts": (verdicts, 200),
+    "intervals": (intervals, 200),
     "resets": (leg_changes, 50),
     "exponents": (exponents, 100),
     "law": (law, 500),
