@@ -43,7 +43,7 @@ class Rule:
     least: int = 40
     """Recorded steps in the window."""
     settled: float = 10.0
-    steady: float = 1.4
+    steady: float = 1.38
     """Less than √2: by as much does noise shrink over the last half of a run if it falls as 1/√n."""
     drift: float = 2.0
     effective: float = 20.0

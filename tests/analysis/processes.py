@@ -335,7 +335,7 @@ PROCESSES = {
     ),
     "a limit cycle of 17.3 steps": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, 17.3, 0.1)),
     "a slow wave, four in a run": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, n / 4, 0.3)),
-    "a slow wave, one in a run": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, n, 0.3)),
+    "a slow wave, two in a run": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, n / 2, 0.3)),
 }  # fmt: skip
 """Processes, the verdicts that contradict them, and what makes so many runs of so many steps."""
 
