@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import nn
 
 import trajstore as ts
@@ -43,7 +44,7 @@ def summary(store: ts.Store) -> dict[str, Any]:
     """Return what is in a store: a digest of each variable's bits, and some values to look at."""
     told: dict[str, Any] = {}
     for name in store:
-        ds = store[name].dataset().load()
+        ds = _in_its_room(store[name])
         told[name] = {
             "sizes": {str(k): int(v) for k, v in ds.sizes.items()},
             "digests": {
@@ -57,6 +58,15 @@ def summary(store: ts.Store) -> dict[str, Any]:
             "config_digest": store[name].attributes["config_digest"],
         }
     return told
+
+
+def _in_its_room(stored: ts.StoredExperiment) -> xr.Dataset:
+    """Return a dataset up to where there is room: a loop's ends at its last step, and the digests are of all of it."""
+    ds = stored.dataset().load()
+    labels = {dim: values for dim, values, _ in stored.schema.coordinates().values()}
+    empty = {name: np.nan if v.dtype.kind == "f" else -1 for name, v in ds.variables.items()}
+    empty |= {"measured": 0, "recorded": False, "stored": False}
+    return ds.reindex({dim: labels[dim] for dim in ("step", "snapshot")}, fill_value=empty)
 
 
 def make(place: Path) -> None:

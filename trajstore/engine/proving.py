@@ -7,7 +7,7 @@ used.
 What rounding explains is not known beforehand: Adam divides a gradient that should be zero by almost nothing. So it is
 measured there and then, for each number: by how much the definition differs from itself, computed in float64. Where
 that says nothing, because the numbers are float64 already or the definition holds on to another precision, the
-definition is asked again for arguments moved by up to a unit in the last place; and so it is before anything is called
+definition is asked again for arguments moved by a few units in the last place; and so it is before anything is called
 wrong, since a number next to a kink, as that of a ReLU, may fall on either side.
 """
 
@@ -30,7 +30,7 @@ Definition = Callable[..., Any]
 _TIMES = 16.0
 """So many times what the definition differs from itself is still rounding."""
 _UNITS = 4.0
-"""So many units in the last place always are."""
+"""So many units in the last place always are; arguments are moved by as many at most."""
 _AT_FIRST, _AT_LAST = 2, 8
 """How often the definition is asked for moved arguments: where float64 says nothing, and before a refusal."""
 
@@ -156,16 +156,15 @@ def _wide(value: Any) -> Any:  # noqa: ANN401
 
 
 def _moved(definition: Definition, arguments: Any, times: int) -> Iterator[list[Tensor]]:  # noqa: ANN401
-    """Yield what a definition gives for arguments each number of which is moved by up to a unit in the last place."""
+    """Yield what a definition gives for arguments each number of which is moved by a few units in the last place."""
     for k in range(times):
         random = torch.Generator().manual_seed(k)
 
         def move(t: Tensor, random: torch.Generator = random) -> Tensor:
             if not (t.is_floating_point() or t.is_complex()):
                 return t
-            by = (
-                _UNITS * torch.finfo(t.dtype).eps * (2 * torch.rand(t.shape, generator=random, dtype=torch.float64) - 1)
-            )
+            drawn = torch.rand(t.shape, generator=random, dtype=torch.float64)
+            by = _UNITS * torch.finfo(t.dtype).eps * (2 * drawn - 1)
             return (t.to(_wide(t.dtype)) * (1 + by).to(t.device)).to(t.dtype)
 
         yield tree_leaves(definition(*tree_map(move, arguments)))
