@@ -6,6 +6,8 @@ import functools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import trajstore as ts
 from trajstore.configuration import build, describe, differences, merge
@@ -109,6 +111,35 @@ def test_merging_and_differences():
     assert merge(base, {"a": {"family": "y"}}) == {"a": {"family": "y"}, "b": 3}
     assert differences(base, merge(base, {"a": {"p": 5}, "c": 1})) == ["a.p: 1 / 5", "c: None / 1"]
     assert differences(base, base) == []
+
+
+def test_a_long_list_is_compared_at_all_its_places():
+    note = "x" * 90
+    stored = [{"lr": 0.1, "note": note, "decay": None}, {"lr": 0.1}]
+    assert differences({"phases": stored}, {"phases": [{"lr": 0.1, "note": note}, {"lr": 0.9}]}) == [
+        "phases[1].lr: 0.1 / 0.9"
+    ]
+    assert differences({"phases": stored}, {"phases": [{"lr": 0.1, "note": note}, {"lr": 0.1}]})
+
+
+_NAMES = st.sampled_from(["family", "a", "b", "n" * 40])
+_PLAIN = st.recursive(
+    st.none() | st.integers(0, 2) | st.sampled_from(["", "t" * 50]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+def without_none(table):
+    """Leave out what says no more than its absence: tables in tables, but not those in lists."""
+    if not isinstance(table, dict):
+        return table
+    return {key: without_none(value) for key, value in table.items() if value is not None}
+
+
+@given(st.dictionaries(_NAMES, _PLAIN), st.dictionaries(_NAMES, _PLAIN))
+def test_no_difference_goes_unseen(left, right):
+    assert bool(differences(left, right)) == (without_none(left) != without_none(right))
 
 
 def test_what_cannot_be_described_is_refused():

@@ -195,8 +195,10 @@ def _difference(left: Any, right: Any, at: str) -> list[str]:  # noqa: ANN401
     if isinstance(left, list) and isinstance(right, list) and max(len(repr(left)), len(repr(right))) > _SHORT:
         if len(left) != len(right):
             return [f"{at}: {len(left)} of them / {len(right)} of them"]
-        place = next(k for k, (one, other) in enumerate(zip(left, right, strict=True)) if one != other)
-        return _difference(left[place], right[place], f"{at}[{place}]")
+        pairs = enumerate(zip(left, right, strict=True))
+        inner = [told for k, (one, other) in pairs for told in _difference(one, other, f"{at}[{k}]")]
+        if inner:  # none where a table in it says None and the other says nothing
+            return inner
     return [f"{at}: {_short(left)} / {_short(right)}"]
 
 
