@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from tests.hostile import Document, attributes_of, rewrite, strangers
 from trajstore.errors import ConfigurationError, FormatError, UntrustedError
 from trajstore.recipe import Recipe
 from trajstore.replaying import replay
+from trajstore.storage.local import user_cache
 
 Program = Callable[..., tuple[Any, str, str]]
 
@@ -221,6 +223,24 @@ def test_without_its_memory_one_asks_again_and_resuming_remembers_again(
     problem = {"family": "factory", "function": "canary:make", "arguments": {"width": 7}}
     ts.run(ts.Experiment.of({**SMALL_NET, "seeds": [0], "problem": problem}), recorded, resume=True)
     assert list(replay(ts.open(recorded)["net"]))
+
+
+def test_where_there_is_no_home_recording_and_computing_go_on(
+    canary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    problem = {"family": "factory", "function": "canary:make", "arguments": {"width": 7}}
+    ts.run(ts.Experiment.of({**SMALL_NET, "seeds": [0], "problem": problem}), tmp_path / "own.zarr")
+    with pytest.raises(UntrustedError, match="was not recorded here"):
+        list(replay(ts.open(tmp_path / "own.zarr")["net"]))
+    with pytest.raises(OSError, match="XDG_CACHE_HOME"):
+        user_cache()
+
+
+def nobody(number: int) -> None:
+    raise KeyError(f"getpwuid(): uid not found: {number}")
 
 
 def test_a_store_says_of_no_folder_that_its_images_be_read(record: Record, tmp_path: Path) -> None:

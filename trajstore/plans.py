@@ -30,14 +30,16 @@ def remembered(question: Mapping[str, Any], choose: Callable[[], Plan]) -> Plan:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    file = user_cache() / "plans" / f"{config_digest({**question, **here}).removeprefix('sha256:')[:32]}.json"
+    name = f"{config_digest({**question, **here}).removeprefix('sha256:')[:32]}.json"
     try:
+        file = user_cache() / "plans" / name
         return Plan.from_json(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         plan = choose()
     if plan.slowed:
         return plan  # what is missing may be there next time
     try:
+        file = user_cache() / "plans" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(plan.to_json()))
