@@ -10,6 +10,7 @@ import trajstore as ts
 from tests.conftest import forget
 from trajstore.drawing import Drawing, drawing_of
 from trajstore.errors import ConfigurationError
+from trajstore.origin import attributes_of
 
 OWN = """
 import torch, trajstore as ts
@@ -73,7 +74,7 @@ def test_it_is_how_they_were_drawn_and_needs_no_code_of_the_user(record, module,
         forget("own_batches")
     monkeypatch.setitem(sys.modules, "own_batches", None)  # importing it would now fail
     assert drawing_of(ts.open(stored.store.place.address)["own"].attributes) == expected
-    assert drawing_of(stored.dataset().attrs["trajstore"]) == expected
+    assert drawing_of(attributes_of(stored.dataset())) == expected
     if drawn is not None and expected.sampling is not None and problem["family"] != "two-constants":
         assert drawn.shape[-1] == expected.batch_size
         epochs = drawn.reshape(len(drawn), -1, 12)  # 12 examples

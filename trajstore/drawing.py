@@ -31,7 +31,7 @@ class Drawing:
 
 
 def drawing_of(attributes: Mapping[str, Any]) -> Drawing:
-    """Return how the batches were drawn, by `attributes` of a stored experiment, or ``attrs["trajstore"]`` of its data.
+    """Return how the batches were drawn, by `attributes` of a stored experiment or `attributes_of` its dataset.
 
     Of a training loop no more is known than the ``batch_size`` that its `config` may have.
     """

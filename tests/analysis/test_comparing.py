@@ -31,7 +31,7 @@ VARIANTS = {
 def store(tmp_path_factory):
     place = tmp_path_factory.mktemp("comparing") / "s.zarr"
     for name, changes in VARIANTS.items():
-        table = {**ROWS, "name": f"rows.{name}"}
+        table = {**ROWS, "name": f"rows.{name}", "variant_of": "rows"}
         ts.run(ts.Experiment.of(ts.configuration.merge(table, changes)), place, engine="reference")
     return ts.open(place)
 

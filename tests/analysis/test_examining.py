@@ -234,7 +234,8 @@ def test_every_claim_is_asked_by_some_recording(store, table, tmp_path):
         ("weak", {**regularized, "strength": 0.5}),
         ("strong", {**regularized, "strength": 1.0}),
     ):
-        ts.run(ts.Experiment.of({**net, "name": f"rows.{name}", "operator": operator}), tmp_path / "s.zarr", workers=0)
+        table = {**net, "name": f"rows.{name}", "variant_of": "rows", "operator": operator}
+        ts.run(ts.Experiment.of(table), tmp_path / "s.zarr", workers=0)
     rows = list(examine(ts.open(tmp_path / "s.zarr")))
     asked |= {row.claim for row in rows if row.experiment}
     assert asked == set(CLAIMS)

@@ -271,12 +271,12 @@ def test_a_recorded_store_streams_by_threads_and_on_a_cluster(record):
     assert here.stored.all()
     with LocalCluster(1, processes=False, dashboard_address=None, threads_per_worker=1) as cluster:
         with Client(cluster, set_as_default=False) as client:
-            xr.testing.assert_identical(stream(ds, EVERYTHING[:3] + EVERYTHING[4:], cluster=client), here)
+            xr.testing.assert_identical(stream(ds, EVERYTHING[:3] + EVERYTHING[4:], scheduler=client), here)
         xr.testing.assert_identical(
-            stream(ds, EVERYTHING[:3] + EVERYTHING[4:], cluster=cluster.scheduler_address), here
+            stream(ds, EVERYTHING[:3] + EVERYTHING[4:], scheduler=cluster.scheduler_address), here
         )
     with pytest.raises(ConfigurationError, match="no Dask scheduler answers"):
-        stream(ds, [Norm()], cluster="nowhere:port")
+        stream(ds, [Norm()], scheduler="nowhere:port")
     assert analysis.stream is stream
 
 

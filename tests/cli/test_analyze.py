@@ -75,7 +75,7 @@ def test_json_says_of_what_and_how_sure(store, trajstore):
     ("arguments", "told"),
     [
         (["quadratic", "convergance"], "no analysis 'convergance'; did you mean 'convergence'?"),
-        (["quadratic", "resets", "--window", "50"], "resets has no --window"),
+        (["quadratic", "law", "--window", "50"], "law has no --window"),
         (["quadratic", "law", "--kind", "tail"], "law has no --kind"),
         (["quadratic", "variance", "--metric", "a", "--metric", "b"], "variance takes one --metric"),
         (["quadratic", "variance", "--metric", "train_los"], "did you mean 'train_loss'?"),
