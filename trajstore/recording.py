@@ -21,6 +21,7 @@ from trajstore.distributing import Job, Scheduler, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import EngineChoice, Plan, followed, ready
+from trajstore.engine.proving import Refusal
 from trajstore.engine.walk import Slab, applications
 from trajstore.errors import ConfigurationError, ConflictError, RefusedWarning, SlowPlanWarning
 from trajstore.experiment import Experiment, of_today
@@ -238,7 +239,7 @@ class _Watched:
         return self._engine.measuring
 
     @property
-    def refusals(self) -> Sequence[str]:
+    def refusals(self) -> Sequence[Refusal]:
         return self._engine.refusals
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
@@ -261,7 +262,7 @@ class _Metered:
         return self._engine.measuring
 
     @property
-    def refusals(self) -> Sequence[str]:
+    def refusals(self) -> Sequence[Refusal]:
         return self._engine.refusals
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:

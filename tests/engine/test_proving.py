@@ -12,11 +12,11 @@ import trajstore as ts
 from tests.conftest import last_of
 from tests.engine.problems import normed
 from trajstore import pytree
-from trajstore.engine import Work, compiling, plan
-from trajstore.engine.plan import Plan, choose, make_engine, ready
+from trajstore.engine import Work, compiling, plan, wavefront
+from trajstore.engine.plan import Plan, choose, followed, make_engine, ready
 from trajstore.engine.proving import disproof
 from trajstore.engine.reference import ReferenceEngine
-from trajstore.engine.ticks import Eager, Proven, definition_of, step_of
+from trajstore.engine.ticks import PROVEN_TICKS, Eager, Proven, definition_of, step_of
 from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.errors import RefusedWarning
 from trajstore.operators.adam import Adam
@@ -69,6 +69,23 @@ def test_rounding_that_is_divided_by_itself_is_still_rounding(dtype):
     found, defined = (scaled(summed(x)) for summed in (in_another_order, in_order))
     assert (found - defined).abs().max() > 0.1
     assert disproof(found, lambda x: scaled(in_order(x)), x) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_number_that_is_all_noise_excuses_no_other(dtype, seed):
+    """One gradient is zero but for rounding, and Adam makes any number of it; another is off by a whole step."""
+    lr, random = 1e-3, torch.Generator().manual_seed(seed)
+    x, g = (torch.randn(2, 64, generator=random, dtype=torch.float64).to(dtype) for _ in range(2))
+
+    def adam(x, g):
+        nothing = (g[:, 0] * g[:, 1] + g[:, 2]) - g[:, 2] - g[:, 0] * g[:, 1]
+        gradient = torch.cat([nothing[:, None], x[:, 1:]], 1)
+        return x - lr * gradient / (gradient.abs() + 1e-12)
+
+    found = adam(x, g)
+    found[1, 5] += lr
+    assert "of lane 1 is" in disproof(found, adam, x, g)
 
 
 def test_a_number_next_to_a_kink_may_fall_on_either_side():
@@ -191,8 +208,8 @@ def test_a_tick_that_is_broken_on_purpose_is_refused_and_nothing_wrong_comes_out
         filled(WavefrontEngine(live, operator, [(0, 0)], lanes, way), lanes) for way in (advance, Eager(step))
     )
     assert all(map(torch.equal, pytree.tree_leaves(found), pytree.tree_leaves(expected)))
-    (told,) = advance.refusals
-    assert told.startswith(f"the compiled tick gives something else than its definition: {what}")
+    (refusal,) = advance.refusals
+    assert str(refusal).startswith(f"the compiled tick gives something else than its definition: {what}")
 
 
 @pytest.mark.parametrize("lanes", [1, 8])
@@ -205,7 +222,7 @@ def test_a_vectorised_tick_that_is_wrong_leaves_the_definition(lanes):
     found = filled(WavefrontEngine(live, operator, [(0, 0)], lanes, advance), lanes)
     expected = filled(ReferenceEngine(live, operator, [(0, 0)]), lanes)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert [told.split()[1] for told in advance.refusals] == ["compiled", "vectorised"]
+    assert [refusal.of for refusal in advance.refusals] == ["compiled tick", "vectorised tick"]
 
 
 @pytest.mark.parametrize("operator", [SGD(0.05, momentum=0.9), Adam(0.01)])
@@ -246,7 +263,7 @@ def test_a_lane_that_begins_later_is_proven_then():
     assert advance.refusals == ()
     found, expected = filled(wave, 4), filled(ReferenceEngine(live, operator, [(0, 0)]), 4)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
-    assert "of lane 3 is" in advance.refusals[0]
+    assert "of lane 3 is" in advance.refusals[0].why
 
 
 def test_metrics_that_come_out_otherwise_when_vectorised_are_computed_one_by_one():
@@ -263,7 +280,104 @@ def test_metrics_that_come_out_otherwise_when_vectorised_are_computed_one_by_one
     wave = make_engine(Plan("wavefront", 3), live, operator, [(0, 0)])
     expected = last_of(ReferenceEngine(live, operator, [(0, 0)]), Leg("backward"), 9).metrics
     assert last_of(wave, Leg("backward"), 9).metrics == pytest.approx(expected, rel=1e-5)
-    assert "the vectorised metrics are something else than their definition: test_loss" in wave.refusals[0]
+    (refusal,) = wave.refusals
+    assert str(refusal).startswith("the vectorised evaluation of metrics gives something else than its definition: ")
+    assert "test_loss of lane 0 is" in str(refusal)
+
+
+@pytest.fixture
+def off_in_a_row(monkeypatch):
+    """A `vmap` that puts the training loss of one state of a stack off by a thousandth, from some call on."""
+    vmap = torch.vmap
+
+    def break_it(row, after=0):
+        calls = []
+
+        def broken(function, **options):
+            def vectorised(*given):
+                values = vmap(function, **options)(*given)
+                if isinstance(values, dict) and "train_loss" in values and len(values["train_loss"]) > row:
+                    calls.append(row)
+                    values["train_loss"][row] += 1e-3 * (len(calls) > after)
+                return values
+
+            return vectorised
+
+        monkeypatch.setattr(torch, "vmap", broken)
+
+    return break_it
+
+
+def metrics_of(engine, steps):
+    works = [Work(0, Leg("backward"), engine.start(0), range(1, steps + 1))]
+    return {iterate.step: iterate.metrics for _, iterate in engine.run(works)}
+
+
+@pytest.mark.parametrize(("row", "after"), [(0, 0), (1, 0), (2, 0), (1, 1), (2, 3)])
+def test_metrics_of_every_state_of_a_stack_are_proven(off_in_a_row, row, after):
+    live, operator = Regression(width=6, depth=1, points=15).build(CPU), SGD(0.05)
+    expected = metrics_of(ReferenceEngine(live, operator, [(0, 0)]), 40)
+    off_in_a_row(row, after)
+    wave = make_engine(Plan("wavefront", 3), live, operator, [(0, 0)])
+    found = metrics_of(wave, 40)
+    assert found.keys() == expected.keys()
+    for step, metrics in found.items():
+        assert metrics == pytest.approx(expected[step], rel=1e-5)
+    (refusal,) = wave.refusals
+    assert f"train_loss of lane {row} is" in refusal.why
+    assert "record them again" not in refusal.why
+
+
+def test_metrics_of_a_wide_stack_are_proven_a_few_at_a_time(off_in_a_row, monkeypatch):
+    """The last of ten is reached in the third call; what was handed on before is told."""
+    live, operator = Regression(width=6, depth=1, points=15).build(CPU), SGD(0.05)
+    off_in_a_row(9)
+    asked = []
+    monkeypatch.setattr(wavefront, "disproof", lambda *a, lanes: asked.append(lanes) or disproof(*a, lanes=lanes))
+    wave = make_engine(Plan("wavefront", 10), live, operator, [(0, 0)])
+    metrics_of(wave, 100)
+    assert asked[-3:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+    assert "train_loss of lane 9 is" in wave.refusals[0].why
+    assert "those of 8 states were handed on before" in wave.refusals[0].why  # 6 in the first call, 2 in the second
+
+
+def test_each_state_of_a_stack_is_measured_by_itself_a_few_times_and_no_more(monkeypatch):
+    live, operator = Regression(width=6, depth=1, points=15).build(CPU), SGD(0.05)
+    asked = []
+    monkeypatch.setattr(wavefront, "disproof", lambda *a, lanes: asked.extend(lanes) or disproof(*a, lanes=lanes))
+    wave = make_engine(Plan("wavefront", 6), live, operator, [(0, 0)])
+    origin = wave.start(0)
+    asked.clear()
+    for _ in range(3):
+        for _ in wave.run([Work(0, Leg("backward"), origin, range(1, 61))]):
+            pass
+    assert {lane: asked.count(lane) for lane in range(6)} == dict.fromkeys(range(6), PROVEN_TICKS)
+    assert wave.refusals == ()
+
+
+def test_a_plan_stays_compiled_when_only_metrics_are_refused(off_in_a_row, monkeypatch):
+    off_in_a_row(1)
+    monkeypatch.setattr(compiling, "Compiled", Eager)
+    live, operator = Regression(width=6, depth=1, points=15).build(CPU), SGD(0.05)
+    wanted = Plan("wavefront", 3, compiled=True)
+    done, engine = ready(wanted, live, operator, [(0, 0)])
+    metrics_of(engine, 9)
+    done = followed(done, engine)
+    assert (done.compiled, done.slowed) == (True, True)
+    assert "the vectorised evaluation of metrics gives something else" in done.reason
+    assert str(done).startswith("wavefront of 3 lanes, compiled (with torch")
+
+
+def test_a_candidate_is_not_put_aside_for_its_metrics(off_in_a_row, monkeypatch):
+    off_in_a_row(1)
+    monkeypatch.setattr(compiling, "Compiled", Eager)
+    monkeypatch.setattr(plan, "missing_for_compiling", lambda device: ())
+    timed = plan._seconds_an_application
+    monkeypatch.setattr(plan, "_seconds_an_application", lambda *a: timed(*a, seconds=0.0))
+    live = Regression(width=6, depth=1, points=15).build(CPU)
+    chosen = choose(live, SGD(0.05), [(0, 0)], 10**8, 10**4, 16, 1000, "wavefront", 4, 0)
+    assert chosen.compiled
+    assert chosen.lanes == 4
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ class _Filling:
     ) -> None:
         from distributed import as_completed
 
-        self._follow, self._told = follow, job.plan.slowed
+        self._follow, self._followed = follow, job.plan
         self._client, self._job, self._ledgers, self._held = client, job, ledgers, held
         self._known = client.submit(workshop.itself, job, pure=False)
         # All get ready at once, not each when its first task comes.
@@ -125,8 +125,9 @@ class _Filling:
         future = next(self._done)
         gathered, spent, really, refused = future.result()
         self.spent = self.spent.plus(spent)
-        if really.slowed and not self._told:
-            self._told = True
+        slower = not self._followed.slowed or (self._followed.compiled and not really.compiled)
+        if really.slowed and slower:
+            self._followed = really
             self._follow(really, refused)
         _, pack, applications, where = self.tasks.pop(future.key)
         for one in gathered:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from trajstore.engine.proving import Refusal
 from trajstore.orders import Leg
 from trajstore.state import State
 
@@ -48,8 +49,8 @@ class Engine(Protocol):
         """How many seconds went into metrics so far."""
 
     @property
-    def refusals(self) -> Sequence[str]:
-        """What is not used because it gave something else than its definition: a sentence each."""
+    def refusals(self) -> Sequence[Refusal]:
+        """What is not used because it gave something else than its definition."""
 
     def start(self, seed: int) -> Iterate:
         """Return θ₀ of a seed."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trajstore import pytree
+from trajstore.engine.proving import Refusal
 from trajstore.engine.ticks import Step, Tick, tick_of
 from trajstore.operators import Batch
 from trajstore.state import State
@@ -80,7 +81,7 @@ class _SmallProducts(CustomGraphPass):
 class Compiled:
     """Runs the ticks of a block by a tick that is compiled when it first runs."""
 
-    refusals: Sequence[str] = ()
+    refusals: Sequence[Refusal] = ()
 
     def __init__(self, step: Step) -> None:
         self._tick = tick_of(step)

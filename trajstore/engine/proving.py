@@ -14,7 +14,8 @@ wrong, since a number next to a kink, as that of a ReLU, may fall on either side
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +23,24 @@ from torch.overrides import TorchFunctionMode
 
 from trajstore.pytree import tree_leaves, tree_map
 
-__all__ = ["Definition", "disproof"]
+__all__ = ["Definition", "FastWay", "Refusal", "disproof"]
 
 Definition = Callable[..., Any]
 """A pure function from trees of tensors to a tree of tensors, lanes first."""
+
+FastWay = Literal["compiled tick", "vectorised tick", "functional tick", "vectorised evaluation of metrics"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that is not used because it gave something else than its definition. As text it is a sentence."""
+
+    of: FastWay
+    why: str
+
+    def __str__(self) -> str:
+        return f"the {self.of} gives something else than its definition: {self.why}"
+
 
 _TIMES = 16.0
 """So many times what the definition differs from itself is still rounding."""
@@ -64,7 +79,7 @@ def _first_beyond(
 ) -> str:
     for (place, f), d, noise in zip(found, defined, noises, strict=True):
         off = _off(f, d)
-        explained = _TIMES * (noise + _usual(noise)) + _floor(f, d)
+        explained = _explained(f, d, noise)
         beyond = off > explained if d.is_floating_point() or d.is_complex() else off > 0
         if bool(beyond.any()):
             worst = (off - explained).where(beyond, -1.0).flatten().argmax()
@@ -74,6 +89,11 @@ def _first_beyond(
             here = f"{place} of lane {lane}"
             return f"{here} is {one:.9g} and should be {other:.9g}, and rounding explains {most:.1e}"
     return ""
+
+
+def _explained(found: Tensor, defined: Tensor, noise: Tensor) -> Tensor:
+    """Return by how much each number may be off, given what its definition differs from itself."""
+    return _TIMES * (noise + _usual(noise)) + _floor(found, defined)
 
 
 def _off(one: Tensor, other: Tensor) -> Tensor:
@@ -95,12 +115,14 @@ def _floor(found: Tensor, defined: Tensor) -> Tensor:
 
 
 def _usual(noise: Tensor) -> Tensor:
-    """Return the root mean square over each lane: a number may come out exactly once, by chance."""
-    finite, dims = noise.isfinite(), tuple(range(1, noise.ndim))
-    if not dims:
+    """Return the median over each lane: a number may come out exactly once, by chance.
+
+    Not a mean, since one number that is all noise, as Adam makes of a gradient of zero, would then excuse all others.
+    """
+    if noise.ndim < 2 or not noise.numel():
         return noise
-    square = noise.masked_fill(~finite, 0.0).square().sum(dims, keepdim=True)
-    return (square / finite.sum(dims, keepdim=True).clamp(min=1)).sqrt()
+    usual = noise.nan_to_num(posinf=0.0).flatten(1).median(1).values
+    return usual.view(-1, *[1] * (noise.ndim - 1))
 
 
 def _in_float64(definition: Definition, arguments: Any, leaves: int) -> Iterator[list[Tensor]]:  # noqa: ANN401

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trajstore.engine import Iterate, Work
 from trajstore.engine.bracket import Brackets
+from trajstore.engine.proving import Refusal
 from trajstore.operators import Batch, Gradient, Operator
 from trajstore.problems import Batches, LiveProblem
 from trajstore.state import State, Tensors, beginning
@@ -25,7 +26,7 @@ __all__ = ["ReferenceEngine", "gradient_of"]
 class ReferenceEngine:
     """Computes iterates one operator application at a time."""
 
-    refusals: Sequence[str] = ()
+    refusals: Sequence[Refusal] = ()
     """It is the definition."""
 
     def __init__(self, problem: LiveProblem, operator: Operator, seeds: Sequence[tuple[int, int]]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from trajstore.engine import Engine, Iterate, Work
+from trajstore.engine.proving import Refusal
 
 __all__ = ["Refining", "Wanted"]
 
@@ -49,7 +50,7 @@ class Refining:
         return self._engine.measuring
 
     @property
-    def refusals(self) -> Sequence[str]:
+    def refusals(self) -> Sequence[Refusal]:
         """What is not used because it gave something else than its definition."""
         return self._engine.refusals
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trajstore import pytree
-from trajstore.engine.proving import disproof
+from trajstore.engine.proving import FastWay, Refusal, disproof
 from trajstore.engine.reference import gradient_of
 from trajstore.operators import Batch, Gradient, Operator
 from trajstore.problems import LiveProblem
@@ -32,6 +32,7 @@ __all__ = [
     "definition_of",
     "functional_gradient",
     "lane_of",
+    "lanes_of",
     "stack",
     "step_of",
     "tick_of",
@@ -50,8 +51,8 @@ class Advance(Protocol):
     """How a wave advances."""
 
     @property
-    def refusals(self) -> Sequence[str]:
-        """What was tried and gave something else than its definition, so that it is not used: a sentence each."""
+    def refusals(self) -> Sequence[Refusal]:
+        """What was tried and gave something else than its definition, so that it is not used."""
 
     def __call__(self, states: State, batches: Batch, indices: Tensor, ticks: range, busy: Sequence[int]) -> None:
         """Advance a stack of states in place by some ticks of a block; batches and indices have ticks first.
@@ -130,7 +131,7 @@ def tick_of(step: Step) -> Tick:
 class Eager:
     """Runs the ticks of a block as they are."""
 
-    refusals: Sequence[str] = ()
+    refusals: Sequence[Refusal] = ()
 
     def __init__(self, step: Step) -> None:
         self._tick = tick_of(step)
@@ -148,14 +149,14 @@ class Proven:
     before it. A definition that takes one lane after the other is asked for a few lanes only.
     """
 
-    def __init__(self, fast: Advance, name: str, slow: Advance, *definitions: tuple[Step, int | None]) -> None:
+    def __init__(self, fast: Advance, name: FastWay, slow: Advance, *definitions: tuple[Step, int | None]) -> None:
         """Take what to call the fast way, and each definition with how many lanes it is asked for; None: all."""
         self._fast, self._name, self._slow, self._definitions = fast, name, slow, definitions
         self._seen: Counter[int] = Counter()
-        self._refused: tuple[str, ...] = ()
+        self._refused: tuple[Refusal, ...] = ()
 
     @property
-    def refusals(self) -> Sequence[str]:
+    def refusals(self) -> Sequence[Refusal]:
         """What was found to give something else."""
         return (*self._refused, *self._slow.refusals)
 
@@ -178,9 +179,9 @@ class Proven:
         self._fast(states, batches, indices, range(j, j + 1), busy)
         for step, most in self._definitions:
             lanes = torch.tensor(due[:most], device=indices.device)
-            here = _lanes((before, tuple(t[j] for t in batches), indices[j]), lanes)
-            if told := disproof(_lanes(states, lanes), step, *here, lanes=due[:most]):
-                self._refused = (f"the {self._name} gives something else than its definition: {told}",)
+            here = lanes_of((before, tuple(t[j] for t in batches), indices[j]), lanes)
+            if told := disproof(lanes_of(states, lanes), step, *here, lanes=due[:most]):
+                self._refused = (Refusal(self._name, told),)
                 _write(states, before)
                 self._slow(states, batches, indices, range(j, j + 1), busy)
                 return
@@ -207,7 +208,8 @@ def lane_of(wave: State, lane: int) -> State:
     return state
 
 
-def _lanes(trees: Any, lanes: Tensor) -> Any:  # noqa: ANN401
+def lanes_of(trees: Any, lanes: Tensor) -> Any:  # noqa: ANN401
+    """Return a few lanes of trees of tensors, copied."""
     return pytree.tree_map(lambda t: t.index_select(0, lanes), trees)
 
 

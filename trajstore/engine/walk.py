@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from trajstore.engine import Engine, Iterate, Work
+from trajstore.engine.proving import Refusal
 from trajstore.orders import Leg, Order
 from trajstore.state import State
 
@@ -267,7 +268,7 @@ class _Counter:
     total = 0
 
     measuring = 0.0
-    refusals: Sequence[str] = ()
+    refusals: Sequence[Refusal] = ()
 
     def start(self, seed: int) -> Iterate:
         return Iterate(0, State({}, {}, {}, torch.tensor(0)), _NoMetric())

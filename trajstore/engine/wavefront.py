@@ -17,6 +17,7 @@ increasing step, as the `Engine` protocol wants.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,9 +29,9 @@ from torch import Tensor
 from trajstore import pytree
 from trajstore.engine import Iterate, Work
 from trajstore.engine.bracket import Brackets
-from trajstore.engine.proving import Definition, disproof
+from trajstore.engine.proving import Definition, Refusal, disproof
 from trajstore.engine.reference import gradient_of
-from trajstore.engine.ticks import Advance, lane_of, stack
+from trajstore.engine.ticks import PROVEN_TICKS, Advance, lane_of, lanes_of, stack
 from trajstore.operators import Batch, Operator
 from trajstore.problems import LiveProblem
 from trajstore.problems._streams import stacked
@@ -40,6 +41,8 @@ __all__ = ["WavefrontEngine"]
 
 _BLOCK_TICKS = 64
 _BLOCK_BYTES = 2**24
+_LANES_MEASURED = 4
+"""The metrics of so many states of a wave are also computed by themselves, in each of its first calls."""
 
 
 @dataclass
@@ -100,14 +103,16 @@ class WavefrontEngine:
         self._lanes = lanes
         self._advance = advance
         self._wave: _Wave | None = None
-        self._measured: set[int] = set()
-        """The numbers of arguments with which vectorised metrics were compared with their definition."""
-        self._refused: tuple[str, ...] = ()
+        self._measured: Counter[tuple[int, int]] = Counter()
+        """How often vectorised metrics were compared with their definition, by (number of arguments, lane)."""
+        self._on_trust = 0
+        """So many states have metrics that were handed on before those of their lane were ever compared."""
+        self._refused: tuple[Refusal, ...] = ()
         self._brackets: Brackets | None = None
 
     @property
-    def refusals(self) -> Sequence[str]:
-        """What is not used because it gave something else than its definition: a sentence each."""
+    def refusals(self) -> Sequence[Refusal]:
+        """What is not used because it gave something else than its definition."""
         return (*self._advance.refusals, *self._refused)
 
     def start(self, seed: int) -> Iterate:
@@ -221,16 +226,26 @@ class WavefrontEngine:
         return [{name: column[k] for name, column in columns.items()} for k in range(len(states))]
 
     def _proven(self, values: Tensors, definition: Definition, given: tuple[Any, ...]) -> Tensors:
-        """Return vectorised metrics once they are what each state's are, or these."""
+        """Return vectorised metrics if they are what each state's are, or these.
+
+        A few lanes are compared at a time, since an evaluation goes through all of the data: those that were least
+        often, until all were often enough.
+        """
+        lanes = range(len(next(iter(values.values()))))
         kind = len(given)  # with the loss on a batch, or without
-        if kind in self._measured:
+        seen = self._measured
+        due = sorted((k for k in lanes if seen[kind, k] < PROVEN_TICKS), key=lambda k: seen[kind, k])[:_LANES_MEASURED]
+        if not due:
             return values
-        self._measured.add(kind)
-        one, of_one = pytree.tree_map(lambda t: t[:1], (given, values))
-        told = disproof(of_one, definition, *one)
+        at = torch.tensor(due, device=next(iter(values.values())).device)
+        told = disproof(lanes_of(values, at), definition, *lanes_of(given, at), lanes=due)
         if not told:
+            seen.update((kind, k) for k in due)
+            self._on_trust += sum(not seen[kind, k] for k in lanes)
             return values
-        self._refused = (f"the vectorised metrics are something else than their definition: {told}",)
+        if self._on_trust:
+            told += f"; those of {self._on_trust} states were handed on before: record them again"
+        self._refused = (Refusal("vectorised evaluation of metrics", told),)
         each: Tensors = definition(*given)
         return each
 

@@ -13,6 +13,7 @@ import torch
 from trajstore.engine import Work
 from trajstore.engine.compilers import missing_for_compiling
 from trajstore.engine.plan import Plan, make_engine
+from trajstore.engine.proving import Refusal
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.experiment import Experiment
 from trajstore.machine import State, check
@@ -67,13 +68,13 @@ def _compiling(folder: Path) -> Iterator[tuple[State, str, str, Mapping[str, Any
             figures = {"operator": name, "dtype": dtype, "seconds": time.perf_counter() - begun}
             what = f"compiled {name} in {dtype}"
             if refusals:
-                told = f"{what} computes something else than its definition: {'; '.join(refusals)}"
+                told = f"{what} computes something else than its definition: {'; '.join(map(str, refusals))}"
                 yield "wrong", told, "use another release of torch, or record with --engine reference", figures
             else:
                 yield "good", f"{what} agrees with its definition ({figures['seconds']:.0f} s)", "", figures
 
 
-def _refusals(problem: Mapping[str, Any], operator: Mapping[str, Any]) -> Sequence[str]:
+def _refusals(problem: Mapping[str, Any], operator: Mapping[str, Any]) -> Sequence[Refusal]:
     """Run a compiled wave, as recordings do, and return what was refused because it gave something else."""
     table = {"name": "x", "problem": dict(problem), "operator": dict(operator), "steps": _STEPS}
     experiment = Experiment.of(table)
