@@ -3,8 +3,9 @@
 A level is the mean over the last half of a leg, with an interval that allows for autocorrelation, or the limit of a
 leg that settles to a point. That two levels differ does not say that the reset is why: training goes on, and a curve
 may begin to fall later. So it takes something that tells what would have been without it: the same iterates without the
-reset in another order, `forward` of the same seed over the same steps, or a leg before that had all but arrived at a
-point. Where nothing tells, a difference is `undecided`.
+reset in another order, `forward` of the same seed where it stands still over the same steps, or a leg before that had
+all but arrived at a point. Where nothing tells, a difference is `undecided`. Orders share no curve: that forward falls
+by another amount, or at another time, says nothing of a reset.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from trajstore.analysis.windows import (
     with_slabs,
 )
 
-from trajstore.errors import StatisticError
+from trajstore.errors import OrderError, StatisticError
+from trajstore.orders import Order
 
 __all__ = ["Reset", "resets"]
 
@@ -43,6 +45,8 @@ _LEAST = 16
 _REACH, _SURE = quantile(0.95), quantile(0.99)
 _BAND, _EXCURSION = 3.0, 0.05
 """Settled is what stays within so many standard deviations of the level, or within this share of the way to it."""
+_STILL = 0.5
+"""Forward stands still if what it may have changed by is at most this share of the difference."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,7 @@ def _reset(
     (leg, _), (renewed, window) = old, new
     before, after = (_level_of_leg(*side, precision) for side in (old, new))
     difference = after.value - before.value, float(np.hypot(before.reach, after.reach))
-    settles, why = _settles(old[0], new[0], before, after, others, precision)
+    settles, why = _settles(slab[0], old[0], new[0], before, after, others, precision)
     between = crosses_before = crosses_after = np.nan
     during = _during(others.get(_FORWARD), renewed, after)
     if len(during) > 1 and np.isfinite(difference[0]):
@@ -234,9 +238,9 @@ def _reset(
 
 
 def _settles(
-    old: _Leg, new: _Leg, before: _Level, after: _Level, others: dict[str, _Curve], precision: Precision
+    order: str, old: _Leg, new: _Leg, before: _Level, after: _Level, others: dict[str, _Curve], precision: Precision
 ) -> tuple[str, str]:
-    """Return what a reset comes to, and what tells so."""
+    """Return what a reset of an order comes to, and what tells so."""
     if not (np.isfinite(old.values).all() and np.isfinite(new.values).all()):
         return "diverged", ""
     if not (before.known and after.known):
@@ -246,7 +250,7 @@ def _settles(
         return "not told apart", "the interval of the difference contains 0"
     if not _beyond_trend(before, after, difference):
         return "not told apart", "the leg before would have come so far along its line"
-    if (twin := _without_reset(old, new, others)) is not None:
+    if (twin := _without_reset(order, old, new, others)) is not None:
         name, curve = twin
         unchanged = _level(*curve.between(int(after.steps[0]), int(after.steps[-1])), precision)
         if unchanged.known and np.array_equal(unchanged.steps, after.steps):
@@ -266,26 +270,37 @@ def _by_forward(before: _Level, after: _Level, forward: _Curve | None, precision
     one, other = sides
     if one is not None and other is not None:
         change, sure = other.value - one.value, float(np.hypot(one.sure, other.sure))
-        more = abs(after.value - before.value - change) > np.linalg.norm([before.sure, after.sure, sure])
-        if more:
-            return "elsewhere", "forward does not change so over the same steps"
         if abs(change) > sure:
-            return "not told apart", "forward changes as much over the same steps"
+            return "undecided", "forward changes over the same steps as well, and orders need not change alike"
+        difference, unsure = abs(after.value - before.value), float(np.linalg.norm([before.sure, after.sure, sure]))
+        if sure <= _STILL * difference and difference - abs(change) > unsure:
+            return "elsewhere", "forward stands still over the same steps"
     if before.arrives:
         return "elsewhere", "the leg before shrinks to a point"
     if one is not None and other is not None:
-        return "not told apart", "forward may change as much over the same steps"
+        return "undecided", "forward may change as much over the same steps"
     lack = "is not recorded" if forward is None else "has no level over the same steps"
     return "undecided", f"the levels differ, but what would have been without the reset nothing tells: forward {lack}"
 
 
-def _without_reset(old: _Leg, new: _Leg, others: dict[str, _Curve]) -> tuple[str, _Curve] | None:
-    """Return the order that has the same iterates before the reset, and goes on with that leg after it."""
+def _without_reset(order: str, old: _Leg, new: _Leg, others: dict[str, _Curve]) -> tuple[str, _Curve] | None:
+    """Return the order that by definition is the same up to the reset, and goes on with that leg after it.
+
+    That a metric is the same there does not say so: an accuracy may rest at that of guessing in any order.
+    """
+    try:
+        mine = Order.parse(order)
+    except OrderError:  # a curve of another name: nothing says what it shares with others
+        return None
     for name, curve in others.items():
-        steps, values = curve.between(int(old.steps[0]), int(old.steps[-1]))
         after = curve.starts[(curve.steps > new.start) & (curve.steps <= new.steps[-1])]
-        same = np.array_equal(steps, old.steps) and np.array_equal(values, old.values)
-        if same and len(after) and (after == old.start).all():
+        if not len(after) or (after != old.start).any():
+            continue
+        try:
+            same = mine.same_until(Order.parse(name), new.start)
+        except OrderError:
+            continue
+        if same >= new.start:
             return name, curve
     return None
 

@@ -173,31 +173,70 @@ def leg_changes(runs: int) -> None:
                 shares += [told["alone"]["undecided"] / runs, changed["elsewhere"] / runs]
                 name_of = f"{name}, {size}, φ = {phi}"
                 print(f"{name_of:44} {steps:6} " + " ".join(f"{share:8.1%}" for share in shares), flush=True)
+        for name, (curve, forward) in other_forwards(steps).items():
+            for size, phi in ((0.0, 0.0), (0.02, 0.0), (0.3, 0.5)):
+                found = Counter(told_of(curve, runs, size, phi, 0.0, "forward", forward))
+                print(f"{f'{name}, {size}, φ = {phi}':44} {steps:6} " + _shares(found), flush=True)
+
+
+def _shares(told: Counter[str]) -> str:
+    return ", ".join(f"{verdict} {count / told.total():.0%}" for verdict, count in told.most_common())
 
 
 def nothing_changes(steps: int) -> dict[str, np.ndarray]:
     """Return curves that do not know of a reset in the middle; sigmoids fall so many legs after it."""
     n, leg = np.arange(steps), steps // 2
-    falls = {f"sigmoid at {at}": 1 / (1 + np.exp(np.clip(((n - leg) / leg - at) / 0.03, -700, 700)))
-             for at in (0.1, 0.3, 0.5, 0.7, 0.9)}  # fmt: skip
+    falls = {f"sigmoid at {at}": fall(steps, at) for at in (0.1, 0.3, 0.5, 0.7, 0.9)}
     decays = {f"exponential of {tau} legs": np.exp(-n / (tau * leg)) for tau in (0.2, 0.5, 1)}
     powers = {f"n^-{power}": (1 + n / 10.0) ** -power for power in (0.5, 1, 3)}
     return {**falls, **decays, **powers, "logarithm": -np.log(1 + n) / 5, "slope": -n / steps, "flat": np.ones(steps)}
 
 
-def told_of(curve: np.ndarray, runs: int, size: float, phi: float, change: float, beside: str) -> list[str]:
-    """Return what is told of a reset in the middle that adds a change, with one order beside, or alone."""
+def fall(steps: int, at: float) -> np.ndarray:
+    """Return a sigmoid that falls so many legs after a reset in the middle."""
+    n, leg = np.arange(steps), steps // 2
+    return np.asarray(1 / (1 + np.exp(np.clip(((n - leg) / leg - at) / 0.03, -700, 700))))
+
+
+def other_forwards(steps: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return pairs of curves, of the order with a reset that changes nothing and of a forward that is another curve."""
+    n, leg = np.arange(steps), steps // 2
+    shapes = {"sigmoid at 0.3": fall(steps, 0.3), "slope": -n / steps, "logarithm": -np.log(1 + n) / 5,
+              "exponential of 0.5 legs": np.exp(-n / (0.5 * leg))}  # fmt: skip
+    scaled = {f"{times} times forward, {name}": (times * shape, shape)
+              for name, shape in shapes.items() for times in (0.7, 1.3)}  # fmt: skip
+    return {**scaled, "forward falls 0.3 legs later": (fall(steps, 0.3), fall(steps, 0.6)),
+            "forward falls 0.6 legs later": (fall(steps, 0.3), fall(steps, 0.9))}  # fmt: skip
+
+
+def told_of(
+    curve: np.ndarray,
+    runs: int,
+    size: float,
+    phi: float,
+    change: float,
+    beside: str,
+    forward: np.ndarray | None = None,
+) -> list[str]:
+    """Return what is told of a reset in the middle that adds a change, with one order beside, or alone.
+
+    Forward is the same curve, or one of its own.
+    """
     steps, leg = len(curve), len(curve) // 2
     noise = [size * np.sqrt(1 - phi**2) * ar1(phi, steps, runs, 70 + k) for k in range(3)]
     after = np.arange(steps) > leg
     reset = curve + noise[0] + change * after
-    other = curve + (noise[1] if beside == "forward" else np.where(after, noise[2], noise[0]))
-    ds = runs_of(other, reset).assign_coords(order=["forward" if beside == "forward" else "backward", "reset"])
+    if beside == "forward":
+        other = (curve if forward is None else forward) + noise[1]
+    else:
+        other = curve + np.where(after, noise[2], noise[0])
+    name = f"backward+backward@{leg}"
+    ds = runs_of(other, reset).assign_coords(order=["forward" if beside == "forward" else "backward", name])
     legs = np.zeros(ds["loss"].shape, dtype=int)
     legs[1, :, leg + 1 :] = leg
     ds = ds.assign(leg=(ds["loss"].dims, legs))
     try:
-        found = resets(ds if beside != "alone" else ds.sel(order=["reset"]), "loss")
+        found = resets(ds if beside != "alone" else ds.sel(order=[name]), "loss")
     except StatisticError:
         return ["too short"] * runs
     return [str(told) for told in found["settles"].values]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from trajstore.analysis import resets
 
-from tests.analysis.processes import ar1
-from tests.calibration import nothing_changes, told_of
+from tests.analysis.processes import ar1, runs_of
+from tests.calibration import nothing_changes, other_forwards, told_of
 from trajstore.errors import NotFoundError, StatisticError
 
 H = 0.1
@@ -43,7 +43,7 @@ def test_a_reset_is_found_and_its_levels_are_those_of_the_closed_form(ds):
         assert str(reset["settles"].values) == "elsewhere"
         assert str(reset["why"].values) in (
             "the leg before shrinks to a point",
-            "forward does not change so over the same steps",
+            "forward stands still over the same steps",
         )
         assert float(reset["difference"]) == pytest.approx(after - before, abs=1e-3)
         assert 10 <= float(reset["settled_after"]) <= 80
@@ -134,6 +134,36 @@ def test_a_curve_that_only_later_begins_to_fall_is_no_effect_of_a_reset():
 def test_what_the_metric_was_doing_anyway_is_no_effect_of_a_reset(name, beside):
     told = told_of(nothing_changes(800)[name], 50, 0.3, 0.5, 0.0, beside)
     assert told.count("elsewhere") <= 1
+
+
+@pytest.mark.parametrize("name", other_forwards(800))
+@pytest.mark.parametrize("size", [0.0, 0.05, 0.3])
+def test_a_forward_that_falls_otherwise_is_no_effect_of_a_reset(name, size):
+    """Orders share no curve: one falls further than the other, or later."""
+    curve, forward = other_forwards(800)[name]
+    told = told_of(curve, 30, size, 0.0, 0.0, "forward", forward)
+    assert told.count("elsewhere") <= 1
+    if "later" in name and size == 0.05:
+        assert "undecided" in told
+
+
+def test_the_same_accuracy_before_a_reset_is_not_the_same_order():
+    """Any order rests at the accuracy of guessing; forward is none that goes on without the reset for that."""
+    steps, leg, runs = 800, 400, 20
+    after = np.arange(steps) > leg
+    noise = 0.02 * np.random.default_rng(0).standard_normal((2, runs, steps))
+    forward, mine = (np.where(after, level + noise[k], 0.1) for k, level in enumerate((0.8, 0.78)))
+    for other in ("forward", "backward/3"):
+        ds = runs_of(forward, mine).assign_coords(order=[other, f"backward+backward@{leg}"])
+        legs = np.zeros(ds["loss"].shape, dtype=int)
+        legs[1, :, leg + 1 :] = leg
+        found = resets(ds.assign(leg=(ds["loss"].dims, legs)), "loss")
+        assert not any("same without the reset" in why for why in found["why"].values)
+        if other == "forward":
+            assert set(found["settles"].values.tolist()) == {"undecided"}
+            assert set(found["why"].values.tolist()) == {
+                "forward changes over the same steps as well, and orders need not change alike"
+            }
 
 
 @pytest.mark.parametrize("beside", ["forward", "without"])
