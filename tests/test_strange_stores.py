@@ -349,8 +349,32 @@ def test_no_codec_is_run_that_no_recording_uses(store: Path) -> None:
     document = json.loads(file.read_text())
     document["codecs"][1] = {"name": "gzip", "configuration": {"level": 1}}
     file.write_text(json.dumps(document))
-    with pytest.raises(DamageError, match="codec 'gzip'"):
+    with pytest.raises(DamageError, match="codecs 'bytes, gzip"):
         ts.open(store)["net"].slabs()
+
+
+@pytest.mark.parametrize(
+    ("array", "codecs"),
+    [
+        ("train_loss", ["numcodecs.pcodec", "crc32c"]),  # whose decoder is bounded for states only
+        ("train_loss", ["bytes", "zstd", "zstd", "crc32c"]),  # whose inner frame says nothing before it is decoded
+        ("params", ["bytes", "zstd", "crc32c"]),
+    ],
+)
+def test_an_array_has_the_codecs_that_are_declared_for_it(array: str, codecs: list[str], store: Path) -> None:
+    file = store / "net" / array / "zarr.json"
+    document = json.loads(file.read_text())
+    known = {"numcodecs.pcodec": {"level": 7}, "bytes": {"endian": "little"}, "zstd": {"level": 1, "checksum": False}}
+    document["codecs"] = [{"name": name, "configuration": known.get(name, {})} for name in codecs]
+    file.write_text(json.dumps(document))
+    with pytest.raises(DamageError, match="with which no store writes such an array"):
+        ts.open(store)["net"].dataset().load()
+
+
+def test_a_document_of_another_form_is_damage_wherever_it_is_met(store: Path) -> None:
+    file = store / "net" / "params" / "zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shape": None}))
+    assert any(tried(store, store.parent / "other.zarr"))
 
 
 def test_a_file_larger_than_it_can_be_is_not_read(store: Path) -> None:

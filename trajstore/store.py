@@ -386,14 +386,7 @@ class StoredExperiment:
     def array(self, spec: ArraySpec) -> zarr.Array[Any]:
         """Return an array, which is as long as was declared, or longer where the experiment is just growing."""
         with _reading(f"experiment {self.name!r} in {self.store}"):
-            array, lengths = array_of(self.group, spec.name), self.schema.lengths()
-            if len(array.shape) != len(spec.dims) or any(
-                n < lengths[dim] for n, dim in zip(array.shape, spec.dims, strict=True)
-            ):
-                raise ValueError(f"the document of {spec.name!r} tells of a shorter array")
-            if (array.chunks, array.dtype) != (spec.chunks, np.dtype(spec.dtype)):
-                raise ValueError(f"the document of {spec.name!r} tells of other chunks, or another type, than declared")
-            return array
+            return array_of(self.group, spec.name, self.schema)
 
     def _values(self, name: str) -> np.ndarray[Any, Any]:
         spec = next(spec for spec in self.schema.arrays() if spec.name == name)

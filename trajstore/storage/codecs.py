@@ -47,23 +47,30 @@ def chunk_codecs(codec: Codec) -> tuple[ArrayBytesCodec, list[BytesBytesCodec]]:
     return PCodec(level=7, mode_spec="classic", delta_spec="try_consecutive", delta_encoding_order=1), [Crc32cCodec()]
 
 
-_KNOWN = frozenset({"bytes", "zstd", "crc32c", "vlen-utf8", "numcodecs.pcodec"})
+_PLAIN = (("bytes", "zstd", "crc32c"), ("vlen-utf8", "zstd", "crc32c"), ("bytes", "crc32c"))
+"""The codecs of everything but states: of numbers, of labels, and of what it takes to resume."""
 _TYPES = frozenset({"float64", "float32", "int64", "uint8", "string"})
 _TEXT_BYTES = 2**26
 """What a chunk of labels may take, decoded: their length is not declared."""
 _MOST = 2**31 - 1
 
 
-def refuse_strange(array: zarr.Array[Any]) -> None:
-    """Refuse an array that no recording declares: other codecs or types, or chunks that no codec could take."""
+def refuse_strange(array: zarr.Array[Any], codec: Codec | None = None) -> None:
+    """Refuse an array that no recording declares: other codecs or types, or chunks that no codec could take.
+
+    `codec` is the choice that its schema declares, if the array holds states: what decodes them is bounded. What is
+    bounded for others is one frame of zstd, so that neither another codec nor another order of them may stand there.
+    """
     described = array.metadata.to_dict()
     codecs: Any = described.get("codecs", ())
-    names = {str(codec.get("name")) for codec in codecs}
+    names = tuple(str(one.get("name")) for one in codecs)
+    allowed = {None: _PLAIN, "pcodec": (("numcodecs.pcodec", "crc32c"),), "portable": _PLAIN[:1]}[codec]
     kind = str(described.get("data_type"))
-    if any(codec.get("configuration", {}).get("endian") == "big" for codec in codecs):
+    if any(one.get("configuration", {}).get("endian") == "big" for one in codecs):
         raise ValueError(f"the array {array.path!r} says that its numbers are big-endian, and no store's are")
-    if strange := names - _KNOWN:
-        raise ValueError(f"the array {array.path!r} has a codec {min(strange)!r}, with which no store is written")
+    if names not in allowed:
+        told = ", ".join(names[:4])
+        raise ValueError(f"the array {array.path!r} has the codecs {told!r}, with which no store writes such an array")
     if kind not in _TYPES:
         raise ValueError(f"the array {array.path!r} is of type {kind!r}, of which no store has any")
     if not array.chunks or min(array.chunks) < 1 or chunk_bytes(array) > _MOST:

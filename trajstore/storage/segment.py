@@ -19,7 +19,7 @@ from trajstore.errors import ConfigurationError, IrreproducibleError
 from trajstore.storage.codecs import chunk_bytes, refuse_strange, write_block
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.place import Keeper
-from trajstore.storage.schema import Schema
+from trajstore.storage.schema import ArraySpec, Schema
 
 __all__ = ["Corner", "Cut", "Observation", "Row", "Segment", "Snapshot", "Spare", "Written", "array_of"]
 
@@ -261,11 +261,29 @@ def _transposed(rows: NDArray[Any]) -> NDArray[Any]:
     return block
 
 
-def array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of an experiment. What is written to it is there, even where it is the fill value."""
-    array = group[name]
+def array_of(group: zarr.Group, name: str, schema: Schema | None = None) -> zarr.Array[Any]:
+    """Return an array of an experiment. What is written to it is there, even where it is the fill value.
+
+    With a schema its document must tell of what that declares, or be longer, where the experiment is just growing.
+    """
+    try:
+        array = group[name]
+    except (TypeError, AttributeError) as error:  # as zarr meets a document of another form
+        raise ValueError(f"the document of {name!r} cannot be understood ({' '.join(str(error).split())})") from None
     assert isinstance(array, zarr.Array)
-    refuse_strange(array)
+    attributes: Any = group.attrs
+    refuse_strange(array, attributes["trajstore"]["schema"]["codec"] if name == "params" else None)
+    if schema is not None:
+        _refuse_other(array, next(spec for spec in schema.arrays() if spec.name == name), schema.lengths())
     if isinstance(group.store, Keeper):
         group.store.bound(array.path, chunk_bytes(array))
     return array.with_config({"write_empty_chunks": True})
+
+
+def _refuse_other(array: zarr.Array[Any], spec: ArraySpec, lengths: Mapping[str, int]) -> None:
+    if len(array.shape) != len(spec.dims) or any(
+        n < lengths[dim] for n, dim in zip(array.shape, spec.dims, strict=True)
+    ):
+        raise ValueError(f"the document of {spec.name!r} tells of a shorter array")
+    if (array.chunks, array.dtype) != (spec.chunks, np.dtype(spec.dtype)):
+        raise ValueError(f"the document of {spec.name!r} tells of other chunks, or another type, than declared")
