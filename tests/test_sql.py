@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -703,6 +704,22 @@ def test_a_damaged_file_of_the_index_is_written_anew(record, table):
     (file,) = (store.place.beside / "index" / table).glob("*.parquet")
     file.write_bytes(b"")
     assert repr(store.sql(f"FROM {table} ORDER BY ALL").fetchall()) == answer
+
+
+@pytest.mark.parametrize("table", ["experiments", "runs", "metrics", "segments", "catalog"])
+def test_a_link_in_an_index_that_came_with_a_store_is_followed_nowhere(record, tmp_path, table):
+    store = record("quadratic", steps=4, seeds=[0]).store
+    query = "SELECT * FROM metrics, runs, experiments, segments ORDER BY ALL"
+    answer, index = repr(store.sql(query).fetchall()), store.place.beside / "index"
+    (file,) = [index / "catalog.json"] if table == "catalog" else (index / table).glob("*.parquet")
+    outside = shutil.move(file, tmp_path / "outside")
+    os.utime(outside, (1, 1))
+    before = (outside.stat(), outside.read_bytes())
+    for extra in (file, index / "metrics" / "other.parquet"):
+        extra.symlink_to(outside)
+    assert repr(store.sql(query).fetchall()) == answer
+    assert not file.exists() or stat.S_ISREG(file.lstat().st_mode)
+    assert (outside.stat().st_mtime, outside.read_bytes()) == (before[0].st_mtime, before[1])
 
 
 def test_data_frames_are_asked_beside_the_stores_tables(record):

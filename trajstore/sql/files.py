@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 import uuid
 from collections.abc import Container
@@ -13,7 +14,7 @@ import duckdb
 
 from trajstore.sql.text import literal
 
-__all__ = ["copy", "new_file", "tidy", "write_text"]
+__all__ = ["copy", "is_own", "new_file", "tidy", "write_text"]
 
 _KEEP_SECONDS = 24 * 3600.0
 
@@ -21,6 +22,14 @@ _KEEP_SECONDS = 24 * 3600.0
 def new_file(folder: Path) -> Path:
     """Return the path of a Parquet file that nobody else will write."""
     return folder / f"{uuid.uuid4().hex}.parquet"
+
+
+def is_own(file: Path) -> bool:
+    """Tell whether a file of the index is there: a link, which can have come with a store, is none."""
+    try:
+        return stat.S_ISREG(file.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def copy(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> None:
@@ -33,7 +42,7 @@ def copy(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text, if it is not there already."""
     with suppress(OSError, UnicodeDecodeError):
-        if file.read_text(encoding="utf-8") == text:
+        if is_own(file) and file.read_text(encoding="utf-8") == text:
             return
     partial = _partial(file)
     partial.write_text(text, encoding="utf-8")
@@ -47,7 +56,10 @@ def tidy(folder: Path, wanted: Container[Path], before: Container[Path]) -> None
         with suppress(FileNotFoundError):  # another process tidies up as well
             if file in wanted:
                 continue
-            if file in before:
+            if not is_own(file):
+                if file.is_symlink():
+                    file.unlink()  # what it leads to stays as it is
+            elif file in before:
                 os.utime(file)  # from here on it is not wanted
             elif now - file.stat().st_mtime > _KEEP_SECONDS:
                 file.unlink()

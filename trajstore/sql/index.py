@@ -23,7 +23,7 @@ from typing import Any
 import duckdb
 
 from trajstore.errors import FormatError
-from trajstore.sql.files import copy, new_file, tidy, write_text
+from trajstore.sql.files import copy, is_own, new_file, tidy, write_text
 from trajstore.sql.slabs import METRICS_COLUMNS, SlabRows, write_metrics, write_segments
 from trajstore.sql.tables import EXPERIMENTS_COLUMNS, RUNS_COLUMNS, experiment_row, run_rows, write_table
 from trajstore.sql.text import identifier, read_parquet
@@ -91,6 +91,8 @@ class _Catalog:
     @classmethod
     def of(cls, folder: Path) -> _Catalog:
         """Read the catalog; where there is none that can be understood, begin a new one."""
+        if not is_own(folder / _CATALOG):
+            return cls(folder)
         try:
             stored = json.loads((folder / _CATALOG).read_text(encoding="utf-8"))
             if stored["version"] != _VERSION:
@@ -125,7 +127,7 @@ def refresh(store: Store, *, anew: bool = False) -> Index:
     if anew:
         catalog = _Catalog(folder)
     stamps = {key: stamp for e in experiments.values() for key, stamp in _stamps(e).items()}
-    there = {table: {f.name for f in (folder / table).iterdir()} for table in ("metrics", "segments")}
+    there = {table: {f.name for f in (folder / table).iterdir() if is_own(f)} for table in ("metrics", "segments")}
 
     def good(slab: _Slab) -> bool:
         found = all(slab.file in files for files in there.values())
@@ -260,7 +262,7 @@ def _tables(catalog: _Catalog, experiments: Mapping[str, StoredExperiment]) -> N
     ):
         stamp = hashlib.sha256(json.dumps([_VERSION, rows]).encode()).hexdigest()[:32]
         file = catalog.folder / table / f"{stamp}.parquet"
-        if file.name not in made or not file.exists():
+        if file.name not in made or not is_own(file):
             write_table(file, rows, columns)
         catalog.tables[table] = file.name
 
