@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -118,6 +119,11 @@ WRONG: dict[str, tuple[tuple[Any, ...], object]] = {
     "a tensor tied to nothing": (("schema", "layout", "tied"), {"a": "nothing"}),
     "no layout": (("schema", "layout"), None),
     "no schema": (("schema",), []),
+    "a table in 400 others": (("config", "problem"), functools.reduce(lambda inner, _: {"x": inner}, range(400), {})),
+    "a list in 400 others": (("config", "problem", "x"), functools.reduce(lambda inner, _: [inner], range(400), [])),
+    "a configuration of other orders": (("config", "orders"), ["forward"]),
+    "a configuration of other seeds": (("config", "seeds"), [1]),
+    "a configuration of other steps": (("config", "steps"), 7),
     "a name that is a path": (("config", "name"), "../victim"),
     "a problem that is a list": (("config", "problem"), ["factory"]),
     "an operator of text": (("config", "operator"), "sgd"),

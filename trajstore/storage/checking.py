@@ -22,6 +22,8 @@ _SEED = 2**63 - 1
 _STEPS = 2**40
 _CHUNK = 2**31 - 1
 """Bytes that a codec can take at a time."""
+_DEEPEST = 32
+"""Tables and lists in one another."""
 _METRICS = 63
 """Bits of `measured`, but for the sign."""
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -30,11 +32,15 @@ _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
 
 def checked(attributes: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return the attributes of an experiment, if they are as a recording writes them."""
+    _refuse_deep(attributes)
     _ATTRIBUTES(attributes, "")
     record = attributes["config"]["record"]
     if record.get("adaptive") is not None and record.get("tolerance") is None:
         _wrong("config.record.tolerance", None, "be a number where adaptive is given")
-    checked_schema(attributes["schema"])
+    schema = checked_schema(attributes["schema"])
+    for name in ("orders", "seeds", "steps"):  # both are written at once, and grow together
+        if attributes["config"][name] != schema[name]:
+            _wrong(f"config.{name}", attributes["config"][name], f"be what schema.{name} is")
     return dict(attributes)
 
 
@@ -53,6 +59,20 @@ def checked_schema(schema: Any) -> dict[str, Any]:  # noqa: ANN401
     checked_layout(schema["layout"])
     _sizes(schema, snapshots)
     return dict(schema)
+
+
+def _refuse_deep(attributes: Any) -> None:  # noqa: ANN401
+    """Refuse tables in tables beyond what anything that follows them could take; level by level, not by recursion."""
+    level, depth = [attributes], 0
+    while level := [
+        item
+        for part in level
+        if isinstance(part, Mapping | list | tuple)
+        for item in (part.values() if isinstance(part, Mapping) else part)
+    ]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"its tables lie in one another more than {_DEEPEST} deep, as those of no recording do")
 
 
 def is_name(text: object) -> bool:
