@@ -283,3 +283,27 @@ def test_trust_is_of_one_store_and_not_of_all_that_name_the_same(strange: Path, 
     with pytest.raises(UntrustedError):
         Recipe.of(ts.open(tmp_path / "other.zarr")["net"])
     assert not canary.exists()
+
+
+def test_trust_in_a_store_of_which_nothing_is_recorded_is_of_its_place(strange: Path, tmp_path: Path) -> None:
+    rewrite(strange, "net", lambda attributes: attributes.update(fills=[]))
+    shutil.copytree(strange, tmp_path / "other.zarr")
+    Recipe.of(ts.open(strange, trust=True)["net"])
+    with pytest.raises(UntrustedError):
+        Recipe.of(ts.open(tmp_path / "other.zarr")["net"])
+
+
+def test_a_module_that_cannot_be_found_is_not_taken_for_mine(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.endswith("modules")])
+    with pytest.raises(UntrustedError, match="'canary', which cannot be found"):
+        list(replay(ts.open(recorded)["net"]))
+
+
+def test_a_refusal_is_short_whatever_the_arguments(strange: Path) -> None:
+    def long(attributes: Document) -> None:
+        attributes["config"]["problem"]["arguments"] = {f"a{k}" * 99: "x" * 10_000 for k in range(99)}
+
+    rewrite(strange, "net", long)
+    with pytest.raises(UntrustedError, match="and 93 more") as refused:
+        Recipe.of(ts.open(strange)["net"])
+    assert len(str(refused.value)) < 2_000

@@ -28,6 +28,7 @@ __all__ = [
     "differences",
     "merge",
     "refuse_differences",
+    "shortened",
 ]
 
 _PACKAGES = {
@@ -84,7 +85,7 @@ def check_types(what: str, declared: Any) -> None:  # noqa: ANN401
         if field.name in _PACKAGES:
             if not callable(getattr(value, _DOES[field.name], None)):
                 raise ConfigurationError(
-                    f"{what}: {field.name} is {_short(value)}; give a declaration, such as one of "
+                    f"{what}: {field.name} is {shortened(value)}; give a declaration, such as one of "
                     f"{_PACKAGES[field.name]}, or make {what} of a table with `of`"
                 )
         else:
@@ -183,7 +184,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> lis
     """Return where two descriptions differ, each in short, as 'operator.lr: 0.05 / 0.1'."""
     for head in ("family", "object"):  # the fields of two kinds of things cannot be compared
         if head in a and head in b and a[head] != b[head]:
-            return [f"{at}{head}: {_short(a[head])} / {_short(b[head])}"]
+            return [f"{at}{head}: {shortened(a[head])} / {shortened(b[head])}"]
     return [told for key in sorted(a.keys() | b.keys()) for told in _difference(a.get(key), b.get(key), f"{at}{key}")]
 
 
@@ -199,10 +200,11 @@ def _difference(left: Any, right: Any, at: str) -> list[str]:  # noqa: ANN401
         inner = [told for k, (one, other) in pairs for told in _difference(one, other, f"{at}[{k}]")]
         if inner:  # none where a table in it says None and the other says nothing
             return inner
-    return [f"{at}: {_short(left)} / {_short(right)}"]
+    return [f"{at}: {shortened(left)} / {shortened(right)}"]
 
 
-def _short(value: Any) -> str:  # noqa: ANN401
+def shortened(value: Any) -> str:  # noqa: ANN401
+    """Return a value as a message shows it."""
     text = repr(value)
     return text if len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
 

@@ -168,7 +168,8 @@ def experiment_of(source: Source) -> Experiment:
     """Return the experiment that was recorded."""
     name, attributes = _attributes(source)
     config = attributes["config"]
-    refuse_untrusted(name, config["problem"], [fill["id"] for fill in attributes["fills"]])
+    address = source.store.place.address if isinstance(source, StoredExperiment) else None
+    refuse_untrusted(name, config["problem"], [fill["id"] for fill in attributes["fills"]], address)
     # A factory's table also tells what the function made then; what it makes now is compared with that.
     problem = {key: value for key, value in config["problem"].items() if key != "made"}
     try:

@@ -210,7 +210,8 @@ class Store:
             check_format(attributes, where)
             checked(attributes)
         if self.trusted:
-            allow(attributes["config"]["problem"], [fill["id"] for fill in attributes["fills"]])
+            ids = [fill["id"] for fill in attributes["fills"]]
+            allow(attributes["config"]["problem"], ids, self.place.address)
         return StoredExperiment(self, group)
 
     def variants(self, name: str) -> dict[str, StoredExperiment]:

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from trajstore.configuration import shortened
 from trajstore.errors import UntrustedError
 from trajstore.storage.digest import config_digest
 from trajstore.storage.local import user_cache
@@ -28,19 +29,23 @@ from trajstore.storage.local import user_cache
 __all__ = ["allow", "refuse_untrusted", "remember"]
 
 _FACTORY, _FOLDER = "factory", "folder"
-_NONE = ""
-"""In the place of an id, of an experiment of which nothing was recorded yet."""
+_SHOWN = 6
+"""Arguments that a message names."""
 _allowed: set[str] = set()
 """Recordings, with what they name, that were allowed in this process."""
+_unrecorded: set[tuple[str, str]] = set()
+"""Addresses of stores, with what was allowed there of an experiment of which nothing was recorded yet."""
 
 
-def allow(problem: Any, recordings: Iterable[str]) -> None:  # noqa: ANN401
+def allow(problem: Any, recordings: Iterable[str], address: str) -> None:  # noqa: ANN401
     """Let the problem of an experiment be made in this process, whatever it names.
 
-    `problem` is its stored table, `recordings` are the ids of the experiment's fills.
+    `problem` is its stored table, `recordings` are the ids of the experiment's fills, `address` is where its store is:
+    where nothing was recorded yet, there is no id to know it by.
     """
     if any(_named_in(problem)):
-        _allowed.update(_key(one, problem) for one in (*recordings, _NONE))
+        _allowed.update(_key(one, problem) for one in recordings)
+        _unrecorded.add((address, _key("", problem)))
 
 
 def remember(problem: Any, recordings: Iterable[str]) -> None:  # noqa: ANN401
@@ -56,14 +61,22 @@ def remember(problem: Any, recordings: Iterable[str]) -> None:  # noqa: ANN401
         partial.replace(file)
 
 
-def refuse_untrusted(experiment: str, problem: Any, recordings: Iterable[str]) -> None:  # noqa: ANN401
-    """Raise where a stored problem names what is not trusted, and say what would be done."""
+def refuse_untrusted(experiment: str, problem: Any, recordings: Iterable[str], address: str | None) -> None:  # noqa: ANN401
+    """Raise where a stored problem names what is not trusted, and say what would be done.
+
+    `address` is where the store is; None of what came without one.
+    """
     named, ids = list(_named_in(problem)), list(recordings)
-    if not named or any(_key(one, problem) in _allowed for one in ids or [_NONE]):
+    if not named or any(_key(one, problem) in _allowed for one in ids):
+        return
+    if not ids and address is not None and (address, _key("", problem)) in _unrecorded:
         return
     if not _recorded_here(problem, ids):
+        module = _module(problem)
+        lost = module and _origin(problem) is None
+        why = f"names the module {shortened(module)}, which cannot be found" if lost else "was not recorded here"
         raise UntrustedError(
-            f"experiment {experiment!r} was not recorded here, and to compute with it would {' and '.join(named)}; if "
+            f"experiment {experiment!r} {why}, and to compute with it would {' and '.join(named)}; if "
             "you trust whoever made this store, give --trust (in Python trajstore.open(path, trust=True))"
         )
 
@@ -74,21 +87,29 @@ def _named_in(problem: Any) -> Iterator[str]:  # noqa: ANN401
         return
     if problem.get("family") == _FACTORY:
         arguments = problem.get("arguments")
-        given = arguments.items() if isinstance(arguments, Mapping) else ()
-        yield f"call {problem.get('function')}({', '.join(f'{name}={value!r}' for name, value in given)})"
+        given = list(arguments.items()) if isinstance(arguments, Mapping) else []
+        told = [f"{_cut(name)}={shortened(value)}" for name, value in given[:_SHOWN]]
+        told += [f"and {len(given) - _SHOWN} more"] if len(given) > _SHOWN else []
+        yield f"call {_cut(problem.get('function'))}({', '.join(told)})"
     images = problem.get("images")
     if isinstance(images, Mapping):
         where = images.get("path") if images.get("family") == _FOLDER else images.get("root")
         if where is not None:
-            yield f"read the images in {where!r}"
+            yield f"read the images in {shortened(where)}"
+
+
+def _cut(name: object) -> str:
+    return shortened(name).strip("'")
 
 
 def _recorded_here(problem: Any, recordings: Iterable[str]) -> bool:  # noqa: ANN401
     origin = _origin(problem)
+    if origin is None and _module(problem):
+        return False  # the one that is there when it is called may be another
     for one in recordings:
         with suppress(OSError, ValueError):
             remembered = json.loads(_memory(one, problem).read_text(encoding="utf-8"))
-            if origin is None or remembered == origin:  # a module that is not there cannot be called
+            if remembered == origin:
                 return True
     return False
 
@@ -103,9 +124,14 @@ def _key(recording: str, problem: Mapping[str, Any]) -> str:
     return config_digest({"id": recording, "problem": named}).removeprefix("sha256:")[:32]
 
 
+def _module(problem: Mapping[str, Any]) -> str:
+    """Return the first part of the name of the module that a problem names, nothing where it names none."""
+    return str(problem.get("function") or "").partition(":")[0].partition(".")[0]
+
+
 def _origin(problem: Mapping[str, Any]) -> str | None:
     """Return where Python would find the module that a problem names, without running anything of it."""
-    top = str(problem.get("function") or "").partition(":")[0].partition(".")[0]
+    top = _module(problem)
     found: ModuleSpec | None = None
     with suppress(ImportError, ValueError):  # the parents of a module would be imported: its top alone is looked for
         found = find_spec(top) if top.isidentifier() else None
