@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import trajstore as ts
+from tests.hostile import rewrite
 from tests.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, ConflictError, NotFoundError, ResumedWarning
 from trajstore.verifying import verify
@@ -348,3 +349,17 @@ def test_a_loop_that_dies_without_closing_does_not_hang(tmp_path):
     (slab,) = ts.open(tmp_path / "s.zarr")["a"].slabs()
     assert slab.last_step == 200
     assert list(verify(ts.open(tmp_path / "s.zarr"))) == []
+
+
+def test_a_loop_that_was_begun_with_a_family_of_its_own_goes_on(tmp_path):
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    with ts.record(tmp_path / "s.zarr", "a", net, optimizer=optimizer, steps=20, **QUICK) as rec:
+        train(rec, net, optimizer, 5)
+    rewrite(tmp_path / "s.zarr", "a", lambda attributes: attributes["config"]["problem"].update(family="mine"))
+    how = {"optimizer": optimizer, "config": {"family": "mine"}, "steps": 20, "resume": True}
+    with pytest.warns(ResumedWarning), ts.record(tmp_path / "s.zarr", "a", net, **how, **QUICK) as rec:
+        train(rec, net, optimizer, 9)
+    assert ts.open(tmp_path / "s.zarr")["a"].slabs()[0].last_step == 9
+    with pytest.raises(ConfigurationError, match="'family' is how trajstore marks a loop"):
+        ts.record(tmp_path / "s.zarr", "b", net, config={"family": "mine"})

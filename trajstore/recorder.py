@@ -122,7 +122,9 @@ def record(
         model, optimizer, also or {}, layers=globs, memory=optimizer_state,
         precision=None if dtype is None else _PRECISIONS[dtype],
     )  # fmt: skip
-    if "family" in (config or {}):  # it says that a loop made this, and what cannot be told of it
+    store = Store(path)
+    # It says that a loop made this, and what cannot be told of it; what was begun with another goes on as it is.
+    if "family" in (config or {}) and standing(store.place, name) != "experiment":
         raise ConfigurationError("config: 'family' is how trajstore marks a loop; give it another name")
     policy = policy_of(snapshots)
     what = {"snapshots": str(policy), "layers": globs, "dtype": dtype, "optimizer_state": optimizer_state}
@@ -134,7 +136,7 @@ def record(
         "stops": [],
         "record": {**what, "sketch": sketch, "codec": codec},
     }
-    return Recorder(Store(path), table, watched, policy, order, seed, steps, durability, resume)
+    return Recorder(store, table, watched, policy, order, seed, steps, durability, resume)
 
 
 @dataclass
