@@ -441,6 +441,13 @@ def test_html_shows_what_a_store_says_and_runs_nothing(store: Path) -> None:
     assert "&lt;script&gt;" in shown
 
 
+def test_html_commands_nothing_either(store: Path) -> None:
+    rewrite(store, "net", lambda attributes: attributes["config"].update(problem={"family": ESCAPES}))
+    shown = ts.open(store)._repr_html_() + ts.open(store)["net"]._repr_html_()
+    assert shown.isprintable()
+    assert printable(ESCAPES) in shown
+
+
 @pytest.mark.parametrize("text", ["../../victim", "a b", "\x1b[1m", "C" * 200, "con\x00", "-x"])
 def test_a_folder_with_another_name_than_an_experiment_can_have_is_none(text: str, store: Path) -> None:
     if "/" in text or "\0" in text:

@@ -5,9 +5,9 @@ HTML has no styles, scripts or resources of its own, and everything that comes f
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
 
 from trajstore.errors import FormatError
@@ -94,9 +94,9 @@ def experiment_html(experiment: StoredExperiment) -> str:
     """Show an experiment as HTML."""
     told = _Told.of(experiment)
     about = [*told.about, ("slabs", told.complete), ("size", told.size)]
-    facts = "".join(f"<tr><th>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in about)
+    facts = "".join(f"<tr><th>{_escaped(label)}</th><td>{_escaped(text)}</td></tr>" for label, text in about)
     steps = _table(["steps committed", *told.seeds], [[order, *row] for order, row in told.rows])
-    name = f"<strong>{escape(experiment.name)}</strong>, experiment of {escape(str(experiment.store))}"
+    name = f"<strong>{_escaped(experiment.name)}</strong>, experiment of {_escaped(str(experiment.store))}"
     return f"<div>{name}<table>{facts}</table>{steps}</div>"
 
 
@@ -129,13 +129,18 @@ def store_text(store: Store) -> str:
 def store_html(store: Store) -> str:
     """Show a store as HTML."""
     columns, rows = _of_store(store)
-    return f"<div><strong>trajstore</strong> {escape(str(store))}{_table(columns, rows) if rows else ': empty'}</div>"
+    return f"<div><strong>trajstore</strong> {_escaped(str(store))}{_table(columns, rows) if rows else ': empty'}</div>"
+
+
+def _escaped(text: str) -> str:
+    """Return a text as HTML shows it, with what a terminal or a page would take for a command spelled out."""
+    return html.escape(printable(text))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    head = "".join(f"<th>{_escaped(column)}</th>" for column in columns)
     body = "".join(
-        "<tr>" + f"<th>{escape(first)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+        "<tr>" + f"<th>{_escaped(first)}</th>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in rest) + "</tr>"
         for first, *rest in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
