@@ -60,8 +60,8 @@ class Use:
     """Interfaces of a library that are needed together."""
 
     library: str
-    known: str
-    """The releases that have them."""
+    since: str
+    """The oldest release that trajstore takes, which has them."""
     interfaces: tuple[str, ...]
     """As `module` or `module:name`."""
     instead: str
@@ -73,14 +73,14 @@ class Use:
             try:
                 _found(interface)
             except (ImportError, AttributeError):
-                has = f"{self.library} {version(self.library)} has it no more, {self.known} has"
+                has = f"{self.library} {version(self.library)} has it no more, {self.since} has"
                 return f"{interface.replace(':', '.')} ({has})"
         return ""
 
 
 COMPILING = Use(
     "torch",
-    "2.9 to 2.15",
+    "2.9",
     (
         "torch._dynamo.exc:BackendCompilerFailed",
         "torch._functorch.config",
@@ -103,7 +103,7 @@ COMPILING = Use(
 
 LAZY = Use(
     "xarray",
-    "2025.1 to 2026.9",
+    "2025.1",
     (
         "xarray.core.indexing:ExplicitIndexer",
         "xarray.core.indexing:IndexingSupport",

@@ -141,6 +141,20 @@ class Counting(_Handing):
 HANDING: list[Operator] = [Delayed(), Swapping(), Rotating(), Copying(), Turning(), Counting()]
 
 
+_MISCOMPILED: dict[str, set[tuple[str, str]]] = {
+    "2.9.": {("Copying", ""), ("Turning", "")},
+    "2.11.": {("Adam", "normed")},
+}
+"""What a release of torch compiles wrongly, as (operator, problem or any): it is noticed, and computed eagerly."""
+
+
+def miscompiled(operator: Operator, problem: str) -> bool:
+    """Tell whether the release of torch that is here may compile an operator on a problem wrongly."""
+    faults = {f for release, known in _MISCOMPILED.items() if torch.__version__.startswith(release) for f in known}
+    name = type(operator).__name__
+    return not faults.isdisjoint({(name, ""), (name, problem)})
+
+
 def goes_with(operator: Operator, live: LiveProblem) -> bool:
     """Tell whether an operator can take the batches of a problem."""
     batches = live.batches(0)
