@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,7 +11,8 @@ import sys
 
 import pytest
 
-from trajstore.errors import BusyError
+import trajstore as ts
+from trajstore.errors import BusyError, WriteError
 from trajstore.storage.locks import lock
 
 
@@ -35,4 +38,17 @@ def test_a_killed_holder_frees_it(tmp_path):
     holder.wait()
     holder.stdout.close()
     with lock(tmp_path / "a.lock", "x"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_told_in_one_line(tmp_path, monkeypatch, number):
+    def fails(descriptor: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with (
+        pytest.raises(WriteError, match="lends no lock"),
+        ts.Store(tmp_path / "s.zarr").declaring(),
+    ):
         pass

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trajstore.errors import BusyError
+from trajstore.errors import BusyError, WriteError
 
 __all__ = ["descriptor_of", "lock"]
 
@@ -79,5 +79,10 @@ def _taken(descriptor: int, deadline: float) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
+        except OSError as error:  # of a file system without locks, say, or without room for one more
+            raise WriteError(
+                f"the file system lends no lock ({error.strerror}), and without one two processes could write at once; "
+                "record to a folder on another disk"
+            ) from None
         else:
             return True
