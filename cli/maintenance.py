@@ -9,7 +9,7 @@ import typer
 from trajstore.cli.console import counted, print_json, say
 from trajstore.cli.options import JSON, StorePath, Trust, complete_experiment
 
-from trajstore.errors import ConfigurationError
+from trajstore.errors import ConfigurationError, UntrustedError
 
 if TYPE_CHECKING:
     from trajstore.replaying import Replayed
@@ -65,15 +65,24 @@ def verify(
 def _replayed(store: Store, exp: str | None) -> tuple[list[tuple[str, Replayed]], list[str]]:
     """Replay an experiment, or all that can be; return what came of it, and of which experiments nothing can come."""
     from trajstore.recipe import why_not
-    from trajstore.replaying import replay
+    from trajstore.replaying import Replayed, replay
 
     if exp is not None:
         return [(exp, slab) for slab in replay(store[exp])], []
-    reasons = {name: why_not(store[name]) for name in store}
-    return (
-        [(name, slab) for name, reason in reasons.items() if reason is None for slab in replay(store[name])],
-        [reason for reason in reasons.values() if reason is not None],
-    )
+    replayed, left_out = list[tuple[str, Replayed]](), list[str]()
+    refused: UntrustedError | None = None
+    for name in store:
+        if reason := why_not(store[name]):
+            left_out.append(reason)
+            continue
+        try:
+            replayed += [(name, slab) for slab in replay(store[name])]
+        except UntrustedError as error:  # the others can be replayed all the same
+            refused = error
+            left_out.append(str(error))
+    if refused is not None and not replayed:
+        raise refused  # nothing was done of what was asked for
+    return replayed, left_out
 
 
 def merge(

@@ -307,3 +307,14 @@ def test_a_refusal_is_short_whatever_the_arguments(strange: Path) -> None:
     with pytest.raises(UntrustedError, match="and 93 more") as refused:
         Recipe.of(ts.open(strange)["net"])
     assert len(str(refused.value)) < 2_000
+
+
+def test_what_is_not_trusted_is_left_out_of_a_replay_and_the_others_are_replayed(
+    strange: Path, canary: Path, trajstore: Program
+) -> None:
+    ts.run(ts.Experiment.of({**SMALL_NET, "name": "plain", "seeds": [0]}), strange)
+    code, out, _ = trajstore("verify", str(strange), "--replay")
+    assert code == 0
+    assert "experiment 'plain', " in out
+    assert "experiment 'net' was not recorded here" in out
+    assert not canary.exists()
