@@ -5,8 +5,8 @@ The rule is written in `docs/analysis.md` and in `Rule`, whose values are the th
 ``point``         the moves shrink geometrically, by a factor of `settled` or more over the window; or have stopped,
                   after shrinking or abruptly
 ``distribution``  the moves neither shrink nor grow by a factor of `steady`, the window is worth `effective`
-                  independent iterates, over it nothing wanders off by `drift` standard deviations, and it does not
-                  go round in a cycle
+                  independent iterates, over it nothing wanders off, surely not by `drift` standard deviations and
+                  as far as can be told not at all, and it does not go round in a cycle
 ``drifting``      the moves do not shrink, it does wander off by more than `drift` standard deviations, and goes on and
                   on: more evenly than a random walk does, and without slowing down by a third
 ``undecided``     none of these is sure
@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.longrun import effective_size, line_of, quantile, standard_error
+from trajstore.analysis.cycles import lines_of, return_of
+from trajstore.analysis.longrun import effective_size, line_of, quantile, slowness, standard_error
 from trajstore.analysis.rates import LEAST, Rate, fit_rate
 from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.spaces import Path, paths_of
@@ -58,6 +59,10 @@ class Rule:
     """A frequency is a line if it is so many times as strong as those beside it."""
     share: float = 0.1
     """Of the variance: so much in lines makes a cycle."""
+    same: float = 0.8
+    """It returns if its autocorrelation, once it was low, is so high again."""
+    chance: float = 0.01
+    """A distribution's slow waves must be as likely as that if it varies no more slowly than the window shows."""
 
 
 RULE = Rule()
@@ -65,10 +70,8 @@ _CHANCE, _PAUSES = 0.0005, 8
 """A rest counts if it is less likely than that by chance, and so many times as long as any pause before."""
 _ABRUPT, _FAR = 0.1, 30.0
 """The last moves stopped abruptly if they were so many times as large as usual, and as their rounding."""
-_PARTS, _LOWEST, _BESIDE, _ABOUT = 12, 3, 10, 2
-"""Parts of a window whose means tell whether it goes on; cycles in a window at the least; frequencies on either side
-that a line is compared with, and those that belong to it."""
-
+_PARTS, _RETURNS = 12, 6
+"""Parts of a window whose means tell whether it goes on; of fewer returns, lines do not tell the period."""
 
 _COMPARED, _BLOCK, _SWEEPS = 8_192, 512, 3
 """So many iterates are all compared with each other for a diameter, so many with all others at a time."""
@@ -111,12 +114,18 @@ class Evidence:
     """How far a fitted line goes over the window, in standard deviations about it, and its interval."""
     drift_low: float = np.nan
     drift_high: float = np.nan
+    drift_errors: float = np.nan
+    """The same in its standard errors: of what is stationary, below 3.4 in 99 of 100."""
+    slow: float = np.nan
+    """How likely the slowest waves are as strong as here, if they are no stronger than somewhat faster ones."""
     effective: float = np.nan
     """How many independent iterates the window is worth."""
     lines: float = np.nan
     """The share of the variance that is at single frequencies: near 1 for a cycle."""
     period: float = np.nan
     """Recorded steps from one return to the next; NaN where it does not go round."""
+    returns: float = np.nan
+    """The largest autocorrelation after it was low: near 1 for a cycle, also of few returns."""
 
 
 def convergence(ds: xr.Dataset, metric: str = "parameters", window: int | None = None, rule: Rule = RULE) -> xr.Dataset:
@@ -161,8 +170,13 @@ def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
     reach = quantile(rule.level) * error
     found |= {"drift": drift, "drift_low": max(0.0, drift - reach), "drift_high": drift + reach}
     along = _principal(points)
-    lines, period = _lines(points, rule)
-    found |= {"effective": effective_size(along), "halves": _halves(along), "lines": lines, "period": period}
+    found |= {"drift_errors": drift / error if error else np.inf if drift else 0.0, "slow": slowness(along)}
+    lines, period = lines_of(points, rule.line) if len(points) >= rule.least else (0.0, np.nan)
+    returns, after = return_of(along, rule.same)
+    if lines < rule.share or after > len(along) / _RETURNS:
+        period = after
+    found |= {"effective": effective_size(along), "halves": _halves(along)}
+    found |= {"lines": lines, "period": period, "returns": returns}
     found |= _of(rate)
     if rate is None:
         return Evidence("undecided", "it moves at too few steps for a rate", **found)
@@ -207,29 +221,55 @@ def _verdict(found: dict[str, float], surely: bool, goes_on: bool, rule: Rule) -
         return "point", f"moves shrink {_factor(found['shrinks_low'])} times or more over the window"
     low, high = found["steady_low"], found["steady_high"]
     steady = 1 / rule.steady <= low and high <= rule.steady
-    if steady and found["drift_high"] <= rule.drift and found["effective"] >= rule.effective:
-        if found["lines"] < rule.share:
-            return "distribution", "moves stay as large as they are, and it does not wander off"
-        return "undecided", f"it returns every {found['period']:.4g} recorded steps to where it was: a cycle"
+    against = _against(found, goes_on, rule)
+    if steady and not against and not np.isfinite(found["period"]):
+        return "distribution", "moves stay as large as they are, and it does not wander off"
     if high <= rule.steady and found["drift_low"] > rule.drift and goes_on:
         far = f"{found['drift_low']:.1f} standard deviations or more"
         return "drifting", f"it goes on by {far}, and moves do not shrink"
-    return "undecided", "; ".join(_doubts(found, goes_on, rule))
+    if found["lines"] >= rule.share:
+        against.append(f"it returns every {found['period']:.4g} recorded steps to where it was: a cycle")
+    else:
+        if np.isfinite(found["period"]):
+            against.append(f"after {found['period']:.4g} recorded steps it returns to where it was, as a cycle does")
+        against.append("a longer window may decide it")
+    return "undecided", "; ".join([*([] if steady else _moving(found, rule)), *against])
 
 
-def _doubts(found: dict[str, float], goes_on: bool, rule: Rule) -> list[str]:
-    """Say what each definite verdict lacks."""
-    low, high = found["shrinks_low"], found["shrinks_high"]
-    doubts = [f"moves shrink {_factor(low)} to {_factor(high)} times over the window"]
+def _moving(found: dict[str, float], rule: Rule) -> list[str]:
+    """Say how moves change, as it is compared with what a distribution and a point ask for."""
+    as_noise = _change(found["steady_low"], found["steady_high"])
+    told = [f"moves {as_noise} over the window if they vary as noise, and a distribution allows {rule.steady:.3g}"]
+    if found["shrinks_low"] > 1:
+        surely = _change(found["shrinks_low"], found["shrinks_high"])
+        told.append(f"moves {surely} if they may also walk, and a point asks for {rule.settled:.3g}")
+    return told
+
+
+def _change(low: float, high: float) -> str:
+    if low >= 1:
+        return f"shrink {_factor(low)} to {_factor(high)} times"
+    if high <= 1:
+        return f"grow {_factor(1 / high)} to {_factor(1 / low)} times"
+    return f"grow up to {_factor(1 / low)} or shrink up to {_factor(high)} times"
+
+
+def _against(found: dict[str, float], goes_on: bool, rule: Rule) -> list[str]:
+    """Say what speaks against a distribution, besides moves that change and a cycle."""
+    doubts = []
     if found["drift_low"] <= rule.drift < found["drift_high"]:
         doubts.append(f"it may wander off by {found['drift_low']:.1f} to {found['drift_high']:.1f} standard deviations")
-    if found["drift_low"] > rule.drift and not goes_on:
+    elif found["drift_low"] > rule.drift and not goes_on:
         doubts.append("it wanders off, but slows down, or no more evenly than a random walk")
-    if found["lines"] >= rule.share:
-        doubts.append(f"it returns every {found['period']:.4g} recorded steps to where it was: a cycle")
+    elif found["drift_low"] > rule.drift:
+        doubts.append(f"it wanders off by {found['drift_low']:.1f} standard deviations or more")
+    elif found["drift_errors"] > quantile(rule.surely):
+        doubts.append(f"it wanders off by {found['drift']:.1f} standard deviations, which is little but no chance")
+    if found["slow"] <= rule.chance:
+        doubts.append("its slowest waves are too strong for what is stationary: it wanders or swings")
     if found["effective"] < rule.effective:
         doubts.append(f"the window is worth {found['effective']:.0f} independent iterates of {rule.effective:.0f}")
-    return [*doubts, "a longer window may decide it"]
+    return doubts
 
 
 def _factor(value: float) -> str:
@@ -322,40 +362,6 @@ def _goes_on(points: Floats, rule: Rule) -> bool:
     free = len(gone) - 2
     error = np.sqrt((rest**2).sum() / free * (weights @ weights))
     return bool(weights @ along > quantile(rule.surely, free) * error)
-
-
-def _lines(points: Floats, rule: Rule) -> tuple[float, float]:
-    """Return the share of the variance about a line that is at single frequencies, and the period of these."""
-    n = len(points)
-    rest = line_of(points)[2]
-    if n < rule.least or not rest.any():
-        return 0.0, np.nan
-    power = (np.abs(np.fft.rfft(rest * np.hanning(n + 1)[:n, None], axis=0)) ** 2).sum(1)
-    seen = power[_LOWEST:]
-    padded = np.pad(seen, _BESIDE, mode="reflect")
-    beside = np.delete(
-        np.lib.stride_tricks.sliding_window_view(padded, 2 * _BESIDE + 1),
-        np.arange(_BESIDE - _ABOUT, _BESIDE + _ABOUT + 1),
-        axis=1,
-    )
-    usual = np.maximum(np.median(beside, axis=1) / np.log(2), np.finfo(float).eps * power.max())
-    around = np.pad(power, 1)
-    peaks = ((power >= around[:-2]) & (power >= around[2:]))[_LOWEST:]  # the slope of a slow curve has none
-    lines = _LOWEST + np.flatnonzero(peaks & (seen > rule.line * usual))
-    if not len(lines):
-        return 0.0, np.nan
-    near = np.unique(np.clip(lines[:, None] + np.arange(-_ABOUT, _ABOUT + 1), 0, len(power) - 1))
-    return float(power[near].sum() / power.sum()), _period(power, lines, n)
-
-
-def _period(power: Floats, lines: NDArray[np.int64], n: int) -> float:
-    """Return the smallest whole number of steps that all lines come back in, or else the period of the strongest."""
-    strong = lines[power[lines] > 0.01 * power[lines].max()]
-    for period in range(2, n // (2 * _LOWEST) + 1):
-        turns = strong * period / n
-        if (np.abs(turns - turns.round()) <= 0.6 * period / n).all():
-            return float(period)
-    return float(n / lines[power[lines].argmax()])
 
 
 def _drift(points: Floats) -> tuple[float, float]:

@@ -15,9 +15,9 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import fdtrc, stdtrit
 
-__all__ = ["ENOUGH", "TERMS", "effective_size", "line_of", "quantile", "standard_error"]
+__all__ = ["ENOUGH", "TERMS", "effective_size", "line_of", "quantile", "slowness", "standard_error"]
 
 TERMS = 8
 """Cosine coefficients, and degrees of freedom."""
@@ -56,6 +56,19 @@ def line_of(points: Floats) -> tuple[Floats, Floats, Floats]:
     slope = (x * centred).sum(0) / (x**2).sum()
     residual = centred - slope * x
     return slope, n * standard_error((x * residual).T) / (x**2).sum(), residual
+
+
+def slowness(values: Floats, slow: int = 4, faster: int = 20) -> float:
+    """Return how likely the first cosines are as strong as here, beside the next ones, if all are equally so.
+
+    They are if a series is correlated only over times much shorter than itself; those of a walk or of a wave as long
+    as the series, in whatever noise, are stronger. NaN if the series is too short, or does not vary beside them.
+    """
+    if len(values) <= slow + faster:
+        return np.nan
+    squares = (_cosines(len(values), slow + faster) @ values) ** 2
+    usual = squares[slow:].mean()
+    return float(fdtrc(slow, faster, squares[:slow].mean() / usual)) if usual > 0 else np.nan
 
 
 @cache

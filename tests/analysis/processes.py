@@ -230,6 +230,24 @@ def waves(rng, runs, steps, period, noise):
     return np.sin(2 * np.pi * np.arange(steps) / period + phase) + noise * normal(rng, runs, steps)
 
 
+def epochs(rng, runs, steps, rows, h=0.05, d=5):
+    """SGD on least squares that takes its rows in the same order, epoch by epoch: it ends on a cycle of so many."""
+    X = rng.standard_normal((runs, rows, d))
+    y = np.einsum("rnd,rd->rn", X, rng.standard_normal((runs, d))) + 0.5 * rng.standard_normal((runs, rows))
+    out = np.empty((steps, runs, d))
+    out[0] = rng.standard_normal((runs, d))
+    for n in range(1, steps):
+        x, theta = X[:, n % rows], out[n - 1]
+        out[n] = theta - h * x * ((x * theta).sum(1) - y[:, n % rows])[:, None]
+    return out.swapaxes(0, 1)
+
+
+def wandering(rng, runs, steps, size=1.0):
+    """White noise about a random walk that goes so many of its standard deviations over the last half."""
+    walk = np.cumsum(normal(rng, runs, steps), axis=1) / np.sqrt(steps / 2)
+    return normal(rng, runs, steps) + size * walk
+
+
 def resting(rng, runs, steps, dtype, rate=0.05):
     """The loss of gradient descent that fits its data exactly, as its precision has it: the last half, a path each."""
     X = rng.standard_normal((runs, 20, 5)).astype(dtype)
@@ -334,10 +352,28 @@ PROCESSES = {
         RETURNS, lambda rng, runs, n: (np.tile(rng.standard_normal((7, 3)), (n // 7 + 1, 1))[:n] for _ in range(runs))
     ),
     "a limit cycle of 17.3 steps": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, 17.3, 0.1)),
+    **{
+        f"a cycle of 1/{part} of the run": (
+            RETURNS, lambda rng, runs, n, part=part: round_and_round(rng, runs, n, n // part)
+        )
+        for part in (4, 6, 8, 12, 20)
+    },
+    "a cycle of 1/6 of the run, in noise": (
+        RETURNS, lambda rng, runs, n: round_and_round(rng, runs, n, n // 6, noise=0.3)
+    ),
+    "epochs of 1/8 of the run": (RETURNS, lambda rng, runs, n: epochs(rng, runs, n, n // 8)),
+    "noise about a walk": (WANDERS, wandering),
+    "AR(1), φ = 0.9, and a drift of 1.2 deviations": (
+        WANDERS, lambda rng, runs, n: ar1(0.9, n, runs, rng) * np.sqrt(0.19) + 2.4 * _n(n) / n
+    ),
+    "a wave of half a run in noise": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, n / 2, 1.4)),
     "a slow wave, four in a run": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, n / 4, 0.3)),
     "a slow wave, two in a run": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, n / 2, 0.3)),
 }  # fmt: skip
 """Processes, the verdicts that contradict them, and what makes so many runs of so many steps."""
+
+FAINT = ("noise about a walk", "AR(1), φ = 0.9, and a drift of 1.2 deviations")
+"""Those of them whose wandering is little beside their noise: up to 8% pass for a distribution."""
 
 
 AVERAGES = {

@@ -11,7 +11,17 @@ from trajstore.analysis import convergence, variance
 from trajstore.analysis.convergence import judge
 from trajstore.analysis.spaces import embedded
 
-from tests.analysis.processes import KNOWN, PROCESSES, last_half, path, quadratic, round_and_round
+from tests.analysis.processes import (
+    FAINT,
+    KNOWN,
+    PROCESSES,
+    epochs,
+    last_half,
+    path,
+    quadratic,
+    round_and_round,
+    wandering,
+)
 from trajstore.errors import NotFoundError, StatisticError
 
 
@@ -31,7 +41,7 @@ def test_no_definite_verdict_contradicts_the_process(name):
     contradicts, make = PROCESSES[name]
     for steps in (400, 2_000):
         verdicts = Counter(judge(last_half(v)).verdict for v in make(np.random.default_rng(steps), 20, steps))
-        assert sum(verdicts[verdict] for verdict in contradicts) <= 1, (steps, verdicts)
+        assert sum(verdicts[verdict] for verdict in contradicts) <= (3 if name in FAINT else 1), (steps, verdicts)
 
 
 @pytest.mark.parametrize("period", [2, 3, 4, 5, 7, 12, 31, 64])
@@ -44,6 +54,52 @@ def test_what_returns_is_a_cycle_and_no_distribution(period, noise):
         assert f"it returns every {period} recorded steps to where it was: a cycle" in judged.why
         assert judged.period == period
         assert judged.lines > 0.5
+
+
+@pytest.mark.parametrize("returns", [2, 3, 4])
+def test_a_cycle_of_few_returns_is_no_distribution(returns):
+    """Harmonics so close that none stands out of what is beside it."""
+    made = round_and_round(np.random.default_rng(returns), 10, 4_000, period := 2_000 // returns)
+    judged = [judge(last_half(points)) for points in (*made, np.column_stack(made))]
+    assert {one.verdict for one in judged} == {"undecided"}
+    assert {one.period for one in judged} == {period}
+    assert all("recorded steps" in one.why and "to where it was" in one.why for one in judged)
+
+
+def test_batches_in_the_same_order_end_in_a_cycle():
+    judged = [judge(last_half(points)) for points in epochs(np.random.default_rng(0), 20, 2_401, 300)]
+    assert {one.verdict for one in judged} == {"undecided"}
+    assert {one.period for one in judged} == {300}
+    assert all(one.returns > 0.95 for one in judged)
+
+
+def test_stationary_noise_does_not_return_and_wanders_only_by_chance():
+    rng = np.random.default_rng(6)
+    for name in ("AR(1), φ = 0.0", "AR(1), φ = 0.9", "AR(1), φ = -0.9", "least squares, forward"):
+        judged = [judge(last_half(points)) for points in PROCESSES[name][1](rng, 60, 2_000)]
+        assert not any(one.returns > 0.8 for one in judged), name
+        assert sum(one.slow <= 0.01 for one in judged) <= 4, name
+
+
+def test_noise_about_a_walk_is_seldom_a_distribution_and_says_why():
+    judged = [judge(last_half(points)) for points in wandering(np.random.default_rng(8), 60, 4_000)]
+    assert sum(one.verdict == "distribution" for one in judged) <= 6
+    assert sum(one.slow <= 0.01 for one in judged) >= 40
+    assert any("its slowest waves are too strong" in one.why for one in judged)
+    assert any("which is little but no chance" in one.why for one in judged)
+
+
+def test_what_is_compared_is_what_is_told():
+    noise = np.random.default_rng(9).standard_normal(2_000)
+    for name, change in (("grow", 1.001), ("shrink", 0.999)):
+        judged = judge(last_half(noise * change ** np.arange(2_000)))
+        ends = (judged.steady_low, judged.steady_high)
+        low, high = ends if name == "shrink" else (1 / ends[1], 1 / ends[0])
+        told = f"moves {name} {low:.2g} to {high:.2g} times over the window if they vary as noise"
+        assert judged.why.startswith(f"{told}, and a distribution allows 1.38")
+    slow = judge(last_half(5 * 0.999 ** np.arange(2_001) * (1 + 0.01 * np.random.default_rng(9).random(2_001))))
+    assert f"moves shrink {slow.shrinks_low:.2g} to {slow.shrinks_high:.2g} times" in slow.why
+    assert "a point asks for 10" in slow.why
 
 
 def test_a_cycle_that_is_approached_is_a_cycle():
