@@ -12,8 +12,9 @@ Floats = NDArray[np.float64]
 _LOWEST, _BESIDE, _ABOUT = 3, 10, 2
 """Cycles in a window at the least; frequencies on either side that a line is compared with, and those that belong to
 it."""
-_LEFT, _LONGEST = 0.2, 0.75
-"""It has left where it was once its autocorrelation is below that; so much of the window may lie between returns."""
+_LEFT, _SOON, _LONGEST = 0.2, 0.25, 0.75
+"""It has left where it was once its autocorrelation is below that, in so much of the window; so much of it may lie
+between returns."""
 
 
 def lines_of(points: Floats, strong: float) -> tuple[float, float]:
@@ -57,23 +58,28 @@ def _period(power: Floats, lines: NDArray[np.int64], n: int) -> float:
 def return_of(along: Floats, same: float) -> tuple[float, float]:
     """Return the largest autocorrelation of a series after it has left where it was, and the first lag above `same`.
 
-    It has left at the first lag at which the autocorrelation, of either sign, is low; the later ones are looked at up
-    to three quarters of the series, each for as many pairs as it has. NaN: it never left, or does not return.
+    It has left at the first lag, in a quarter of the series, at which the autocorrelation of either sign is low; the
+    later ones are looked at up to three quarters, each for as many pairs as it has. NaN: it never left, as some cycles
+    of a few steps do not, or does not return.
     """
     n, centred = len(along), along - along.mean()
     if not centred.any():
         return np.nan, np.nan
     centred = centred / np.abs(centred).max()
     products = np.fft.irfft(np.abs(np.fft.rfft(centred, 2 * n)) ** 2, 2 * n)[:n]
-    biased = products / products[0]
-    low = np.flatnonzero(np.abs(biased) < _LEFT)
-    lags = np.arange(low[0] if len(low) else n, int(_LONGEST * n))
-    if not len(lags):
+    alike = products[: int(_LONGEST * n)] / products[0]
+    alike *= n / (n - np.arange(len(alike)))
+    low = np.flatnonzero(np.abs(alike[: int(_SOON * n)]) < _LEFT)
+    if not len(low):
         return np.nan, np.nan
-    again = biased[lags] * n / (n - lags)
+    before = alike[: low[0]]
+    away = np.flatnonzero(before < (same + _LEFT) / 2)
+    if len(away) and before[away[0] :].max() > same:  # it swings: a short cycle, or noise that changes sign
+        return np.nan, np.nan
+    again = alike[low[0] :]
     returns = np.flatnonzero(again > same)
     if not len(returns):
         return float(again.max()), np.nan
-    first = lags[returns[0]]
-    near = again[returns[0] :][: max(1, int(first) // 2)]  # before the second return
-    return float(again.max()), float(first + near.argmax())
+    first = int(returns[0])
+    near = again[first : first + max(1, (low[0] + first) // 2)]  # before the second return
+    return float(again.max()), float(low[0] + first + near.argmax())
