@@ -25,6 +25,7 @@ from trajstore.analysis.windows import (
     SLABS,
     ends_early,
     even_tail,
+    evenly,
     measured_steps,
     precision_of,
     uneven,
@@ -204,7 +205,7 @@ def _refuse_uneven(ds: xr.Dataset, metric: str, slabs: dict[tuple[str, int], lis
     if worst is None:
         return
     (order, seed), leg, used = worst
-    remedy = "record them evenly, or the end of each leg (dense_tail)"
+    remedy = evenly(ds)
     if longest is not None and longest >= _LEAST:
         remedy += f"; the longest even window at the end of every leg is {longest}"
     raise uneven(ds, f"{metric}, order {order!r}, seed {seed}, leg from step {leg.start}", used, remedy)

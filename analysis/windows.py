@@ -25,6 +25,7 @@ __all__ = [
     "dense_tail",
     "ends_early",
     "even_tail",
+    "evenly",
     "measured_steps",
     "measured_where",
     "metrics_of",
@@ -253,6 +254,15 @@ def dense_tail(ds: xr.Dataset) -> int | None:
     return None if found is None else int(found)
 
 
+def evenly(ds: xr.Dataset) -> str:
+    """Return how to record steps so that they are evenly spaced where they are not."""
+    if not ds.attrs.get("adaptive"):
+        return "record them evenly"
+    tail = dense_tail(ds)
+    end = "the end of each leg (dense_tail)" if not tail else f"a longer dense_tail, now {tail}"
+    return f"record them evenly, or {end}"
+
+
 def uneven(ds: xr.Dataset, what: str, steps: NDArray[Any], longest: str) -> StatisticError:
     """Return the error that says that steps are not evenly spaced; `longest` says what there is that is."""
     why = f" where {ds.attrs['adaptive']} changes most" if ds.attrs.get("adaptive") else ""
@@ -287,9 +297,7 @@ def _window(
         return slice(count - asked, count)
     if (np.diff(tail) < 0).any():
         raise StatisticError(f"{what}: the steps decrease, from {tail[0]} to {tail[-1]}; sort them")
-    longest = (
-        "record them evenly, or the end of each leg (dense_tail)" if ds.attrs.get("adaptive") else "record them evenly"
-    )
+    longest = evenly(ds)
     if even > 2:
         longest += f"; the longest even window is {even}, from step {labels[-even]} on"
     if len(set(np.diff(tail).tolist())) > 1:

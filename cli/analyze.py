@@ -186,7 +186,8 @@ def analyze(
         labels = [name for name in rows[0] if name in table.result.coords]
         columns = [*labels, *table.shown]
         print_table(columns, [[_cell(row, column, table) for column in columns] for row in rows])
-        if reasons := [f"  {' '.join(str(row[c]) for c in labels)}: {row['why']}" for row in rows if row.get("why")]:
+        told = () if "why" in table.shown else rows  # a shown column says it already
+        if reasons := [f"  {' '.join(str(row[c]) for c in labels)}: {row['why']}" for row in told if row.get("why")]:
             say("\n" + "\n".join(reasons))
 
 

@@ -77,9 +77,10 @@ def rate(stored: StoredExperiment) -> Iterator[Finding]:
         # Intervals so wide that they reach to 1 would agree with any rate.
         agree, telling = gap <= reach, max(high, known[2]) < 1
         verdict = HOLDS if agree and telling else FAILS if gap > 2 * reach else OPEN
-        told = f"that of the products is {known[0]:.6g} [{known[1]:.6g}, {known[2]:.6g}]"
+        along = f"that of the products, followed along {products.attrs['steps']} steps,"
+        told = f"{along} is {known[0]:.6g} [{known[1]:.6g}, {known[2]:.6g}]"
         if np.isnan(known[0]):
-            told = f"that of the products is not known: {products['why'].item()}"
+            told = f"{along} is not known: {products['why'].item()}"
         yield Finding(verdict, f"seed {seed}", "rate of the distances of successive iterates", fitted, low, high, told)
 
 

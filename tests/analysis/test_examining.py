@@ -113,6 +113,7 @@ def test_numbers_have_intervals_and_costs(table):
     rates = table[(table["claim"] == "rate") & (table["experiment"] == "quadratic")]
     assert (rates["low"] < 0.9).all()
     assert (rates["high"] > 0.9).all()
+    assert rates["evidence"].str.contains(r"that of the products, followed along \d+ steps, is 0.9 ").all()
     windows = table[
         (table["claim"] == "windows") & (table["statistic"] == "variance about lines, forward over backward/40")
     ]

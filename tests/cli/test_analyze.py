@@ -43,6 +43,7 @@ def test_every_analysis_prints_what_the_library_says(store, trajstore):
     after = resets(ds, "train_loss").isel(reset=1)
     level = interval(*(float(after[name]) for name in ("after", "after_low", "after_high")))
     assert " ".join(level.split()) in " ".join(out.split())
+    assert not [line for line in out.splitlines() if line.startswith("  :")]  # why is a column, and stands once
 
     _, out, _ = trajstore(
         "analyze", store, "many", "law", "--metric", "train_loss", "--metric", "parameters", "--step", "5"
