@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from trajstore.analysis.longrun import line_of, quantile, standard_error
+from trajstore.analysis.longrun import ENOUGH, effective_size, line_of, quantile, standard_error
 from trajstore.analysis.rounding import of_size
 from trajstore.analysis.states import dot, norm
 
@@ -31,6 +31,8 @@ _NEAR, _ONE = 0.14, 1e-3
 """Sines of the angle between two differences: from the first on they are averaged over, if they come to the second."""
 _CHANGING = 0.99
 """So sure it must be that growth changes over what is averaged."""
+_NEGLIGIBLE = 0.05
+"""Growth that varies by no more than this share of the exponent is known to what it varies by, however correlated."""
 
 Floats = NDArray[np.float64]
 Push = Callable[[int, Sequence[Tensors]], Sequence[Tensors]]
@@ -115,12 +117,22 @@ def exponent_of(grown: Growth, level: float = 0.95) -> Exponent:
     if rounding.max() > 1 / CERTAIN:
         at = used.start + int(np.argmax(rounding)) + 1
         return Exponent(np.nan, np.nan, f"at step {at} nearly nothing is left of a difference but rounding")
-    reach = quantile(level) * float(standard_error(values - values.mean())) + float(rounding.mean())
+    varies, value = float(np.ptp(values)), float(values.mean())
+    steady = varies <= max(2 * float(rounding.max()), _NEGLIGIBLE * abs(value))
+    worth = effective_size(values)
+    reach = quantile(level) * float(standard_error(values - value)) + float(rounding.mean())
     (slope,), (error,), _ = line_of(values[:, None])
     if abs(slope) > quantile(_CHANGING) * error and abs(slope) * len(values) > reach:
         change = f"{slope * len(values):+.2g} from step {used.start + 1} to {steps}"
         return Exponent(np.nan, np.nan, f"how a difference grows still changes, by {change}")
-    return Exponent(float(values.mean()), reach)
+    if steady:  # so that the limit is not far from what was seen
+        return Exponent(value, max(reach, varies))
+    if worth < ENOUGH:
+        few = f"growth over steps {used.start + 1} to {steps} is so correlated that it is worth {worth:.0f} independent"
+        return Exponent(np.nan, np.nan, f"{few} values, and an interval needs {ENOUGH}; follow it along more steps")
+    if abs(slope) > quantile(level) * error:  # it tends to its limit still
+        reach += (abs(slope) + quantile(level) * error) * len(values) / 2
+    return Exponent(value, float(reach))
 
 
 def _first(where: NDArray[np.bool_]) -> int:

@@ -292,6 +292,30 @@ def test_growth_that_still_changes_has_no_exponent():
     assert "how a difference grows still changes, by -0.07" in exponent_of(slower).why
 
 
+@pytest.mark.parametrize("phi", [0.9, 0.99, 0.995, 0.999])
+def test_growth_worth_few_independent_values_has_no_exponent(phi):
+    """Of growth −0.01 + 0.05 AR(1) hardly an interval is given that does not hold −0.01."""
+    from tests.calibration import exponents_of_correlated
+
+    found = exponents_of_correlated(phi, 100, 400)
+    value, reach = np.array([(one.value, one.reach) for one in found]).T
+    given = ~np.isnan(value)
+    assert (given & (np.abs(value + 0.01) > 2 * reach)).mean() <= 0.02
+    if phi >= 0.99:
+        assert given.mean() <= 0.05
+        assert any("independent values, and an interval needs 50" in one.why for one in found)
+
+
+def test_growth_that_varies_by_little_beside_it_has_an_exponent_however_correlated():
+    from tests.analysis.processes import ar1
+
+    grown = -0.5 + 1e-3 * np.sqrt(1 - 0.99**2) * ar1(0.99, 400, 50, 3)
+    found = [exponent_of(Growth(row, np.zeros(400), np.full(400, 1e-15))) for row in grown]
+    given = [one for one in found if not one.why]
+    assert len(given) >= 20
+    assert np.mean([abs(one.value + 0.5) <= one.reach < 0.025 for one in given]) >= 0.95
+
+
 def test_intervals_of_exponents_hold_the_exponent():
     """Products of Gaussian matrices: the exponent is (log 2 + ψ(d/2)) / 2."""
     from scipy.special import digamma
