@@ -22,7 +22,7 @@ from typing import Any
 
 import duckdb
 
-from trajstore.errors import FormatError
+from trajstore.errors import FormatError, damage_told
 from trajstore.sql.files import copy, is_own, new_file, tidy, write_text
 from trajstore.sql.slabs import METRICS_COLUMNS, SlabRows, write_metrics, write_segments
 from trajstore.sql.tables import EXPERIMENTS_COLUMNS, RUNS_COLUMNS, experiment_row, run_rows, write_table
@@ -164,7 +164,8 @@ def _stamps(experiment: StoredExperiment) -> dict[Key, str]:
     """
     schema, place = experiment.schema, experiment.store.place
     names = json.dumps([_VERSION, list(schema.metrics), list(schema.late)])
-    arrays = [array_of(experiment.group, name) for name in ("committed", *map(late_records, schema.late))]
+    with damage_told(f"experiment {experiment.name!r} in {experiment.store}"):
+        arrays = [array_of(experiment.group, name) for name in ("committed", *map(late_records, schema.late))]
     grids = [
         list(product(*(range(-(-n // c)) for n, c in zip(array.shape[2:], array.chunks[2:], strict=True))))
         for array in arrays

@@ -121,7 +121,7 @@ class DurableStore(LocalStore):
                 f"{self.root}: the commit record {key} {now}; nothing more is written here, what was committed is "
                 "kept; --resume continues"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_room(path, key)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with partial.open("wb") as file:
@@ -167,6 +167,20 @@ class DurableStore(LocalStore):
         """Raise where an experiment that is written is not there any more."""
         for folder in self._anchors:
             self._refuse_elsewhere(f"{folder}/{DOCUMENT}")
+
+    def _make_room(self, path: Path, key: str) -> None:
+        """Make the folders of a file, but never anew that of an experiment: it may be moved at this very moment."""
+        experiment = key.partition("/")[0]
+        if experiment not in self._anchors:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return
+        top = inside(self.root, experiment)
+        try:
+            for folder in reversed([folder for folder in path.parents if top in folder.parents]):
+                folder.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            self._refuse_elsewhere(key)
+            raise
 
     def _refuse_elsewhere(self, key: str) -> None:
         """Refuse to write where no store is, or not the one that there was: it would be begun again at the old path."""
