@@ -32,7 +32,7 @@ _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
 
 def checked(attributes: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return the attributes of an experiment, if they are as a recording writes them."""
-    _refuse_deep(attributes)
+    _refuse_strange_form(attributes)
     _ATTRIBUTES(attributes, "")
     record = attributes["config"]["record"]
     if record.get("adaptive") is not None and record.get("tolerance") is None:
@@ -61,18 +61,31 @@ def checked_schema(schema: Any) -> dict[str, Any]:  # noqa: ANN401
     return dict(schema)
 
 
-def _refuse_deep(attributes: Any) -> None:  # noqa: ANN401
-    """Refuse tables in tables beyond what anything that follows them could take; level by level, not by recursion."""
+def _refuse_strange_form(attributes: Any) -> None:  # noqa: ANN401
+    """Refuse text that cannot be encoded, and tables in tables beyond what anything that follows them could take.
+
+    Level by level, not by recursion.
+    """
     level, depth = [attributes], 0
     while level := [
         item
         for part in level
         if isinstance(part, Mapping | list | tuple)
-        for item in (part.values() if isinstance(part, Mapping) else part)
+        for item in ((*part, *part.values()) if isinstance(part, Mapping) else part)
     ]:
         depth += 1
+        if any(isinstance(item, str) and not _is_text(item) for item in level):
+            raise ValueError("it holds text with half a character (a lone surrogate), as no recording writes it")
         if depth > _DEEPEST:
             raise ValueError(f"its tables lie in one another more than {_DEEPEST} deep, as those of no recording do")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_name(text: object) -> bool:

@@ -47,4 +47,4 @@ class SegmentDigest:
 def config_digest(config: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a configuration in canonical JSON (sorted keys, no spaces)."""
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+    return "sha256:" + hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()

@@ -87,14 +87,7 @@ class Commits:
 
 
 def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[Any]:
-    try:
-        array = array_of(group, name)
-    except (KeyError, AssertionError):
-        raise DamageError(f"experiment {group.basename!r}: array {name!r} is missing; the store is damaged") from None
-    except (ValueError, TypeError) as error:
-        if isinstance(error, TrajstoreError):
-            raise
-        raise DamageError(f"experiment {group.basename!r}: {name!r} is damaged ({error})") from None
+    array = array_of(group, name)
     try:
         if array.dtype != np.int64:
             raise ValueError("its document tells of another type")

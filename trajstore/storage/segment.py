@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import ConfigurationError, IrreproducibleError
+from trajstore.errors import ConfigurationError, IrreproducibleError, damage_told
 from trajstore.storage.codecs import chunk_bytes, refuse_strange, write_block
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.place import Keeper
@@ -266,15 +266,13 @@ def array_of(group: zarr.Group, name: str, schema: Schema | None = None) -> zarr
 
     With a schema its document must tell of what that declares, or be longer, where the experiment is just growing.
     """
-    try:
+    with damage_told(f"experiment {group.basename!r}: array {name!r}"):
         array = group[name]
-    except (TypeError, AttributeError) as error:  # as zarr meets a document of another form
-        raise ValueError(f"the document of {name!r} cannot be understood ({' '.join(str(error).split())})") from None
-    assert isinstance(array, zarr.Array)
-    attributes: Any = group.attrs
-    refuse_strange(array, attributes["trajstore"]["schema"]["codec"] if name == "params" else None)
-    if schema is not None:
-        _refuse_other(array, next(spec for spec in schema.arrays() if spec.name == name), schema.lengths())
+        assert isinstance(array, zarr.Array), "it is no array"
+        attributes: Any = group.attrs
+        refuse_strange(array, attributes["trajstore"]["schema"]["codec"] if name == "params" else None)
+        if schema is not None:
+            _refuse_other(array, next(spec for spec in schema.arrays() if spec.name == name), schema.lengths())
     if isinstance(group.store, Keeper):
         group.store.bound(array.path, chunk_bytes(array))
     return array.with_config({"write_empty_chunks": True})
