@@ -14,9 +14,8 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.special import stdtr
 from trajstore.analysis.longrun import line_of, quantile
+from trajstore.analysis.mixtures import Fits, fits_of, interval_of
 
 __all__ = ["BLOCKS", "LEAST", "Rate", "fit_rate"]
 
@@ -46,6 +45,8 @@ class Rate:
     noisy_low: float
     """The interval of the same if there is stationary noise about the line and no walk."""
     noisy_high: float
+    changes: float
+    """How many standard errors it changes by, if that is so."""
     r2: float
     bend: float
     """The slope of the second half less that of the first, over its standard error: beyond ±3 no line fits."""
@@ -71,7 +72,8 @@ def fit_rate(moves: Floats, per_step: int = 1, level: float = 0.95) -> Rate | No
     (plain,), (error,), rest = line_of(y[:, None])
     # Of eight waves some errors come out too small by chance: not less than if noise was white.
     white = np.sqrt((rest**2).sum() / (count - 2) * 12 / (count**3 - count))
-    noise = quantile(level) * max(error, white)
+    off = max(float(error), float(white))
+    noise = quantile(level) * off
     line = y.mean() + slope * (np.arange(count) - (count - 1) / 2)
     unexplained, spread = float(((y - line) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
     return Rate(
@@ -83,6 +85,7 @@ def fit_rate(moves: Floats, per_step: int = 1, level: float = 0.95) -> Rate | No
         fall_high=high * reach,
         noisy_low=float(plain - noise) * reach,
         noisy_high=float(plain + noise) * reach,
+        changes=abs(float(plain)) / off if off > 0 else np.inf if plain else 0.0,
         r2=1 - unexplained / spread if spread > 0 else 1.0,
         bend=_bend(y),
     )
@@ -96,29 +99,7 @@ def _blocks(moves: Floats, length: int) -> Floats:
 
 def _slope(y: Floats, level: float) -> tuple[float, float, float]:
     """Return the slope per block, and its interval."""
-    q = len(y)
-    slopes, errors, evidence = [], [], []
-    for whiten, design, outer, constant in _mixtures(q):
-        z = whiten @ y
-        coefficients = outer @ (design.T @ z)
-        squares = max(float(((z - design @ coefficients) ** 2).sum()), np.finfo(float).tiny)
-        slopes.append(float(coefficients[1]))
-        errors.append(float(np.sqrt(squares / (q - 2) * outer[1, 1])))
-        evidence.append(constant - 0.5 * (q - 2) * np.log(squares))
-    weights = np.exp(np.array(evidence) - max(evidence))
-    weights[0] *= _PLAIN / (1 - _PLAIN) * (len(weights) - 1)
-    weights /= weights.sum()
-    at, scale = np.array(slopes), np.array(errors)
-    middle = float(weights @ at)
-    if not scale.min() > 0:
-        return middle, middle, middle
-
-    def mixed(p: float) -> float:
-        widest = 1e3 * (np.abs(at - middle).max() + scale.max())
-        above = lambda x: float(weights @ stdtr(q - 2, (x - at) / scale)) - p  # noqa: E731
-        return float(brentq(above, middle - widest, middle + widest))
-
-    return middle, mixed((1 - level) / 2), mixed((1 + level) / 2)
+    return interval_of(y, _mixtures(len(y)), _PLAIN, level)
 
 
 def _bend(y: Floats) -> float:
@@ -135,19 +116,10 @@ def _line(y: Floats) -> tuple[float, float]:
 
 
 @cache
-def _mixtures(q: int) -> list[tuple[Floats, Floats, Floats, float]]:
-    """Return for each mixture: what makes it white, the design made white, its inverse Gram matrix, a constant."""
+def _mixtures(q: int) -> Fits:
+    """Return the fits of a slope over so many blocks, under each mixture of white noise and a random walk."""
     places = np.arange(q, dtype=np.float64)
     design = np.column_stack([np.ones(q), places - places.mean()])
     # Averages of a random walk over blocks of length one: its steps within a block count in part.
     walk = np.minimum.outer(places, places) + 0.5 - np.eye(q) / 6
-    found = []
-    for share in _MIXTURES:
-        covariance = np.eye(q) + share * walk
-        root = np.linalg.cholesky(covariance)
-        whiten = np.linalg.inv(root)
-        white = whiten @ design
-        gram = white.T @ white
-        constant = -np.log(np.diag(root)).sum() - 0.5 * np.linalg.slogdet(gram)[1]
-        found.append((whiten, white, np.linalg.inv(gram), float(constant)))
-    return found
+    return fits_of((np.eye(q) + share * walk for share in _MIXTURES), design, 1)

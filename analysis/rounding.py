@@ -29,7 +29,7 @@ class Precision:
     dtype: np.dtype[np.floating] | None = None
     """That of the states from which they were computed; None if it is not known."""
     start: float = 0.0
-    """Their size at the first step, 0 if it is not known.
+    """Their size before training, 0 if it is not known; of a series that begins with a jump, that of what comes next.
 
     A loss near 0 is a sum of squares of residuals, and a residual is a difference of numbers y, so it is rounded like
     them: ‖δr‖ = ε‖y‖, and the loss ‖r‖² like ε‖y‖√L, which is much more than εL. Before training the outputs say

@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 SLABS = ("order", "seed")
+_BEGINNING, _JUMP = 5, 100.0
+"""Measured steps that say how large a metric was at first, and how much larger than those the first may count."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,24 @@ def window_of(
 
 
 def precision_of(ds: xr.Dataset, metric: str) -> Precision:
-    """Return what is known of how a metric was computed: the dtype of the states, and how large it was at first."""
+    """Return what is known of how a metric was computed: the dtype of the states, and how large it was at first.
+
+    Training may begin with a jump, from outputs so large that they say nothing of the numbers that are learned. So the
+    first value counts as at most 100 times the median of the first five that were measured.
+    """
     layout = attributes_of(ds).get("schema", {}).get("layout", {})
     known = {entry["dtype"] for entry in layout.get("entries", ()) if entry["role"] == "parameter"}
     recorded, measured = _masks(ds, metric, metric)
     there = recorded & measured
-    first = int(there.any((0, 1)).argmax())
-    begun = np.abs(with_slabs(ds[metric].isel(step=first)).values[there[..., first]].astype(np.float64))
-    begun = begun[np.isfinite(begun)]
-    start = float(np.median(begun)) if len(begun) else 0.0
+    begun = np.flatnonzero(there.any((0, 1)))[:_BEGINNING]
+    sizes = np.abs(with_slabs(ds[metric].isel(step=begun)).values.astype(np.float64))
+    sizes = np.where(there[..., begun] & np.isfinite(sizes), sizes, np.nan)
+    usual = [
+        float(np.median(column[~np.isnan(column)]))
+        for column in np.moveaxis(sizes, -1, 0)
+        if not np.isnan(column).all()
+    ]
+    start = min(usual[0], _JUMP * float(np.median(usual))) if usual else 0.0
     return Precision(np.dtype(np.float64 if known == {"float64"} else np.float32) if known else None, start)
 
 

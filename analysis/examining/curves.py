@@ -52,8 +52,9 @@ def _ratios(stored: StoredExperiment, orders: list[str]) -> Iterator[Finding]:
                     yield Finding(OPEN, about, statistic, evidence=one)
                     continue
                 ratio, why = number_of(one, "ratio", "low", "high"), str(one["why"].item())
-                finding = by_interval(1.0, about, statistic, ratio, why)
-                yield replace(finding, evidence=f"{finding.evidence}; {costs[seed]}")
+                finding, bound = by_interval(1.0, about, statistic, ratio, why), str(one["bound"].item())
+                told = f"{finding.evidence}, {f'a {bound} bound: {why}' if bound else ''}".removesuffix(", ")
+                yield replace(finding, evidence=f"{told}; {costs[seed]}")
 
 
 def _each_seed(ds: xr.Dataset, ask: Callable[[xr.Dataset], xr.Dataset]) -> Iterator[tuple[int, xr.Dataset | str]]:

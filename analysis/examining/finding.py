@@ -26,7 +26,8 @@ class Finding:
     statistic: str
     value: float = np.nan
     low: float = np.nan
-    """Its interval, of 95% where the evidence names no other level; NaN where the number is exact, or has none."""
+    """Its interval, of 95% where the evidence names no other level; NaN where the number is exact, or has none. Where
+    only a bound is known, the other end is infinite, or 0 of what is positive."""
     high: float = np.nan
     evidence: str = ""
 
@@ -38,10 +39,11 @@ Number = tuple[float, float, float]
 def by_interval(threshold: float, about: str, statistic: str, number: Number, why: str = "") -> Finding:
     """Find that a number is above a threshold, if its whole interval is, or that it is not, if all of it is below.
 
-    `why` says why there is no interval.
+    `about` and `statistic` are those of the finding, and `why` says why there is no interval. One that is open to a
+    side decides by its other end.
     """
     value, low, high = number
-    if not np.isfinite([low, high]).all():
+    if not np.isfinite([low, high]).any():
         return Finding(OPEN, about, statistic, value, low, high, why or "it has no interval")
     if low > threshold:
         return Finding(HOLDS, about, statistic, value, low, high, f"the interval is above {threshold:g}")

@@ -24,7 +24,7 @@ class Statistic(Protocol):
 def ratios(ds: xr.Dataset, metric: str, statistic: Statistic, orders: tuple[str, str]) -> dict[int, str]:
     """Return for each seed the ratio of variances with its interval, nothing where an order is not shown.
 
-    Where there is a reason against all ratios, such as too few steps, the first seed has it.
+    Where there is a reason against all ratios, such as too few steps, the first seed has it. A bound is told as one.
     """
     seeds = ds["seed"].values.tolist()
     if not {*orders} <= {*ds["order"].values.tolist()}:
@@ -40,8 +40,8 @@ def _said(ratio: xr.Dataset, attrs: Mapping[Any, Any]) -> str:
     value, low, high = (float(ratio[name]) for name in ("ratio", "low", "high"))
     if not np.isfinite(value):
         return str(ratio["why"].item())
-    sure = "" if np.isfinite(low) else " (no interval)"
     one, other = attrs["orders"].split(", ")
-    return (
-        f"variance {one}/{other} {interval(value, low, high)}{sure}, steps {attrs['from_step']} to {attrs['to_step']}"
-    )
+    bound = str(ratio["bound"].item()) if "bound" in ratio else ""
+    told = interval(value, -np.inf if bound == "upper" else low, high)
+    sure = f" ({ratio['why'].item()})" if bound else "" if np.isfinite(low) else " (no interval)"
+    return f"variance {one}/{other} {told}{sure}, steps {attrs['from_step']} to {attrs['to_step']}"

@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 from trajstore.analysis import convergence, local_variance_ratio, variance
 from trajstore.analysis.rounding import Precision, of_moves, of_steps
+from trajstore.analysis.windows import precision_of
 
 import trajstore as ts
 from tests.analysis.processes import runs_of
@@ -73,6 +74,29 @@ def test_a_loss_near_zero_is_rounded_like_its_residuals():
         assert floors.max() < 0.1 * max(residual, 1e-6) ** 2 + 20 * (np.finfo(SINGLE).eps ** 2) * start
         if residual:
             assert (np.abs(np.diff(loss)) > of_moves(loss, Precision(np.dtype(SINGLE)))).any() or residual > 1e-3
+
+
+@pytest.mark.parametrize("jump", [1e5, 1e10, 1e30])
+@pytest.mark.parametrize("also", [1, 2])
+def test_a_huge_first_value_does_not_turn_what_varies_later_into_rest(jump, also):
+    """Training that begins with a jump, by float32: the noise after it is what it is."""
+    rng = np.random.default_rng(5)
+    plain = 1 + np.array([0.01, 0.001])[:, None, None] * rng.standard_normal((2, 3, 2_000))
+    begins = plain.copy()
+    begins[..., :also] = jump
+    one, other = (runs_of(*values.astype(SINGLE).astype(float)) for values in (plain, begins))
+    for statistic in (local_variance_ratio, variance):
+        assert statistic(one, "loss").equals(statistic(other, "loss"))
+    before, after = (convergence(ds, "loss") for ds in (one, other))
+    assert before["verdict"].equals(after["verdict"])
+    assert bool(after["rest_from"].isnull().all())
+    assert set(local_variance_ratio(other, "loss")["bound"].values) == {""}
+
+
+def test_what_a_float32_loss_begins_with_still_says_how_it_is_rounded_later():
+    loss = np.geomspace(1, 1e-4, 2_000)
+    assert precision_of(runs_of(loss[None], loss[None]), "loss").start == 1
+    assert precision_of(runs_of(*np.array([[[1e10, 1, 1, 1, 1]]] * 2)), "loss").start == 100
 
 
 @pytest.fixture(scope="module")
