@@ -239,6 +239,10 @@ def compute(
 ) -> int:
     """Compute a metric at every `every`-th stored state, write it beside the others, and return at how many.
 
+    `stored` is a recorded experiment with its states, and `metric` one of ``gradient_norm``, ``gradient_noise``,
+    ``sharpness``, ``hessian_trace`` and ``invariance_gap``. `threads` measure at once, by default as many as there are
+    cores; `progress` is called with how many states were measured since it was last, and of which slab.
+
     `samples` is how many fresh batches, or random directions, an estimate takes; how many it was stands beside it, as
     ``<metric>_samples``. What is there already is left alone, so an interrupted call can be made again.
     """

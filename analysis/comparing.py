@@ -33,6 +33,9 @@ def compare(
 ) -> xr.Dataset:
     """Return metric − metric of the base, which is the first variant by default, along forward iterates.
 
+    `variants` are datasets by name, `metric` is by default the first of the base's own, and `level` that of the
+    interval over seeds.
+
     ``curve`` and ``difference`` are (variant, seed, step). ``last`` is the mean difference over the last quarter of the
     steps, (variant, seed); ``mean`` that over seeds, with an interval, of Student's t, for another seed's: NaN where
     there are fewer than three seeds. ``turned`` is the last step before that quarter at which the difference, as a mean

@@ -38,6 +38,9 @@ __all__ = ["contraction", "known_factors", "lemma_factor", "limit_bound", "lyapu
 def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 100, random_seed: int = 0) -> xr.Dataset:
     """Return the factors of random pairs of stored iterates, along ``pair``; both of a pair are of one seed.
 
+    `stored` is a recorded experiment, `order` the one whose iterates are drawn, `pairs` how many pairs of all seeds
+    together, and `random_seed` draws them.
+
     ``factor`` is that of the parameters' distance, NaN where rounding would be seen in it; ``loss_factor`` that of
     L(x) + L(y), Appendix G's pseudo-metric of the training loss. The batch is one of the seed's own, at a random index.
     """
@@ -79,6 +82,10 @@ def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 1
 def lyapunov(source: Source, seed: int | None = None, steps: int | None = None, level: float = 0.95) -> xr.Dataset:
     """Return the exponent of the products along the forward iterates of a seed, with an interval.
 
+    `source` is a recorded experiment, or its dataset. Without `seed` it is the first of an experiment, that of a
+    dataset of which one is selected; `steps` are followed, by default as many as the experiment has; `level` is that of
+    the interval. Each step takes a step of training and two products with its derivative.
+
     The logarithm of how an infinitely small difference grows at each step, averaged. ``rate`` is the factor per step,
     exp(exponent): backward iterates approach their limit by it.
 
@@ -89,8 +96,6 @@ def lyapunov(source: Source, seed: int | None = None, steps: int | None = None, 
     changes, ``exponent`` is NaN, and ``why`` says so. ``growth`` is how the first of them has grown, per step of the
     last three quarters, which is no more than a fact about such differences over so many steps. Where a map leaves
     nothing of any difference, the exponent is −∞.
-
-    Without `seed` it is the first of an experiment, that of a dataset of which one is selected.
     """
     recipe = Recipe.of(source)
     seeds = recipe.schema.seeds if isinstance(source, StoredExperiment) else np.atleast_1d(source["seed"].values)

@@ -4,11 +4,13 @@ The rule is written in `docs/analysis.md` and in `Rule`, whose values are the th
 
 ``point``         the moves shrink geometrically, by a factor of `settled` or more over the window; or have stopped,
                   after shrinking or abruptly
-``distribution``  the moves neither shrink nor grow by a factor of `steady`, the window is worth `effective`
-                  independent iterates, over it nothing wanders off, surely not by `drift` standard deviations and
-                  as far as can be told not at all, and it does not go round in a cycle
+``distribution``  over the window and half as much before it, the moves neither shrink nor grow by a factor of `steady`
+                  and nothing wanders or swings as far as can be told; the window is worth `effective` independent
+                  iterates, over it nothing wanders off, surely not by `drift` standard deviations and as far as can
+                  be told not at all, and it does not go round in a cycle
 ``drifting``      the moves do not shrink, it does wander off by more than `drift` standard deviations, and goes on and
-                  on: more evenly than a random walk does, and without slowing down by a third
+                  on: that way before the window too, more evenly than a random walk does, and without slowing down by
+                  a third
 ``undecided``     none of these is sure
 
 Each comparison is of the end of an interval that speaks against it, of 95% or, where a random walk might get there by
@@ -25,6 +27,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.cycles import lines_of, return_of
+from trajstore.analysis.extent import extent_of
 from trajstore.analysis.longrun import effective_size, line_of, quantile, slowness, standard_error
 from trajstore.analysis.rates import LEAST, Rate, fit_rate
 from trajstore.analysis.rounding import scale_of
@@ -44,25 +47,35 @@ class Rule:
     least: int = 40
     """Recorded steps in the window."""
     settled: float = 10.0
-    steady: float = 1.38
-    """Less than √2: by as much does noise shrink over the last half of a run if it falls as 1/√n."""
+    """By so much do the moves of a point shrink over the window."""
+    steady: float = 1.5
+    """By less do those of a distribution change over the last three quarters of a run, of which the window is the last
+    half. Noise that falls or grows as n^⅓ changes by 1.59 over these, as 1/√n by 2."""
+    alone: float = 1.2
+    """By less over the window, where no steps before it are known. Noise as n^⅓ changes by 1.26 over half a run."""
     drift: float = 2.0
+    """Standard deviations that a fitted line goes over the window: more is drift."""
     effective: float = 20.0
+    """Independent iterates that a window with a distribution is worth."""
     rest: float = 0.25
     """Of the window: so long nothing must have moved to count as stopped."""
     level: float = 0.95
+    """The level of the other intervals."""
     surely: float = 0.99
     """The level of the intervals for `point` and `drifting`, which a random walk must not reach by chance."""
     slowing: float = 0.65
     """The second half of the window must go so many times as far as the first: what settles slows down, 1/√n by 0.6."""
+    onward: float = 0.28
+    """What drifts went that way before the window too, over half as many steps by this share of how far it goes in it
+    at the least: steady drift by half, one that grows as n² by 0.29, and a wave as long as the run goes back."""
     line: float = 30.0
     """A frequency is a line if it is so many times as strong as those beside it."""
     share: float = 0.1
     """Of the variance: so much in lines makes a cycle."""
     same: float = 0.8
     """It returns if its autocorrelation, once it was low, is so high again."""
-    chance: float = 0.01
-    """A distribution's slow waves must be as likely as that if it varies no more slowly than the window shows."""
+    chance: float = 0.1
+    """A distribution's slow waves must be as likely as that if it varies no more slowly than these steps show."""
 
 
 RULE = Rule()
@@ -72,9 +85,6 @@ _ABRUPT, _FAR = 0.1, 30.0
 """The last moves stopped abruptly if they were so many times as large as usual, and as their rounding."""
 _PARTS, _RETURNS = 12, 6
 """Parts of a window whose means tell whether it goes on; of fewer returns, lines do not tell the period."""
-
-_COMPARED, _BLOCK, _SWEEPS = 8_192, 512, 3
-"""So many iterates are all compared with each other for a diameter, so many with all others at a time."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +111,11 @@ class Evidence:
     shrinks_low: float = np.nan
     shrinks_high: float = np.nan
     steady_low: float = np.nan
-    """The interval of the same if noise is about the rate and no random walk: that of what is stationary."""
+    """The interval of the factor by which moves shrink over the window and half as much before it, if noise is about
+    the rate and no random walk: that of what is stationary."""
     steady_high: float = np.nan
+    changes: float = np.nan
+    """By how many standard errors moves change within the window, of what is stationary about 1."""
     r2: float = np.nan
     """How much of the logarithm of the moves a geometric rate explains."""
     bend: float = np.nan
@@ -117,7 +130,8 @@ class Evidence:
     drift_errors: float = np.nan
     """The same in its standard errors: of what is stationary, below 3.4 in 99 of 100."""
     slow: float = np.nan
-    """How likely the slowest waves are as strong as here, if they are no stronger than somewhat faster ones."""
+    """How likely the slowest waves are as strong as here, over the window and half as much before it, if they are no
+    stronger than somewhat faster ones."""
     effective: float = np.nan
     """How many independent iterates the window is worth."""
     lines: float = np.nan
@@ -131,8 +145,9 @@ class Evidence:
 def convergence(ds: xr.Dataset, metric: str = "parameters", window: int | None = None, rule: Rule = RULE) -> xr.Dataset:
     """Return a verdict with its evidence for each (order, seed).
 
-    `metric` is the space to look in: a recorded metric, ``parameters``, or ``sum:METRIC`` (see `analysis.spaces`).
-    `window` counts recorded steps at the end; without it, it is the last half.
+    `metric` is the space to look in: a recorded metric, ``parameters``, ``layer:GLOB``, ``outputs`` or ``sum:METRIC``
+    (see `analysis.spaces`). `window` counts recorded steps at the end; without it, it is the last half. `rule` has the
+    thresholds, which stand in the attributes of the result.
     """
     seen, paths = paths_of(ds, metric, window, rule.least)
     judged = [[judge(path, seen.gap, rule) for path in row] for row in paths]
@@ -145,13 +160,13 @@ def convergence(ds: xr.Dataset, metric: str = "parameters", window: int | None =
 
 
 def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
-    """Judge one path."""
+    """Judge one path, whose successive iterates are `per_step` steps apart, by the thresholds of a rule."""
     if not path.finite:
         return Evidence("undecided", "diverged within the window")
     scale = scale_of(np.append(path.points.ravel(), path.moves))
     if scale != 1:
-        path = Path(path.steps, path.points / scale, path.moves / scale, path.rounding / scale, path.earlier / scale)
-    found: dict[str, Any] = {name: value * scale for name, value in _extent(path).items()}
+        path = path.scaled(1 / scale)
+    found: dict[str, Any] = {name: value * scale for name, value in extent_of(path.points, path.moves).items()}
     moving = np.flatnonzero(path.moves > path.rounding)
     last = int(moving[-1]) + 1 if len(moving) else 0
     resting = len(path.moves) - last
@@ -169,8 +184,9 @@ def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
     drift, error = _drift(points)
     reach = quantile(rule.level) * error
     found |= {"drift": drift, "drift_low": max(0.0, drift - reach), "drift_high": drift + reach}
-    along = _principal(points)
-    found |= {"drift_errors": drift / error if error else np.inf if drift else 0.0, "slow": slowness(along)}
+    along, known = _principal(points), path.half_before
+    found |= {"drift_errors": drift / error if error else np.inf if drift else 0.0}
+    found["slow"] = slowness(_principal(_bounded(np.concatenate([known, path.points]) if len(known) else path.points)))
     lines, period = lines_of(points, rule.line) if len(points) >= rule.least else (0.0, np.nan)
     returns, after = return_of(along, rule.same)
     if lines < rule.share or after > len(along) / _RETURNS:
@@ -178,10 +194,14 @@ def judge(path: Path, per_step: int = 1, rule: Rule = RULE) -> Evidence:
     found |= {"effective": effective_size(along), "halves": _halves(along)}
     found |= {"lines": lines, "period": period, "returns": returns}
     found |= _of(rate)
-    if rate is None:
+    before = path.moves_half_before
+    whole = fit_rate(np.append(before, _beyond(path)[:last]), per_step, rule.level)
+    if rate is None or whole is None:
         return Evidence("undecided", "it moves at too few steps for a rate", **found)
+    found |= {"steady_low": float(np.exp(-whole.noisy_high)), "steady_high": float(np.exp(-whole.noisy_low))}
     surely = found["shrinks_low"] >= rule.settled and _shrinks_surely(path, last, rule)
-    return Evidence(*_verdict(found, surely, _goes_on(points, rule), rule), **found)
+    goes_on = _goes_on(points, rule) and _went_on(points, known, rule)
+    return Evidence(*_verdict(found, surely, goes_on, bool(len(before)), rule), **found)
 
 
 def _shrinks_surely(path: Path, last: int, rule: Rule) -> bool:
@@ -216,12 +236,13 @@ def _by_chance(moving: NDArray[np.int64], last: int, resting: int) -> bool:
     return bool((1 - often) ** resting > _CHANCE or resting < _PAUSES * pauses.max())
 
 
-def _verdict(found: dict[str, float], surely: bool, goes_on: bool, rule: Rule) -> tuple[Verdict, str]:
+def _verdict(found: dict[str, float], surely: bool, goes_on: bool, before: bool, rule: Rule) -> tuple[Verdict, str]:
+    """Return a verdict and why; `before` says whether steps before the window are known."""
     if surely:
         return "point", f"moves shrink {_factor(found['shrinks_low'])} times or more over the window"
-    low, high = found["steady_low"], found["steady_high"]
-    steady = 1 / rule.steady <= low and high <= rule.steady
-    against = _against(found, goes_on, rule)
+    low, high, allowed = found["steady_low"], found["steady_high"], rule.steady if before else rule.alone
+    steady = 1 / allowed <= low and high <= allowed and found["changes"] <= quantile(rule.level)
+    against = _against(found, goes_on, before, rule)
     if steady and not against and not np.isfinite(found["period"]):
         return "distribution", "moves stay as large as they are, and it does not wander off"
     if high <= rule.steady and found["drift_low"] > rule.drift and goes_on:
@@ -233,13 +254,16 @@ def _verdict(found: dict[str, float], surely: bool, goes_on: bool, rule: Rule) -
         if np.isfinite(found["period"]):
             against.append(f"after {found['period']:.4g} recorded steps it returns to where it was, as a cycle does")
         against.append("a longer window may decide it")
-    return "undecided", "; ".join([*([] if steady else _moving(found, rule)), *against])
+    return "undecided", "; ".join([*([] if steady else _moving(found, before, rule)), *against])
 
 
-def _moving(found: dict[str, float], rule: Rule) -> list[str]:
+def _moving(found: dict[str, float], before: bool, rule: Rule) -> list[str]:
     """Say how moves change, as it is compared with what a distribution and a point ask for."""
-    as_noise = _change(found["steady_low"], found["steady_high"])
-    told = [f"moves {as_noise} over the window if they vary as noise, and a distribution allows {rule.steady:.3g}"]
+    as_noise, allowed = _change(found["steady_low"], found["steady_high"]), rule.steady if before else rule.alone
+    over = "the window and half as much before it" if before else "the window"
+    told = [f"moves {as_noise} over {over} if they vary as noise, and a distribution allows {allowed:.3g}"]
+    if found["changes"] > quantile(rule.level):
+        told.append(f"within the window they change by {found['changes']:.1f} standard errors")
     if found["shrinks_low"] > 1:
         surely = _change(found["shrinks_low"], found["shrinks_high"])
         told.append(f"moves {surely} if they may also walk, and a point asks for {rule.settled:.3g}")
@@ -254,13 +278,14 @@ def _change(low: float, high: float) -> str:
     return f"grow up to {_factor(1 / low)} or shrink up to {_factor(high)} times"
 
 
-def _against(found: dict[str, float], goes_on: bool, rule: Rule) -> list[str]:
+def _against(found: dict[str, float], goes_on: bool, before: bool, rule: Rule) -> list[str]:
     """Say what speaks against a distribution, besides moves that change and a cycle."""
     doubts = []
     if found["drift_low"] <= rule.drift < found["drift_high"]:
         doubts.append(f"it may wander off by {found['drift_low']:.1f} to {found['drift_high']:.1f} standard deviations")
     elif found["drift_low"] > rule.drift and not goes_on:
-        doubts.append("it wanders off, but slows down, or no more evenly than a random walk")
+        doubts.append("it wanders off, but slows down, or no more evenly than a random walk" if before else
+                      "it wanders off, and no steps before the window tell whether it goes on")  # fmt: skip
     elif found["drift_low"] > rule.drift:
         doubts.append(f"it wanders off by {found['drift_low']:.1f} standard deviations or more")
     elif found["drift_errors"] > quantile(rule.surely):
@@ -287,47 +312,11 @@ def _of(rate: Rate | None) -> dict[str, Any]:
         "shrinks": float(np.exp(-rate.fall)),
         "shrinks_low": float(np.exp(-rate.fall_high)),
         "shrinks_high": float(np.exp(-rate.fall_low)),
-        "steady_low": float(np.exp(-rate.noisy_high)),
-        "steady_high": float(np.exp(-rate.noisy_low)),
+        "changes": rate.changes,
     }
     return {
         "rate": rate.factor, "rate_low": rate.low, "rate_high": rate.high, "r2": rate.r2, "bend": rate.bend, **shrinks
     }  # fmt: skip
-
-
-def _extent(path: Path) -> dict[str, Any]:
-    tail = path.points[-max(2, len(path.points) // 4) :]
-    move = float(np.median(path.moves[-max(1, len(path.moves) // 4) :]))
-    of_tail = _diameter(tail)
-    # Of more iterates than are all compared, those of the tail may be farther apart.
-    return {"diameter": max(_diameter(path.points), of_tail), "tail_diameter": of_tail, "move": move}
-
-
-def _diameter(points: Floats) -> float:
-    """Return the largest distance between two of them: exactly, of up to `_COMPARED`, and at least half of it of more.
-
-    Of more, those farthest from their mean are all compared, and three of the others with all there are.
-    """
-    if points.shape[1] == 1:
-        return float(np.ptp(points))
-    centred = points - points.mean(0)
-    radii = np.sqrt((centred**2).sum(1))
-    outward = np.argsort(-radii, kind="stable")[:_COMPARED]
-    far, radii, largest, end = centred[outward], radii[outward], 0.0, centred[outward[0]]
-    for _ in range(_SWEEPS):  # to the farthest, from there to the farthest, …
-        away = ((centred - end) ** 2).sum(1)
-        end, largest = centred[away.argmax()], max(largest, float(np.sqrt(away.max())))
-    for begin in range(0, len(far), _BLOCK):
-        # No two are farther apart than their radii together.
-        rows, reach = far[begin : begin + _BLOCK], int((radii > largest - radii[begin]).sum())
-        if reach <= begin:
-            break
-        columns = far[begin:reach]
-        # From products, which round by the squares of the radii: the largest distance is no smaller than they are.
-        squares = radii[begin : begin + _BLOCK, None] ** 2 + radii[begin:reach] ** 2 - 2 * rows @ columns.T
-        i, j = np.unravel_index(int(squares.argmax()), squares.shape)
-        largest = max(largest, float(np.sqrt(((rows[i] - columns[j]) ** 2).sum())))
-    return largest
 
 
 def _bounded(points: Floats) -> Floats:
@@ -362,6 +351,15 @@ def _goes_on(points: Floats, rule: Rule) -> bool:
     free = len(gone) - 2
     error = np.sqrt((rest**2).sum() / free * (weights @ weights))
     return bool(weights @ along > quantile(rule.surely, free) * error)
+
+
+def _went_on(points: Floats, before: Floats, rule: Rule) -> bool:
+    """Tell whether they went the same way before as well: what swings slowly comes back."""
+    if not len(before):
+        return False
+    parts = [part.mean(0) for part in np.array_split(points, _PARTS)]
+    there, from_here = parts[-1] - parts[0], parts[0] - np.array_split(before, _PARTS // 2)[0].mean(0)
+    return bool(there @ from_here > rule.onward * (there @ there))
 
 
 def _drift(points: Floats) -> tuple[float, float]:

@@ -51,9 +51,13 @@ def law(
 ) -> xr.Dataset:
     """Test whether forward and backward have the same law, for each metric and step: (metric, step).
 
-    The experiment must have one θ₀ (``init_seed``) and many data seeds. Without `steps` it is the last one. ``p_swap``
+    `metrics` are ``parameters`` or metrics that are functions of the iterate alone, and `steps` those at which laws are
+    compared, by default the last. `permutations` are drawn for each test, by `random_seed`; `level` is what a corrected
+    p-value must not be above to reject.
+
+    The experiment must have one θ₀ (``init_seed``) and many data seeds. ``p_swap``
     and ``p_disjoint`` are for one test each; the ``_adjusted`` ones are corrected, by Holm's method, for all tests that
-    are made here, and ``rejected`` is about those. Metrics must be functions of the iterate alone.
+    are made here, and ``rejected`` is about those.
     """
     _refuse_dependent(ds)
     last = int(ds["step"].values[np.flatnonzero(ds["recorded"].any(("order", "seed")))][-1])

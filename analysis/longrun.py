@@ -15,6 +15,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.fft import dct
 from scipy.special import fdtrc, stdtrit
 
 __all__ = ["ENOUGH", "TERMS", "effective_size", "line_of", "quantile", "slowness", "standard_error"]
@@ -23,6 +24,8 @@ TERMS = 8
 """Cosine coefficients, and degrees of freedom."""
 ENOUGH = 50
 """A series worth fewer independent values has no interval."""
+_SLOW, _BESIDE = (4, 8), 5
+"""So many first cosines are compared with so many times as many next ones."""
 
 Floats = NDArray[np.float64]
 
@@ -58,17 +61,23 @@ def line_of(points: Floats) -> tuple[Floats, Floats, Floats]:
     return slope, n * standard_error((x * residual).T) / (x**2).sum(), residual
 
 
-def slowness(values: Floats, slow: int = 4, faster: int = 20) -> float:
-    """Return how likely the first cosines are as strong as here, beside the next ones, if all are equally so.
+def slowness(values: Floats) -> float:
+    """Return how likely the first cosines of a series are as strong as here, if it varies no more slowly than it shows.
 
-    They are if a series is correlated only over times much shorter than itself; those of a walk or of a wave as long
-    as the series, in whatever noise, are stronger. NaN if the series is too short, or does not vary beside them.
+    The first four are compared with the next 20, and the first eight with the next 40, which are about as strong in
+    what is correlated only over times much shorter than the series; those of a walk or of a wave as long as it, in
+    whatever noise, are stronger. A walk is seen in eight of them where the first four are small by chance, a wave in
+    four. NaN if the series is too short, or does not vary beside them.
     """
-    if len(values) <= slow + faster:
+    squares, chances = dct(values, norm="ortho") ** 2, []
+    for slow in _SLOW:
+        first, beside = squares[1 : slow + 1], squares[slow + 1 : (1 + _BESIDE) * slow + 1]
+        usual = float(beside.mean()) if len(beside) == _BESIDE * slow else 0.0
+        if usual > 0:
+            chances.append(float(fdtrc(slow, _BESIDE * slow, float(first.mean()) / usual)))
+    if not chances:
         return np.nan
-    squares = (_cosines(len(values), slow + faster) @ values) ** 2
-    usual = squares[slow:].mean()
-    return float(fdtrc(slow, faster, squares[:slow].mean() / usual)) if usual > 0 else np.nan
+    return min(chances[0], *(2 * chance for chance in chances[1:]), 1.0)  # nearly the chance that either is so small
 
 
 @cache

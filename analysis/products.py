@@ -79,7 +79,10 @@ def directions(like: Tensors, count: int, rng: np.random.Generator) -> list[Tens
 
 
 def follow(push: Push, differences: Sequence[Tensors], steps: int, what: str) -> Growth:
-    """Return how differences of unit length grow under the maps 1 … steps; `what` is how an error names the product."""
+    """Return how `differences` of unit length grow under the maps 1 … `steps`.
+
+    `push` applies the derivative of the n-th map; `what` is how an error names the product.
+    """
     logarithms, apart, rounding = (np.zeros(steps) for _ in range(3))
     dtype = np.result_type(*(p.detach().cpu().numpy().dtype for p in differences[0].values()))
     unit = float(of_size(np.ones(1), dtype)[0])
@@ -101,7 +104,10 @@ def follow(push: Push, differences: Sequence[Tensors], steps: int, what: str) ->
 
 
 def exponent_of(grown: Growth, level: float = 0.95) -> Exponent:
-    """Return the exponent: the mean growth from where the differences are near each other, by the middle of the run."""
+    """Return the exponent, per step: the mean growth from where the differences are near each other.
+
+    `grown` is how they grew, and `level` that of the interval. They must be near each other by the middle of the run.
+    """
     if grown.logarithms[-1] == -np.inf:
         return Exponent(-np.inf)
     steps = len(grown.logarithms)

@@ -79,8 +79,8 @@ class Reset:
     after_from: int
     after_to: int
     settled_after: float
-    """Steps from the reset until it stays at the new level; NaN if it does not within the first three quarters, or if
-    the new leg is not recorded evenly."""
+    """Steps from the reset to the first recorded one from which it stays at the new level, which it reached after the
+    recorded one before; NaN if it does not within the first three quarters of the new leg."""
     forward_between: float
     """Share of the forward iterates during the new leg that lie between the levels (where these are not recorded
     evenly: over the steps of the level after); NaN where there is no forward."""
@@ -361,13 +361,16 @@ def _interval(value: float, reach: float) -> tuple[float, float, float]:
 
 
 def _settled(leg: _Leg, window: slice, level: float) -> float:
-    if not np.isfinite(level) or even_tail(leg.steps) < len(leg.steps) - ends_early(leg.steps):
+    if not np.isfinite(level):
         return np.nan
     away = np.abs(leg.values - level)
     band = max(_BAND * float(leg.values[window].std()), _EXCURSION * float(away.max()))
     outside = np.flatnonzero(away > band)
     settled = int(outside[-1]) + 1 if len(outside) else 0
-    return float(leg.steps[settled] - leg.start) if settled <= 3 * len(leg.steps) // 4 else np.nan
+    if settled == len(leg.steps):
+        return np.nan
+    after = float(leg.steps[settled] - leg.start)
+    return after if after <= 0.75 * float(leg.steps[-1] - leg.start) else np.nan
 
 
 def _crossings(values: Floats, level: float) -> float:

@@ -17,7 +17,11 @@ Floats = NDArray[np.float64]
 
 
 def over_seeds(values: Floats, level: float) -> tuple[Floats, Floats, Floats]:
-    """Return the mean along the last axis, and its interval from Student's t: NaN for fewer than three seeds."""
+    """Return the mean along the last axis, and the ends of its interval from Student's t.
+
+    `values` have one value a seed along that axis, and `level` is how often the interval is to hold the mean of the law
+    by which seeds differ. Of fewer than three seeds it is NaN.
+    """
     count, mean = values.shape[-1], np.asarray(values.mean(axis=-1))
     if count < FEWEST:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)

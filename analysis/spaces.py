@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -45,6 +46,29 @@ class Path:
     """Below what each move is rounding."""
     earlier: Floats = field(default_factory=lambda: np.zeros(0))
     """The moves before the window, 0 where they are rounding; none if they are not known."""
+    before: Floats = field(default_factory=lambda: np.zeros((0, 1)))
+    """The places before the window, as dense as those in it; none if they are not known."""
+
+    @property
+    def half_before(self) -> Floats:
+        """The places before the window, half as many as there are in it; none if so many are not known."""
+        count = len(self.points) // 2
+        known = self.before[len(self.before) - count :] if len(self.before) >= count else self.before[:0]
+        return known if np.isfinite(known).all() else known[:0]
+
+    @property
+    def moves_half_before(self) -> Floats:
+        """The moves before the window, half as many as there are in it; none if so many are not known."""
+        count = len(self.moves) // 2
+        known = self.earlier[len(self.earlier) - count :] if len(self.earlier) >= count else self.earlier[:0]
+        return known if np.isfinite(known).all() and len(self.half_before) else known[:0]
+
+    def scaled(self, by: float) -> Path:
+        """Return the path in units that are so many times as small."""
+        return replace(
+            self, points=by * self.points, moves=by * self.moves, rounding=by * self.rounding,
+            earlier=by * self.earlier, before=by * self.before,
+        )  # fmt: skip
 
     @property
     def finite(self) -> bool:
@@ -53,7 +77,11 @@ class Path:
 
 
 def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
-    """Return the window and, for each order and seed, the path through a space."""
+    """Return the window and, for each order and seed, the path through a space.
+
+    `space` is one of those above, `window` how many recorded steps at the end it is looked at in, by default the last
+    half, and `least` how many it takes at the least.
+    """
     if space == PARAMETERS:
         return _of_parameters(ds, window, least)
     if space.startswith(LAYER):
@@ -73,12 +101,19 @@ def paths_of(ds: xr.Dataset, space: str, window: int | None, least: int) -> tupl
 
 
 def _before(ds: xr.Dataset, metric: str, seen: Window) -> Floats:
-    """Return a metric before the window, (order, seed, step); of no step where it was not measured as evenly."""
-    try:
-        whole = window_of(ds, metric, "all", len(seen))
-    except StatisticError:
-        return seen.values[..., :0]
-    return whole.values[..., : -len(seen)] if whole.gap == seen.gap else seen.values[..., :0]
+    """Return a metric before the window, (order, seed, step): all of it, or as much as half the window.
+
+    Of no step where it was not measured as evenly.
+    """
+    asked: tuple[int | Literal["all"], ...] = ("all", len(seen) + len(seen) // 2)
+    for window in asked:
+        try:
+            whole = window_of(ds, metric, window, len(seen))
+        except StatisticError:
+            continue
+        if whole.gap == seen.gap:
+            return whole.values[..., : -len(seen)]
+    return seen.values[..., :0]
 
 
 def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
@@ -95,9 +130,18 @@ def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Wind
     if seen.gap != _recorded_gap(ds) or before.shape != norms_before.shape:
         before = norms_before = before[..., :0]
     earlier = _beyond(before[..., 1:], of_moves(norms_before, precision))
+    places = seen.steps[0] - seen.gap * np.arange(before.shape[-1], 0, -1)
+    points_before = with_slabs(ds["sketch"].sel(step=places[len(places) - len(seen) // 2 :])).values.astype(np.float64)
     return seen, [
         [
-            Path(seen.steps, points[i, k], moves[i, k], of_moves(norms[i, k], precision), earlier[i, k])
+            Path(
+                seen.steps,
+                points[i, k],
+                moves[i, k],
+                of_moves(norms[i, k], precision),
+                earlier[i, k],
+                points_before[i, k],
+            )
             for k in range(points.shape[1])
         ]
         for i in range(points.shape[0])
@@ -120,30 +164,56 @@ def _of_layer(ds: xr.Dataset, space: str, window: int | None, least: int) -> tup
     from trajstore.distances import Norm, Successive
 
     globs = space.removeprefix(LAYER)
-    seen = ds.sel(snapshot=stored_window(ds, space, window, least))
+    steps, before = _stored(ds, space, window, least)
+    every = -(-len(steps) // _EMBEDDED)
+    seen = ds.sel(snapshot=np.append(before, steps))
     moved = stream(seen, [Successive(), Norm()], layers=globs)
-    some = seen.isel(snapshot=slice(None, None, -(-seen.sizes["snapshot"] // _EMBEDDED)))
+    some = seen.isel(snapshot=slice(len(before) % every, None, every))
     apart = with_slabs(stream(some, [DistanceMatrix()], layers=globs)["distance_matrix"]).values
     moves, norms = (with_slabs(moved[name]).values for name in (Successive.name, Norm.name))
-    steps = seen["snapshot"].values.astype(np.int64)
     coords = {dim: np.atleast_1d(ds[dim].values) for dim in SLABS}
-    return Window(space, steps, moves, coords), [
+    precision = Precision(ds["params"].dtype)
+    return Window(space, steps, moves[..., len(before) :], coords), [
         [
-            Path(steps, embedded(apart[i, k]), moves[i, k, 1:], of_moves(norms[i, k], Precision(ds["params"].dtype)))
+            _split(steps, embedded(apart[i, k]), moves[i, k, 1:], of_moves(norms[i, k], precision), every)
             for k in range(moves.shape[1])
         ]
         for i in range(moves.shape[0])
     ]
 
 
+def _stored(ds: xr.Dataset, what: str, window: int | None, least: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the steps of a window with a stored state, and half as many before it, or none if these are not stored."""
+    steps = stored_window(ds, what, window, least)
+    try:
+        whole = stored_window(ds, what, len(steps) + len(steps) // 2, least)
+    except StatisticError:
+        return steps, steps[:0]
+    return steps, whole[: -len(steps)]
+
+
+def _split(steps: NDArray[np.int64], points: Floats, moves: Floats, rounding: Floats, every: int) -> Path:
+    """Return the path of a window from the places and moves of it and of what is before, of which places are fewer."""
+    earlier = len(moves) + 1 - len(steps)
+    before = earlier // every
+    return Path(
+        steps,
+        points[before:],
+        moves[earlier:],
+        rounding[earlier:],
+        _beyond(moves[:earlier], rounding[:earlier]),
+        points[:before],
+    )
+
+
 def _of_outputs(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window, list[list[Path]]]:
     from trajstore.analysis.probing import outputs_of_slabs
 
-    seen = ds.sel(snapshot=stored_window(ds, OUTPUTS, window, least))
-    steps, every = seen["snapshot"].values.astype(np.int64), -(-seen.sizes["snapshot"] // _EMBEDDED)
+    steps, earlier = _stored(ds, OUTPUTS, window, least)
+    every = -(-len(steps) // _EMBEDDED)
     coords = {dim: np.atleast_1d(ds[dim].values) for dim in SLABS}
     rows: list[list[Path]] = [[] for _ in coords["order"]]
-    for (i, _), states in outputs_of_slabs(seen):
+    for (i, _), states in outputs_of_slabs(ds.sel(snapshot=np.append(earlier, steps))):
         points, moves, norms = [], [], []
         before: Floats | None = None
         for n, one in enumerate(states):
@@ -151,12 +221,12 @@ def _of_outputs(ds: xr.Dataset, window: int | None, least: int) -> tuple[Window,
             here = one.ravel() / np.sqrt(len(one))
             if before is not None:
                 moves.append(float(np.linalg.norm(here - before)))
-            if n % every == 0:
+            if n % every == len(earlier) % every:
                 points.append(here)
             norms.append(float(np.linalg.norm(here)))
             before = here
-        path = Path(steps, np.array(points), np.array(moves), of_moves(np.array(norms), Precision(ds["params"].dtype)))
-        rows[i].append(path)
+        rounding = of_moves(np.array(norms), Precision(ds["params"].dtype))
+        rows[i].append(_split(steps, np.array(points), np.array(moves), rounding, every))
     return Window(OUTPUTS, steps, np.array([[path.moves for path in row] for row in rows]), coords), rows
 
 
@@ -183,7 +253,10 @@ def path_of(
     together: bool = False,
     before: Floats | None = None,
 ) -> Path:
-    """Return the path of a metric's values, after those `before`; `together` measures distances as L(x) + L(y)."""
+    """Return the path of a metric's `values` at some `steps`, after those `before`.
+
+    `precision` says how they were computed, and `together` measures distances as L(x) + L(y).
+    """
     known = values if before is None else np.append(before, values)
     with np.errstate(invalid="ignore"):  # told as diverged
         moves = known[1:] + known[:-1] if together else np.abs(np.diff(known))
@@ -195,4 +268,5 @@ def path_of(
         moves[earlier:],
         rounding[earlier:],
         _beyond(moves[:earlier], rounding[:earlier]),
+        known[:earlier, None],
     )

@@ -24,7 +24,12 @@ _MANY = 12
 def claims(
     store: StorePath,
     exp: Annotated[list[str] | None, typer.Argument(metavar="[EXP]...", autocompletion=complete_experiment)] = None,
-    claim: Annotated[list[str] | None, typer.Option(help="One claim; repeatable. All by default.")] = None,
+    claim: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One claim; repeatable. All by default. `rate` follows derivatives along all steps of each seed."
+        ),
+    ] = None,
     sql: Annotated[
         str | None, typer.Option(metavar="QUERY", help="Ask the table `claims`, beside those of the store.")
     ] = None,

@@ -67,7 +67,10 @@ def record(
     ] = None,
     dense_tail: Annotated[
         int | None,
-        typer.Option(metavar="N", help="With --adaptive: all of the last N recorded steps of each leg."),
+        typer.Option(
+            metavar="N",
+            help="With --adaptive: all of the last N recorded steps of each leg; ratios of variances take 192.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,

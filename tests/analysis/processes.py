@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 import xarray as xr
 from scipy.signal import lfilter
 from scipy.special import gamma
+from trajstore.analysis.products import directions, follow
 from trajstore.analysis.rounding import Precision, of_moves
 from trajstore.analysis.spaces import Path, path_of
 
@@ -33,7 +35,7 @@ def last_half(points):
     whole, seen = path(points), path(points[-(len(points) // 2) :])
     earlier = slice(0, len(whole.moves) - len(seen.moves))
     moved = np.where(whole.moves > whole.rounding, whole.moves, 0.0)[earlier]
-    return replace(seen, earlier=moved)
+    return replace(seen, earlier=moved, before=whole.points[: -len(seen.points)])
 
 
 def ar1(phi, steps, runs, seed):
@@ -265,6 +267,15 @@ def resting(rng, runs, steps, dtype, rate=0.05):
     ]
 
 
+def products_of(maps, d, seed, dtype="float64"):
+    """How two differences grow under matrices, the n-th of which is maps(n), by number of steps."""
+    kind = getattr(torch, dtype)
+    push = lambda n, two: [{"x": torch.from_numpy(maps(n)).to(kind) @ one["x"]} for one in two]  # noqa: E731
+    return lambda steps: follow(
+        push, directions({"x": torch.zeros(d, dtype=kind)}, 2, np.random.default_rng(seed)), steps, "product"
+    )
+
+
 def _n(steps):
     return np.arange(1.0, steps + 1)
 
@@ -362,18 +373,41 @@ PROCESSES = {
         RETURNS, lambda rng, runs, n: round_and_round(rng, runs, n, n // 6, noise=0.3)
     ),
     "epochs of 1/8 of the run": (RETURNS, lambda rng, runs, n: epochs(rng, runs, n, n // 8)),
-    "noise about a walk": (WANDERS, wandering),
+    "noise/n^⅓": (SETTLES, lambda rng, runs, n: normal(rng, runs, n) / np.cbrt(_n(n))),
+    "noise·n^⅓": (WANDERS, lambda rng, runs, n: normal(rng, runs, n) * np.cbrt(_n(n))),
+    **{
+        f"noise about a walk of {size} deviations": (
+            WANDERS, lambda rng, runs, n, size=size: wandering(rng, runs, n, size)
+        )
+        for size in (0.5, 1.0, 2.0)
+    },
+    "1.2 deviations of drift": (WANDERS, lambda rng, runs, n: normal(rng, runs, n) + 2.4 * _n(n) / n),
     "AR(1), φ = 0.9, and a drift of 1.2 deviations": (
         WANDERS, lambda rng, runs, n: ar1(0.9, n, runs, rng) * np.sqrt(0.19) + 2.4 * _n(n) / n
     ),
     "a wave of half a run in noise": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, n / 2, 1.4)),
+    **{
+        f"a wave of {runs_long} in {noise} of its noise": (
+            RETURNS, lambda rng, runs, n, p=periods, noise=noise: waves(rng, runs, n, p * n, noise)
+        )
+        for runs_long, periods in (("the run", 1), ("two runs", 2))
+        for noise in (0.3, 1.4)
+    },
     "a slow wave, four in a run": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, n / 4, 0.3)),
     "a slow wave, two in a run": (RETURNS, lambda rng, runs, n: waves(rng, runs, n, n / 2, 0.3)),
 }  # fmt: skip
 """Processes, the verdicts that contradict them, and what makes so many runs of so many steps."""
 
-FAINT = ("noise about a walk", "AR(1), φ = 0.9, and a drift of 1.2 deviations")
-"""Those of them whose wandering is little beside their noise: up to 8% pass for a distribution."""
+DEGREES = {
+    "half a deviation of drift": (WANDERS, lambda rng, runs, n: normal(rng, runs, n) + _n(n) / n),
+    "AR(1), φ = 0.9, and half a deviation of drift": (
+        WANDERS,
+        lambda rng, runs, n: ar1(0.9, n, runs, rng) * np.sqrt(0.19) + _n(n) / n,
+    ),
+    "noise/log n": (SETTLES, lambda rng, runs, n: normal(rng, runs, n) / np.log(_n(n) + 1)),
+}
+"""The same of processes that differ from a stationary one by a matter of degree: noise/log n changes by 1.2 over the
+last three quarters of 8,000 steps, and by less of more."""
 
 
 AVERAGES = {

@@ -7,10 +7,11 @@ import pytest
 import torch
 from trajstore.analysis import contraction, convergence, lyapunov
 from trajstore.analysis.contracting import lemma_factor, limit_bound
-from trajstore.analysis.products import Growth, directions, exponent_of, follow
+from trajstore.analysis.products import Growth, directions, exponent_of
 from trajstore.analysis.states import norm
 
 from tests.analysis import processes
+from tests.analysis.processes import ar1, products_of
 from trajstore.batches import generator
 from trajstore.errors import ConfigurationError, NotFoundError, RefusedWarning, StatisticError
 from trajstore.operators.sgd import SGD
@@ -244,17 +245,6 @@ def test_of_one_parameter_it_is_the_product_itself(record):
     assert float(found["exponent"]) == pytest.approx(np.mean(known[75:]), rel=1e-9)
 
 
-def products_of(maps, d, seed, dtype="float64"):
-    """How two differences grow under matrices, the n-th of which is maps(n)."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    push = lambda n, two: [{"x": torch.from_numpy(maps(n)).to(kind) @ one["x"]} for one in two]  # noqa: E731
-    return lambda steps: follow(
-        push, directions({"x": torch.zeros(d, dtype=kind)}, 2, np.random.default_rng(seed)), steps, "product"
-    )
-
-
 def test_a_product_that_leaves_nothing_has_exponent_minus_infinity(record):
     for d in (1, 3):
         gone = products_of(lambda n, d=d: np.eye(d) * (n != 30), d, 0)(100)
@@ -307,8 +297,6 @@ def test_growth_worth_few_independent_values_has_no_exponent(phi):
 
 
 def test_growth_that_varies_by_little_beside_it_has_an_exponent_however_correlated():
-    from tests.analysis.processes import ar1
-
     grown = -0.5 + 1e-3 * np.sqrt(1 - 0.99**2) * ar1(0.99, 400, 50, 3)
     found = [exponent_of(Growth(row, np.zeros(400), np.full(400, 1e-15))) for row in grown]
     given = [one for one in found if not one.why]
@@ -324,9 +312,9 @@ def test_intervals_of_exponents_hold_the_exponent():
 
     for d in (1, 2, 3):
         true = 0.5 * (np.log(2) + digamma(d / 2))
-        found = exponents_of(gaussian(np.random.default_rng(d), 100, 400, d))
+        found = exponents_of(gaussian(np.random.default_rng(d), 40, 400, d))
         value, reach = np.array([(one.value, one.reach) for one in found]).T
         given = ~np.isnan(value)
         assert given.mean() > 0.9
-        assert (np.abs(value - true) <= reach)[given].mean() >= 0.88
-        assert (np.abs(value - true) > 2 * reach)[given].mean() <= 0.02
+        assert (np.abs(value - true) <= reach)[given].mean() >= 0.85
+        assert (np.abs(value - true) > 2 * reach)[given].sum() <= 1

@@ -1,4 +1,4 @@
-"""Verdicts on processes whose behaviour is known: right in nine of ten, wrong in at most one of fifty."""
+"""Verdicts on processes whose behaviour is known: seldom undecided where they can be told, and hardly ever wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from trajstore.analysis.convergence import judge
 from trajstore.analysis.spaces import embedded
 
 from tests.analysis.processes import (
-    FAINT,
     KNOWN,
     PROCESSES,
     epochs,
@@ -21,18 +20,20 @@ from tests.analysis.processes import (
     quadratic,
     round_and_round,
     wandering,
+    waves,
 )
 from trajstore.errors import NotFoundError, StatisticError
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_verdict_is_right(name):
+    """A law is seen in four of five windows: each of the tests that nothing wanders costs some of them."""
     right, process = KNOWN[name]
     rng = np.random.default_rng(0)
-    verdicts = Counter(judge(last_half(process(rng))).verdict for _ in range(100))
-    wrong = 100 - verdicts[right] - verdicts["undecided"]
-    assert verdicts[right] >= 90, verdicts
-    assert wrong <= 2, verdicts
+    verdicts = Counter(judge(last_half(process(rng))).verdict for _ in range(40))
+    wrong = 40 - verdicts[right] - verdicts["undecided"]
+    assert verdicts[right] >= (26 if right == "distribution" else 36), verdicts
+    assert wrong <= 1, verdicts
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -41,7 +42,7 @@ def test_no_definite_verdict_contradicts_the_process(name):
     contradicts, make = PROCESSES[name]
     for steps in (400, 2_000):
         verdicts = Counter(judge(last_half(v)).verdict for v in make(np.random.default_rng(steps), 20, steps))
-        assert sum(verdicts[verdict] for verdict in contradicts) <= (3 if name in FAINT else 1), (steps, verdicts)
+        assert sum(verdicts[verdict] for verdict in contradicts) <= 1, (steps, verdicts)
 
 
 @pytest.mark.parametrize("period", [2, 3, 4, 5, 7, 12, 31, 64])
@@ -78,15 +79,46 @@ def test_stationary_noise_does_not_return_and_wanders_only_by_chance():
     for name in ("AR(1), φ = 0.0", "AR(1), φ = 0.9", "AR(1), φ = -0.9", "least squares, forward"):
         judged = [judge(last_half(points)) for points in PROCESSES[name][1](rng, 60, 2_000)]
         assert not any(one.returns > 0.8 for one in judged), name
-        assert sum(one.slow <= 0.01 for one in judged) <= 4, name
+        # What is correlated over a hundredth of the window is a little slower than the waves beside it.
+        assert sum(one.slow <= 0.1 for one in judged) <= (12 if name in ("AR(1), φ = 0.0", "AR(1), φ = -0.9") else 24)
 
 
-def test_noise_about_a_walk_is_seldom_a_distribution_and_says_why():
-    judged = [judge(last_half(points)) for points in wandering(np.random.default_rng(8), 60, 4_000)]
-    assert sum(one.verdict == "distribution" for one in judged) <= 6
-    assert sum(one.slow <= 0.01 for one in judged) >= 40
+@pytest.mark.parametrize("size", [1.0, 2.0])
+def test_noise_about_a_walk_is_no_distribution_and_says_why(size):
+    judged = [judge(last_half(points)) for points in wandering(np.random.default_rng(8), 40, 4_000, size)]
+    assert sum(one.verdict == "distribution" for one in judged) <= 1
+    assert sum(one.slow <= 0.1 for one in judged) >= 38
     assert any("its slowest waves are too strong" in one.why for one in judged)
     assert any("which is little but no chance" in one.why for one in judged)
+
+
+@pytest.mark.parametrize("power", [-1 / 3, 1 / 3])
+def test_noise_that_falls_or_grows_slowly_is_no_distribution(power):
+    """By 1.26 over the window, which is little, and by 1.59 over the window and half as much before it."""
+    made = np.random.default_rng(2).standard_normal((40, 2_000)) * np.arange(1, 2_001.0) ** power
+    judged = [judge(last_half(row)) for row in made]
+    assert sum(one.verdict == "distribution" for one in judged) <= 1
+    if power < 0:
+        known = [one.steady_low <= 4 ** (1 / 3) <= one.steady_high for one in judged]
+        assert np.mean(known) > 0.85
+
+
+def test_a_wave_as_long_as_the_run_does_not_drift_though_the_window_sees_it_go_one_way():
+    made = waves(np.random.default_rng(3), 20, 4_000, 4_000, 0.3)
+    judged = [judge(last_half(row)) for row in made]
+    assert {one.verdict for one in judged} == {"undecided"}
+    alone = [judge(path(row[-2_000:])) for row in made]
+    assert {one.verdict for one in alone} == {"undecided"}
+    assert any("no steps before the window tell whether it goes on" in one.why for one in alone)
+
+
+def test_without_steps_before_the_window_moves_may_change_by_less():
+    """Half of a run over which noise falls as n^-⅓ looks steady by itself."""
+    noise = np.random.default_rng(4).standard_normal((10, 16_000))
+    falls = noise[:, :8_000] * np.arange(8_000.0, 16_000) ** (-1 / 3)
+    assert sum(judge(path(row)).verdict == "distribution" for row in falls) <= 1
+    steady = Counter(judge(path(row)).verdict for row in noise)
+    assert steady["distribution"] >= 5
 
 
 def test_what_is_compared_is_what_is_told():
@@ -95,8 +127,9 @@ def test_what_is_compared_is_what_is_told():
         judged = judge(last_half(noise * change ** np.arange(2_000)))
         ends = (judged.steady_low, judged.steady_high)
         low, high = ends if name == "shrink" else (1 / ends[1], 1 / ends[0])
-        told = f"moves {name} {low:.2g} to {high:.2g} times over the window if they vary as noise"
-        assert judged.why.startswith(f"{told}, and a distribution allows 1.38")
+        over = "the window and half as much before it"
+        told = f"moves {name} {low:.2g} to {high:.2g} times over {over} if they vary as noise"
+        assert judged.why.startswith(f"{told}, and a distribution allows 1.5")
     slow = judge(last_half(5 * 0.999 ** np.arange(2_001) * (1 + 0.01 * np.random.default_rng(9).random(2_001))))
     assert f"moves shrink {slow.shrinks_low:.2g} to {slow.shrinks_high:.2g} times" in slow.why
     assert "a point asks for 10" in slow.why
@@ -193,7 +226,7 @@ def recorded(tmp_path_factory):
 
 def test_a_recorded_experiment_is_judged_in_parameters_and_in_losses(recorded):
     jumps, stays = convergence(recorded["jumps"]), convergence(recorded["stays"])
-    assert jumps["verdict"].values.tolist() == [["distribution"] * 2]
+    assert jumps["verdict"].values.tolist() in ([["distribution"] * 2], [["distribution", "undecided"]])
     assert stays["verdict"].values.tolist() == [["point"] * 2]
     assert jumps.attrs["metric"] == "parameters"
     assert jumps["diameter"].values.tolist() == [[2, 2]]
@@ -328,12 +361,12 @@ def test_a_diameter_is_of_all_iterates(points):
 
 def test_of_more_iterates_than_are_compared_it_is_no_smaller_than_that_of_the_tail():
     """Those farthest from the mean are near each other here, and those of the tail are not among them."""
-    from trajstore.analysis.convergence import _extent
+    from trajstore.analysis.extent import extent_of
 
     rng = np.random.default_rng(0)
     ends = np.c_[np.zeros(10_000), np.linspace(-3.5, 3.5, 10_000)]
     points = np.r_[1e-3 * rng.standard_normal((20_000, 2)), [10, 0] + 1e-3 * rng.standard_normal((10_000, 2)), ends]
-    found = _extent(path(points))
+    found = extent_of(points, path(points).moves)
     assert found["tail_diameter"] == pytest.approx(7)
     assert found["diameter"] == pytest.approx(np.hypot(10, 3.5), rel=1e-3)
-    assert _extent(path(points[:, :1]))["diameter"] == np.ptp(points[:, 0])
+    assert extent_of(points[:, :1], path(points[:, :1]).moves)["diameter"] == np.ptp(points[:, 0])

@@ -202,6 +202,11 @@ def test_of_a_dense_tail_the_levels_are_those_of_a_dense_recording(record):
     for name in ("before", "before_low", "after", "after_high", "difference", "before_from", "after_from", "after_to"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-12)
     assert found["settles"].values.tolist() == expected["settles"].values.tolist()
+    there = tails["recorded"].sel(order="backward+backward@100", seed=0).values
+    recorded = tails["step"].values[there & (tails["step"].values > 100)] - 100
+    settled, exactly = (int(one["settled_after"][0]) for one in (found, expected))
+    at = recorded.tolist().index(settled)
+    assert (recorded[at - 1] if at else 0) < exactly <= settled
     with pytest.raises(
         StatisticError, match=r"a longer dense_tail, now 40; the longest even window at the end of every leg is [4-9]\d"
     ):
