@@ -24,7 +24,16 @@ def interval(value: float, low: float, high: float) -> str:
     1.000089 [1.000041, 1.000137]; 9e-5 [4.1e-5, 1e-3]; 2e7 [1e7, 4e7]
     >>> print(interval(0.25, 0.25, 0.25), interval(39.96, 0.00023, 10240), sep="; ")
     0.25 [0.25, 0.25]; 40 [0.00023, 1e4]
+
+    Of an interval that is open to a side, there is the end that is known:
+
+    >>> print(interval(5e15, 3.1e14, np.inf), interval(2e-16, -np.inf, 4e-15), sep="; ")
+    at least 3.1e14; at most 4e-15
     """
+    if high == np.inf and np.isfinite(low):
+        return f"at least{_TOGETHER}{number(low)}"
+    if low == -np.inf and np.isfinite(high):
+        return f"at most{_TOGETHER}{number(high)}"
     if not np.isfinite([low, high]).all():
         return number(value)
     if high - low <= _EXACT * max(abs(low), abs(high)):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from trajstore.analysis import local_variance_ratio, variance_ratio
+from trajstore.analysis.examining.finding import by_interval, number_of
+from trajstore.analysis.figures._ratios import ratios
+from trajstore.analysis.writing import number
 
 from tests.analysis.processes import ar1, runs_of
 from trajstore.errors import ConfigurationError, StatisticError
@@ -91,6 +96,25 @@ def test_a_ratio_to_what_rests_is_a_bound():
     assert (other["bound"].item(), float(other["low"][0])) == ("upper", 0)
     assert float(other["high"][0]) == pytest.approx(1 / float(found["low"][0]), rel=1e-9)
     assert other["why"].item() == "forward varies by no more than rounding in 33 of 33 blocks"
+
+
+def test_a_bound_is_told_as_a_bound_in_titles_and_in_claims():
+    noise, still = np.random.default_rng(0).standard_normal((1, 640)), np.ones((1, 640))
+    orders = ("forward", "backward")
+    for one, other, word in ((noise, still, "at least"), (still, noise, "at most")):
+        ds = runs_of(one, other)
+        found = local_variance_ratio(ds, "loss", 640).isel(seed=0)
+        told = ratios(ds, "loss", partial(local_variance_ratio, window=640), orders)[0]
+        end = float(found["low"] if word == "at least" else found["high"])
+        order = orders[word == "at least"]
+        assert told == (
+            f"variance forward/backward {word}\N{NO-BREAK SPACE}{number(end)} ({order} varies by no more than rounding "
+            "in 32 of 32 blocks), steps 0 to 639"
+        )
+        claim = by_interval(1.0, "", "", number_of(found, "ratio", "low", "high"))
+        assert claim.verdict == ("holds" if word == "at least" else "does not hold")
+    nothing = local_variance_ratio(runs_of(still, still), "loss", 640).isel(seed=0)
+    assert by_interval(1.0, "", "", number_of(nothing, "ratio", "low", "high")).verdict == "not decidable here"
 
 
 def test_a_ratio_to_exactly_nothing_is_no_larger_than_what_rounding_tells():
