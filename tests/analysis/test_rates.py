@@ -18,7 +18,7 @@ def holds(moves, factor, **more):
 def test_on_the_quadratic_backward_approaches_its_limit_by_one_minus_h(h, steps):
     rng = np.random.default_rng(2)
     held = [holds(path(quadratic(rng, h, steps, "backward")).moves, 1 - h) for _ in range(500)]
-    assert 0.90 <= np.mean(held) <= 0.99
+    assert 0.93 <= np.mean(held) <= 0.99
 
 
 @pytest.mark.parametrize(("walk", "noise", "least"), [(0.3, 1.0, 0.9), (1.0, 0.1, 0.9), (0.1, 1.0, 0.85)])
@@ -33,7 +33,7 @@ def test_logarithms_may_walk_at_random(walk, noise, least):
 
 def test_logarithms_may_be_correlated():
     held = [holds(np.exp(-0.05 * np.arange(400) + row), np.exp(-0.05)) for row in ar1(0.5, 400, 300, 1)]
-    assert 0.90 <= np.mean(held) <= 0.99
+    assert 0.93 <= np.mean(held) <= 0.99
 
 
 def test_on_least_squares_the_rate_is_that_of_the_products():
