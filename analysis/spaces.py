@@ -127,8 +127,9 @@ def _of_parameters(ds: xr.Dataset, window: int | None, least: int) -> tuple[Wind
         moves = np.sqrt((np.diff(points, axis=2) ** 2).sum(-1))
     precision = Precision(ds["params"].dtype if "params" in ds else np.dtype(np.float64))
     before, norms_before = _before(ds, "step_distance", seen), _before(ds, "param_norm", seen)
-    if seen.gap != _recorded_gap(ds) or before.shape != norms_before.shape:
-        before = norms_before = before[..., :0]
+    # At the first step there is no distance to an iterate before.
+    known = min(before.shape[-1], norms_before.shape[-1]) if seen.gap == _recorded_gap(ds) else 0
+    before, norms_before = (values[..., values.shape[-1] - known :] for values in (before, norms_before))
     earlier = _beyond(before[..., 1:], of_moves(norms_before, precision))
     places = seen.steps[0] - seen.gap * np.arange(before.shape[-1], 0, -1)
     points_before = with_slabs(ds["sketch"].sel(step=places[len(places) - len(seen) // 2 :])).values.astype(np.float64)

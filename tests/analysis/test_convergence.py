@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
 import xarray as xr
 from trajstore.analysis import convergence, variance
 from trajstore.analysis.convergence import judge
-from trajstore.analysis.spaces import embedded
+from trajstore.analysis.spaces import embedded, paths_of
 
+import trajstore as ts
 from tests.analysis.processes import (
     KNOWN,
     PROCESSES,
@@ -112,6 +114,22 @@ def test_a_wave_as_long_as_the_run_does_not_drift_though_the_window_sees_it_go_o
     assert any("no steps before the window tell whether it goes on" in one.why for one in alone)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_of_a_recording_from_the_start_all_moves_before_the_window_are_known(tmp_path, every):
+    """Though at the first step there is no distance to an iterate before."""
+    changes = {"steps": 480, "seeds": [0, 1], "orders": ["forward", "backward"], "record": {"every": every}}
+    ds = ts.run(ts.Experiment.preset("quadratic", changes), tmp_path / "s.zarr", workers=0).dataset()
+    seen, paths = paths_of(ds, "parameters", None, 40)
+    for order, seed in product(range(2), range(2)):
+        places = ds["params"].isel(order=order, seed=seed).transpose("snapshot", "param").values
+        moves = np.linalg.norm(np.diff(places, axis=0), axis=1)[1 : -len(seen)]
+        known = paths[order][seed]
+        assert known.earlier == pytest.approx(np.where(moves > 1e-12, moves, 0), rel=1e-5, abs=1e-12)
+        assert len(known.moves_half_before) == len(known.moves) // 2
+        assert len(known.half_before) == len(known.points) // 2
+    assert not convergence(ds)["why"].str.contains("no steps before").any()
+
+
 def test_without_steps_before_the_window_moves_may_change_by_less():
     """Half of a run over which noise falls as n^-⅓ looks steady by itself."""
     noise = np.random.default_rng(4).standard_normal((10, 16_000))
@@ -209,8 +227,6 @@ def test_a_slow_descent_is_no_point_before_it_has_shrunk():
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    import trajstore as ts
-
     store = tmp_path_factory.mktemp("verdicts") / "runs.zarr"
 
     def record(preset, **changes):
