@@ -68,7 +68,7 @@ def main() -> None:
     except TrajstoreError as error:
         code = _fail(str(error), error.exit_code)
     except OSError as error:
-        code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        code = _fail(_system_said(error), 1)
     except MemoryError:
         code = _fail("out of memory", 1)
     except RuntimeError as error:
@@ -76,6 +76,17 @@ def main() -> None:
             raise
         code = _fail(f"out of memory ({error})", 1)  # torch's way of saying so
     sys.exit(code)
+
+
+def _system_said(error: OSError) -> str:
+    from trajstore.errors import OpenFilesError
+    from trajstore.system import refuse_too_many, system_told
+
+    try:
+        refuse_too_many(error, "a file")
+    except OpenFilesError as too_many:
+        return str(too_many)
+    return system_told(error)
 
 
 def _fail(message: str, code: int, prefix: str = "trajstore: ") -> int:

@@ -6,7 +6,6 @@ import fcntl
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import zarr
 
 import trajstore as ts
 from tests.conftest import SMALL_NET, Record
-from tests.waiting import until
+from tests.waiting import HANGS, until
 from trajstore.errors import BusyError, ResumedWarning, WriteError
 from trajstore.storage.place import ReplacedError
 from trajstore.storage.schema import Schema
@@ -50,16 +49,17 @@ class First:
         half, self._go = folder / "half", folder / "go"
         program = [sys.executable, "-c", FIRST, str(store), str(half), str(self._go)]
         self.process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
-        while not (half.exists() and ts.open(store)["mine"].slabs()[0].last_step >= 8):
+
+        def half_way() -> bool:
             assert self.process.poll() is None, self.process.stderr.read() if self.process.stderr else ""
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+            return half.exists() and ts.open(store)["mine"].slabs()[0].last_step >= 8
+
+        until(half_way, "what is recorded is committed half-way")
 
     def ends(self) -> tuple[int, str]:
         """Let it go on to its end: exit code, and what it said."""
         self._go.touch()
-        _, told = self.process.communicate(timeout=120)
+        _, told = self.process.communicate(timeout=HANGS)
         return self.process.returncode, told
 
 

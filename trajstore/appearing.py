@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trajstore.errors import ConfigurationError, ConflictError, TrajstoreError, WriteError
+from trajstore.system import system_told
 
 __all__ = ["whole_file", "whole_folder"]
 
@@ -69,8 +70,7 @@ def _appearing(place: Path, check: Callable[[], None], make: Callable[[Path], No
     except TrajstoreError:
         raise
     except OSError as error:
-        told = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
-        raise WriteError(f"{place} could not be written ({told}); nothing of it was kept") from None
+        raise WriteError(f"{place} could not be written ({system_told(error)}); nothing of it was kept") from None
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)

@@ -14,6 +14,7 @@
     │   └── DamageError *                   a store that is damaged
     ├── QueryError (ValueError)             an SQL statement that is wrong or not allowed
     ├── WriteError (OSError) *              the disk is full, or fails: what was committed stays
+    ├── OpenFilesError (OSError) *          this process has as many files open as the system lets it have
     ├── UnreachableError (OSError) *        an object store does not answer, or refuses
     ├── WorkerError (RuntimeError) *        processes that compute died again and again
     └── StatisticError (ValueError)         too little data for the number that was asked for
@@ -46,6 +47,7 @@ __all__ = [
     "FormatError",
     "IrreproducibleError",
     "NotFoundError",
+    "OpenFilesError",
     "OrderError",
     "QueryError",
     "RefusedWarning",
@@ -125,6 +127,12 @@ class QueryError(TrajstoreError, ValueError):
 
 class WriteError(TrajstoreError, OSError):
     """Something could not be written."""
+
+    exit_code = 1
+
+
+class OpenFilesError(TrajstoreError, OSError):
+    """A file could not be opened because too many are."""
 
     exit_code = 1
 

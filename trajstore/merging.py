@@ -26,6 +26,7 @@ from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
 from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_alike, refuse_foreign
+from trajstore.system import is_full
 
 __all__ = ["Merged", "merge", "remove"]
 
@@ -49,7 +50,7 @@ def remove(store: Store, name: str) -> None:
     store.place.make()  # refuses where nothing can be written
     with ExitStack() as held:
         held.enter_context(store.declaring())
-        _lock_slabs(held, experiment)
+        _lock_slabs(held, experiment, full=True)
         if store.place.beside is None:  # it cannot be gone at once: from now on it is no experiment any more
             group = zarr.open_group(store.place.keeper(read_only=False), path=name, mode="r+", zarr_format=3)
             group.attrs[ATTRIBUTE] = {"declaring": True}
@@ -214,7 +215,18 @@ def _copy(source: StoredExperiment, target: StoredExperiment, here: str, there: 
             keeper.set_sync(f"{target.name}/{there}{key.removeprefix(prefix)}", Buffer.from_bytes(content))
 
 
-def _lock_slabs(held: ExitStack, experiment: StoredExperiment, place: StoredExperiment | None = None) -> None:
-    """Hold the locks of an experiment's slabs, in its own store or in another."""
+def _lock_slabs(
+    held: ExitStack, experiment: StoredExperiment, place: StoredExperiment | None = None, *, full: bool = False
+) -> None:
+    """Hold the locks of an experiment's slabs, in its own store or in another.
+
+    With `full`, a slab of which nothing is stored goes without, where the disk has no room for its lock: nobody can
+    begin it either, and what is to be done is what makes room.
+    """
+    stored = place or experiment
     for order, seed in product(experiment.schema.orders, experiment.schema.seeds):
-        held.enter_context((place or experiment).locked(order, seed))
+        try:
+            held.enter_context(stored.locked(order, seed))
+        except OSError as error:
+            if not full or not is_full(error) or stored.store.place.files(stored.slab_folder(order, seed)):
+                raise

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -37,7 +38,7 @@ from trajstore.measures import maker_of
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_folder, slab_lock
-from trajstore.storage.reader import Commits
+from trajstore.storage.reader import Commits, blocks, refuse_to_hold
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema, check_format
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
@@ -209,10 +210,12 @@ class Store:
             attributes: Any = group.attrs["trajstore"]
             check_format(attributes, where)
             checked(attributes)
+            experiment = StoredExperiment(self, group)
+            _ = experiment.schema  # refuses what could not be read
         if self.trusted:
             ids = [fill["id"] for fill in attributes["fills"]]
             allow(attributes["config"]["problem"], ids, self.place.address)
-        return StoredExperiment(self, group)
+        return experiment
 
     def variants(self, name: str) -> dict[str, StoredExperiment]:
         """Return the experiments that are variants of this name, by their own names in it, or the one of this name."""
@@ -358,9 +361,10 @@ class StoredExperiment:
         commits = self.commits()
         last, complete = commits.last_step, self.complete(commits)
         infinite = np.zeros_like(commits.steps)
-        measured = self._values("measured")
-        for bit, metric in enumerate(self.schema.metrics):
-            infinite |= commits.steps & (measured >> bit & 1 > 0) & ~np.isfinite(self._values(metric))
+        for some in blocks((len(self.schema.orders), len(self.schema.seeds)), self.schema.steps + 1):
+            measured, counts = self._values("measured", some), commits.steps[some]
+            for bit, metric in enumerate(self.schema.metrics):
+                infinite[some] |= counts & (measured >> bit & 1 > 0) & ~np.isfinite(self._values(metric, some))
         return [
             SlabStatus(
                 order,
@@ -377,6 +381,8 @@ class StoredExperiment:
     def late(self) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]:
         """Return the late metrics: for which (order, seed, step) there is a value, and the values."""
         schema, found = self.schema, {}
+        numbers = len(schema.late) * math.prod(self._shape)  # each with a yes or no
+        refuse_to_hold(self.group, 9 * numbers, f"{len(schema.late):,} metrics that came later")
         for name in schema.late:
             slabs = product(range(len(schema.orders)), range(len(schema.seeds)))
             series = [LateSeries(self.group, schema, slab, name).read() for slab in slabs]
@@ -389,11 +395,11 @@ class StoredExperiment:
         with _reading(f"experiment {self.name!r} in {self.store}"):
             return array_of(self.group, spec.name, self.schema)
 
-    def _values(self, name: str) -> np.ndarray[Any, Any]:
+    def _values(self, name: str, where: tuple[slice, slice, slice]) -> np.ndarray[Any, Any]:
         spec = next(spec for spec in self.schema.arrays() if spec.name == name)
         array = self.array(spec)
         with _reading(f"experiment {self.name!r} in {self.store}"):
-            return np.asarray(array[tuple(slice(0, n) for n in self._shape)])
+            return np.asarray(array[where])
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -402,11 +408,15 @@ class StoredExperiment:
     @contextmanager
     def locked(self, order: str, seed: int) -> Iterator[None]:
         """Hold the lock of a slab."""
-        schema, what = self.schema, slab_named(self.name, order, seed)
-        corner = schema.orders.index(order), schema.seeds.index(seed)
+        what = slab_named(self.name, order, seed)
         with self.store.place.lock(slab_lock(self.name, order, seed), what) as also:
-            also(slab_folder(self.name, corner))
+            also(self.slab_folder(order, seed))
             yield
+
+    def slab_folder(self, order: str, seed: int) -> str:
+        """Return the folder of a slab's commit records, as a key of the store."""
+        corner = self.schema.orders.index(order), self.schema.seeds.index(seed)
+        return slab_folder(self.name, corner)
 
     def dataset(self) -> xr.Dataset:
         """Return a lazy dataset of what is committed."""

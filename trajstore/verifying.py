@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,24 +22,25 @@ from zarr.abc.buffer import Buffer as AnyBuffer
 from zarr.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from trajstore.errors import ConfigurationError, FormatError, NotFoundError, TrajstoreError, UnreachableError, choices
+from trajstore.errors import ConfigurationError, FormatError, NotFoundError, TrajstoreError, choices
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
 from trajstore.storage.late import LateSeries
-from trajstore.storage.place import DOCUMENT, PARTIAL, Place, keeper_of
+from trajstore.storage.place import DOCUMENT, PARTIAL, REMOVED, Place, Stray, keeper_of
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
 from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
 from trajstore.storage.writer import Ledger
 from trajstore.store import Store, StoredExperiment, open_root, standing
+from trajstore.system import is_full, is_loss, system_told
 
 __all__ = ["Finding", "verify"]
 
 _DECODING = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError)
 """What zarr and its codecs raise on bytes that are not what was written."""
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""How a system says that nothing may be written, or that nothing more fits."""
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""How a system says that nothing may be written."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,8 @@ def verify(store: Store, name: str | None = None, *, repair: bool = False) -> It
     if repair:
         place.make()  # refuses where nothing can be repaired
     yield from _root(store, repair)
-    for folder in place.folders() if name is None else ():
-        if not is_name(folder) or standing(place, folder) == "foreign":
-            yield Finding(None, "this is no experiment, or its document is damaged", folder)
+    if name is None:
+        yield from _beside_experiments(place, repair)
     for experiment in [name] if name is not None else names:
         yield from _Verifying(store, experiment, repair).everything()
 
@@ -93,6 +93,39 @@ def _root(store: Store, repair: bool) -> Iterator[Finding]:
                 store.place.delete(DOCUMENT)
                 open_root(store.place)
         yield Finding(None, "the root document is damaged", DOCUMENT, repaired=repair)
+
+
+_STRAYS: Mapping[Stray, tuple[str, bool]] = {
+    "file": ("this file is not the store's, and is not read; move it away", True),
+    "link to a file": ("a symbolic link is not the store's, and nothing is read through it; remove it", True),
+    "link to nothing": (
+        "a symbolic link leads nowhere; if it led to an experiment, put that here, or remove it",
+        False,
+    ),
+    "device": ("this is neither a file nor a folder, and is not read; remove it", True),
+}
+"""What else lies where experiments do → what to say of it, and whether that is harmless."""
+
+
+def _beside_experiments(place: Place, repair: bool) -> Iterator[Finding]:
+    """Name what lies where experiments do, and is none."""
+    for folder in place.folders():
+        if folder.startswith(REMOVED):
+            if repair:
+                place.remove(folder)
+            told = "left of an experiment that was removed; `verify --repair` takes it out"
+            yield Finding(None, told, folder, harmless=True, repaired=repair)
+        elif not is_name(folder) or standing(place, folder) == "foreign":
+            told = "this is no experiment, or its document is damaged; restore that, or move the folder away"
+            yield Finding(None, told, folder)
+    for name, kind in place.strays():
+        if name.endswith(PARTIAL) and kind == "file":
+            if repair:
+                place.delete(name)
+            yield Finding(None, "left by a writer that was killed", name, harmless=True, repaired=repair)
+            continue
+        told, harmless = _STRAYS[kind]
+        yield Finding(None, told, name, harmless=harmless)
 
 
 class _Verifying:
@@ -108,9 +141,9 @@ class _Verifying:
         except TrajstoreError:
             raise
         except _DECODING as error:
-            if self.repair and isinstance(error, OSError) and error.errno in _REFUSED:
-                where = error.filename or self.name  # not what is there is wrong, but what was to be written
-                raise ConfigurationError(f"cannot repair {self.store}: {error.strerror}: {where}") from None
+            if self.repair and isinstance(error, OSError) and (error.errno in _REFUSED or is_full(error)):
+                # not what is there is wrong, but what was to be written
+                raise ConfigurationError(f"cannot repair {self.store}: {system_told(error)}") from None
             yield Finding(self.name, f"it cannot be read: {' '.join(str(error).split())}", f"{self.name}/{DOCUMENT}")
 
     def _everything(self) -> Iterator[Finding]:
@@ -209,9 +242,8 @@ class _Verifying:
             try:
                 stored = np.asarray(array_of(self.group, "batch_index")[k, : self.schema.steps])
                 sound = batch_digest(stored) == digest
-            except UnreachableError:
-                raise
-            except _DECODING:
+            except _DECODING as error:
+                _refuse_unread(error)
                 sound = False
             if not sound:  # what it held is gone: only the problem could draw it again
                 yield self._found("the record of its batches is damaged; restore it", f"{self.name}/batch_index",
@@ -220,9 +252,8 @@ class _Verifying:
     def _reads_as(self, name: str, values: np.ndarray[Any, Any]) -> bool:
         try:
             return np.array_equal(np.asarray(array_of(self.group, name)[: len(values)]), values)
-        except UnreachableError:
-            raise
-        except _DECODING:
+        except _DECODING as error:
+            _refuse_unread(error)
             return False
 
     def _slab(self, order: int, seed: int) -> Iterator[Finding]:
@@ -362,9 +393,8 @@ class _Verifying:
                 States.of(self.place, array, self.schema.codec)[where]
             else:
                 array[where]
-        except UnreachableError:
-            raise
-        except _DECODING:
+        except _DECODING as error:
+            _refuse_unread(error)
             return False
         return True
 
@@ -375,6 +405,12 @@ class _Verifying:
         self._told.add(file)
         mended = self.repair if repaired is None else repaired
         return Finding(self.name, what, file, repaired=mended, **where)
+
+
+def _refuse_unread(error: Exception) -> None:
+    """Raise what a system says that only refuses to read now: nothing is known of the file then."""
+    if isinstance(error, OSError) and not is_loss(error):
+        raise error
 
 
 def _read_document(place: Place, key: str) -> Any:  # noqa: ANN401

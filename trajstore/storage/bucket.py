@@ -22,7 +22,7 @@ from trajstore.errors import BusyError, ConfigurationError, UnreachableError
 from trajstore.storage import objects
 from trajstore.storage.guarded import Guarded
 from trajstore.storage.leases import Lease, died, free, holder_of, is_own, taken
-from trajstore.storage.place import DECLARING, DOCUMENT, Durability, place_of
+from trajstore.storage.place import DECLARING, DOCUMENT, Durability, Stray, place_of
 
 __all__ = ["Bucket"]
 
@@ -92,6 +92,12 @@ class Bucket:
         """Return the first parts of all keys that have several, in order."""
         with self.told():
             return objects.level(self.objects, "")[0]
+
+    def strays(self) -> list[tuple[str, Stray]]:
+        """Return what lies in the store itself and is neither a folder nor the store's document, in order."""
+        with self.told():
+            files = objects.level(self.objects, "")[1]
+        return sorted((path, "file") for path in files if path != DOCUMENT)
 
     def names(self, prefix: str) -> list[str]:
         """Return the first parts of all keys below a prefix, in order."""

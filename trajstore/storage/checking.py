@@ -13,15 +13,25 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-__all__ = ["checked", "checked_layout", "checked_schema", "is_label", "is_name", "most_bytes"]
+__all__ = [
+    "checked",
+    "checked_layout",
+    "checked_schema",
+    "is_label",
+    "is_name",
+    "most_bytes",
+    "refuse_beyond_memory",
+]
 
 Check = Callable[[Any, str], None]
 """Raises a ValueError where a value is not what belongs at a place."""
 
 _SEED = 2**63 - 1
 _STEPS = 2**40
-_CHUNK = 2**31 - 1
-"""Bytes that a codec can take at a time."""
+_A_SNAPSHOT = 36
+"""Bytes that the step of a stored state takes as a label."""
+_A_STEP = 32
+"""Bytes that it takes for each step of a slab to find out which of them count."""
 _DEEPEST = 32
 """Tables and lists in one another."""
 _METRICS = 63
@@ -57,7 +67,7 @@ def checked_schema(schema: Any) -> dict[str, Any]:  # noqa: ANN401
             _wrong(f"schema.{name}", schema[name], "have one for each seed")
     snapshots = _snapshots(schema)
     checked_layout(schema["layout"])
-    _sizes(schema, snapshots)
+    _opens(schema, snapshots)
     return dict(schema)
 
 
@@ -135,25 +145,19 @@ def checked_layout(layout: Any) -> None:  # noqa: ANN401
             _wrong(f"schema.layout.tied[{alias!r}]", name, "be the name of an entry")
 
 
-def _sizes(schema: Mapping[str, Any], snapshots: int) -> None:
-    """Refuse what could not be read: chunks that no codec takes, and records beyond this machine's memory."""
-    sizes = {"params": 1, "counters": 1}
-    for entry in schema["layout"]["entries"]:
-        sizes[entry["array"]] += math.prod(entry["shape"])
-    chunks = {
-        "params": min(65_536, sizes["params"]) * schema["snapshots_per_segment"],
-        "counters": sizes["counters"] * schema["snapshots_per_segment"],
-        "sketch": 512 * schema["components"],
-        "batch_index": max(65_536, schema["batch_size"]),
-    }
-    for name, numbers in chunks.items():
-        if 8 * numbers > _CHUNK:
-            _wrong(f"a chunk of {name}", f"of {numbers:,} numbers", f"take less than {_CHUNK:,} bytes")
-    slabs = len(schema["orders"]) * len(schema["seeds"])
-    needed = 8 * slabs * (schema["steps"] + 1) + 40 * snapshots
+def refuse_beyond_memory(needed: int, what: str) -> None:
+    """Refuse to take more memory at once than there may be for what a document declares."""
     if needed > most_bytes():
-        what = f"{slabs:,} slabs of {schema['steps']:,} steps"
-        _wrong("schema", what, f"be read with half of this machine's memory, and that takes {needed / 1e9:,.1f} GB")
+        raise ValueError(
+            f"{what} would take {needed / 1e9:,.1f} GB at once, which is more than half of this machine's memory "
+            f"({most_bytes() / 1e9:,.1f} GB)"
+        )
+
+
+def _opens(schema: Mapping[str, Any], snapshots: int) -> None:
+    """Refuse what could not be opened: its labels are held whole, and what counts is found a slab at a time."""
+    needed = _A_SNAPSHOT * snapshots + _A_STEP * (schema["steps"] + 1)
+    refuse_beyond_memory(needed, f"schema: {schema['steps']:,} steps with {snapshots:,} states")
 
 
 def _wrong(where: str, value: Any, must: str) -> NoReturn:  # noqa: ANN401
@@ -270,7 +274,7 @@ _SCHEMA = _table(
     {
         "orders": _list(_LABEL), "seeds": _list(_whole(0, _SEED)), "init_seeds": _list(_whole(0, _SEED)),
         "data_seeds": _list(_whole(0, _SEED)), "steps": _COUNT, "snapshots": _list(_list(_COUNT, 3)),
-        "snapshots_per_segment": _whole(1, _CHUNK), "metrics": _each(_METRIC, _or_none(_COUNT)), "late": _list(_METRIC),
+        "snapshots_per_segment": _whole(1, _STEPS), "metrics": _each(_METRIC, _or_none(_COUNT)), "late": _list(_METRIC),
         "components": _COUNT, "parameters": _COUNT, "batch_size": _COUNT, "codec": _one_of("pcodec", "portable"),
         "sketch_seed": _whole(0, _SEED), "layout": _LAYOUT,
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, Literal, get_args
 
@@ -27,6 +28,7 @@ __all__ = [
     "chunk_bytes",
     "chunk_codecs",
     "refuse_bomb",
+    "refuse_large_chunks",
     "refuse_strange",
     "write_block",
     "zstd_size",
@@ -53,6 +55,7 @@ _TYPES = frozenset({"float64", "float32", "int64", "uint8", "string"})
 _TEXT_BYTES = 2**26
 """What a chunk of labels may take, decoded: their length is not declared."""
 _MOST = 2**31 - 1
+"""Bytes that a codec can take at a time."""
 
 
 def refuse_strange(array: zarr.Array[Any], codec: Codec | None = None) -> None:
@@ -73,8 +76,13 @@ def refuse_strange(array: zarr.Array[Any], codec: Codec | None = None) -> None:
         raise ValueError(f"the array {array.path!r} has the codecs {told!r}, with which no store writes such an array")
     if kind not in _TYPES:
         raise ValueError(f"the array {array.path!r} is of type {kind!r}, of which no store has any")
-    if not array.chunks or min(array.chunks) < 1 or chunk_bytes(array) > _MOST:
-        raise ValueError(f"the array {array.path!r} has chunks of shape {array.chunks}, which no store has")
+    refuse_large_chunks(array.path, array.chunks, chunk_bytes(array) // max(1, math.prod(array.chunks)))
+
+
+def refuse_large_chunks(array: str, chunks: Sequence[int], itemsize: int) -> None:
+    """Refuse chunks of nothing, and those that no codec could take."""
+    if not chunks or min(chunks) < 1 or math.prod(chunks) * itemsize > _MOST:
+        raise ValueError(f"the array {array!r} has chunks of shape {tuple(chunks)}, which no store has")
 
 
 def chunk_bytes(array: zarr.Array[Any]) -> int:

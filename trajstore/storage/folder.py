@@ -11,7 +11,7 @@ from pathlib import Path
 from trajstore.errors import ConfigurationError
 from trajstore.storage.local import DurableStore, contents, inside
 from trajstore.storage.locks import lock
-from trajstore.storage.place import DECLARING, PARTIAL, Durability
+from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray
 
 __all__ = ["Folder"]
 
@@ -71,6 +71,10 @@ class Folder:
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""
         return sorted(f.name for f in self.path.iterdir() if f.is_dir())  # a link too: whoever opens it is told
+
+    def strays(self) -> list[tuple[str, Stray]]:
+        """Return what lies in the store itself and is neither a folder nor the store's document, in order."""
+        return sorted((f.name, _stray(f)) for f in self.path.iterdir() if not f.is_dir() and f.name != DOCUMENT)
 
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""
@@ -143,6 +147,12 @@ def _beside(path: Path) -> Path:
 def _lock_file(beside: Path, name: str) -> Path:
     # What lies beside a store may have come with it, and be a link to something that is to be overwritten.
     return inside(beside.parent, f"{beside.name}/locks/{name}")
+
+
+def _stray(path: Path) -> Stray:
+    if path.is_symlink():
+        return "link to a file" if path.exists() else "link to nothing"
+    return "file" if path.is_file() else "device"
 
 
 def _below(folder: Path) -> Iterator[Path]:

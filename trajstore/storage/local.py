@@ -11,6 +11,7 @@ began, nor over a commit record that another writer has replaced.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import stat
@@ -26,11 +27,21 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
 from zarr.storage import LocalStore
 
-from trajstore.errors import FormatError, WriteError
+from trajstore.errors import DamageError, FormatError, WriteError
 from trajstore.storage.codecs import refuse_bomb
 from trajstore.storage.elsewhere import refuse_second_writer, refuse_unseen
 from trajstore.storage.locks import descriptor_of
-from trajstore.storage.place import DOCUMENT, Place, ReplacedError, array_path, below, check_writable, place_of
+from trajstore.storage.place import (
+    DOCUMENT,
+    REMOVED,
+    Place,
+    ReplacedError,
+    array_path,
+    below,
+    check_writable,
+    place_of,
+)
+from trajstore.system import allow_more_files, is_full, is_loss, opening, refuse_too_many
 
 __all__ = ["DurableStore", "contents", "inside", "user_cache"]
 
@@ -124,7 +135,7 @@ class DurableStore(LocalStore):
         self._make_room(path, key)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
-            with partial.open("wb") as file:
+            with opening(lambda: partial.open("wb"), path) as file:
                 file.write(content)
                 if self._durable:
                     file.flush()
@@ -198,12 +209,24 @@ class DurableStore(LocalStore):
         """Return what is there, or a part of it."""
         most = self._bounds.get(array_path(key))
         _refuse_large(inside(self.root, key), most)
-        found = await super().get(key, prototype, byte_range)
+        found = await self._got(key, prototype, byte_range)
         if found is not None and most is not None:
             refuse_bomb(found.to_bytes()[:18] if len(found) < 64 else found[:18].to_bytes(), most)
         if byte_range is None and below(key, self._records) is not None:
             self._seen[key] = None if found is None else found.to_bytes()
         return found
+
+    async def _got(self, key: str, prototype: BufferPrototype | None, byte_range: ByteRequest | None) -> Buffer | None:
+        try:
+            try:
+                return await super().get(key, prototype, byte_range)
+            except OSError as error:
+                if not allow_more_files(error):
+                    raise
+            return await super().get(key, prototype, byte_range)
+        except OSError as error:
+            _refuse_unread(error, inside(self.root, key))
+            raise
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -241,11 +264,19 @@ class DurableStore(LocalStore):
         """Take out all keys below a prefix. They are gone at once; deleting many files may take a while."""
         folder = inside(self.root, prefix)
         if folder.exists():
-            root = self.root.resolve()
-            grave = inside(root.parent, f"{root.name}.traj/removed/{uuid.uuid4().hex}")
+            shutil.rmtree(self._taken_away(folder))
+
+    def _taken_away(self, folder: Path) -> Path:
+        """Rename a folder out of the store, or within it where beside it is no room or another disk."""
+        root, name = self.root.resolve(), uuid.uuid4().hex
+        grave = inside(root.parent, f"{root.name}.traj/removed/{name}")
+        try:
             grave.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(grave)
-            shutil.rmtree(grave)
+            return folder.rename(grave)
+        except OSError as error:
+            if not (is_full(error) or error.errno == errno.EXDEV):
+                raise
+        return folder.rename(inside(root, f"{REMOVED}{name}"))
 
     def flush(self) -> None:
         """Make every rename since the last flush durable."""
@@ -255,7 +286,7 @@ class DurableStore(LocalStore):
             return
         for folder in sorted(touched, key=lambda f: len(f.parts), reverse=True):
             try:
-                descriptor = os.open(folder, os.O_RDONLY)
+                descriptor = descriptor_of(folder, os.O_RDONLY)
             except FileNotFoundError:
                 self.check()
                 raise
@@ -280,9 +311,21 @@ def contents(path: Path, most: int | None = None) -> bytes | None:
     """Return what a file holds, None where there is none; refuse one of more bytes than can be."""
     _refuse_large(path, most)
     try:
-        return path.read_bytes()
+        return opening(path.read_bytes, path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except OSError as error:
+        _refuse_unread(error, path)
+        raise
+
+
+def _refuse_unread(error: OSError, path: Path) -> None:
+    """Tell what is lost, and what only cannot be opened now, from the rest that a system says."""
+    refuse_too_many(error, path)
+    if is_loss(error):
+        raise DamageError(
+            f"{path} cannot be read ({error.strerror}); `trajstore verify` tells what was in it"
+        ) from None
 
 
 def _read_elsewhere(root: str, durable: bool, bounds: Mapping[str, int]) -> DurableStore:

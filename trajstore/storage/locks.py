@@ -8,11 +8,9 @@ what it guards. The kernel frees both when the process ends, however it ends, so
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trajstore.errors import BusyError, WriteError
+from trajstore.system import is_full, opening
 
 __all__ = ["descriptor_of", "lock"]
 
@@ -37,9 +36,7 @@ def lock(path: Path, what: str, patience: float = 0.0) -> Iterator[Callable[[Pat
         if not _taken(descriptor, deadline):
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
             raise BusyError(f"{what} is being written by {holder or 'another process'}; wait for it or stop it")
-        me = f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, me.encode(), 0)
+        _sign(descriptor)
 
         def inside(folder: Path) -> None:
             if not _taken(_opened(folder, os.O_RDONLY | os.O_DIRECTORY, held), deadline):
@@ -52,16 +49,20 @@ def lock(path: Path, what: str, patience: float = 0.0) -> Iterator[Callable[[Pat
         os.ftruncate(descriptor, 0)
 
 
+def _sign(descriptor: int) -> None:
+    """Write who holds a lock, for people; on a full disk it is held all the same, by somebody without a name."""
+    me = f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    os.ftruncate(descriptor, 0)
+    try:
+        os.pwrite(descriptor, me.encode(), 0)
+    except OSError as error:
+        if not is_full(error):
+            raise
+
+
 def descriptor_of(path: Path, flags: int) -> int:
     """Open a file or folder, also where many are open already: each slab that is recorded takes some."""
-    try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if error.errno != errno.EMFILE or soft == hard:
-            raise
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+    return opening(lambda: os.open(path, flags | os.O_CLOEXEC, 0o666), path)
 
 
 def _opened(path: Path, flags: int, held: ExitStack) -> int:

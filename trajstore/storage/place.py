@@ -19,10 +19,12 @@ __all__ = [
     "DECLARING",
     "DOCUMENT",
     "PARTIAL",
+    "REMOVED",
     "Durability",
     "Keeper",
     "Place",
     "ReplacedError",
+    "Stray",
     "array_path",
     "below",
     "check_writable",
@@ -38,6 +40,10 @@ DOCUMENT = "zarr.json"
 """What Zarr calls the document of a group or an array."""
 PARTIAL = ".partial"
 """How the names of files end that are being written."""
+REMOVED = ".removed-"
+"""How the names of folders begin that are being removed, where they cannot be renamed out of the store."""
+Stray = Literal["file", "link to a file", "link to nothing", "device"]
+"""What else can lie where experiments do; the last are pipes and sockets as well."""
 _BUCKETS = ("s3", "gs", "memory")
 DECLARING = "declare.lock"
 """The lock of whoever changes shapes or attributes."""
@@ -108,6 +114,9 @@ class Place(Protocol):
 
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""
+
+    def strays(self) -> list[tuple[str, Stray]]:
+        """Return what lies in the store itself and is neither a folder nor the store's document, in order."""
 
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""

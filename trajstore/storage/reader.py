@@ -6,19 +6,25 @@ to a person goes through here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import DamageError, TrajstoreError
-from trajstore.storage.schema import Schema
+from trajstore.errors import DamageError, FormatError, TrajstoreError
+from trajstore.storage.checking import refuse_beyond_memory
+from trajstore.storage.schema import COMMIT_FIELDS, Schema
 from trajstore.storage.segment import array_of
 
-__all__ = ["Commits"]
+__all__ = ["Commits", "blocks", "refuse_to_hold"]
+
+_AT_ONCE = 2**26
+"""Bytes of a series that are held to find out which of its steps were recorded."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ class Commits:
     """(order, seed, segment, field), without the fences."""
     fence: int
     """The lowest of the fences under which they were written; see `place.Keeper.guard`."""
-    leg: NDArray[np.int64]
-    """(order, seed, step): ≥ 0 where an iterate was recorded."""
+    recorded: NDArray[np.bool_]
+    """(order, seed, step): an iterate was recorded, whether it counts or not."""
 
     @classmethod
     def of(cls, group: zarr.Group, schema: Schema, slab: tuple[int, int] | None = None) -> Commits:
@@ -39,34 +45,43 @@ class Commits:
 
         `slab` gives the positions of one order and one seed to read; the dimensions stay.
         """
-        orders, seeds = (slice(0, n) for n in (len(schema.orders), len(schema.seeds)))
-        if slab is not None:
-            orders, seeds = (slice(k, k + 1) for k in slab)
-        records = _values(group, "committed", (orders, seeds, slice(0, schema.segments)))
-        leg = _values(group, "leg", (orders, seeds, slice(0, schema.steps + 1)))
-        return cls(schema, records[..., :-1], max(0, int(records[..., -1].min(initial=2**62))), leg)
+        (i, k), slabs = slab or (0, 0), (len(schema.orders), len(schema.seeds)) if slab is None else (1, 1)
+        length, number = schema.steps + 1, slabs[0] * slabs[1]
+        # Two yes or no a step, and the records; the rest is held for some slabs at a time.
+        needed = number * (2 * length + 8 * len(COMMIT_FIELDS) * schema.segments)
+        refuse_to_hold(group, needed, f"to find out what counts of {number:,} slabs of {schema.steps:,} steps")
+        held = slice(i, i + slabs[0]), slice(k, k + slabs[1])
+        records = _values(group, "committed", (*held, slice(0, schema.segments)))
+        recorded = np.empty((*slabs, length), dtype=bool)
+        for some in blocks(slabs, length):
+            first, then, steps = some
+            where = slice(i + first.start, i + first.stop), slice(k + then.start, k + then.stop), steps
+            recorded[some] = _values(group, "leg", where) >= 0
+        return cls(schema, records[..., :-1], max(0, int(records[..., -1].min(initial=2**62))), recorded)
 
     @cached_property
     def steps(self) -> NDArray[np.bool_]:
         """(order, seed, step): recorded and committed."""
-        recorded = self.leg >= 0
-        starts = self.schema.segment_starts
-        before = np.concatenate(
-            [np.zeros_like(recorded[..., :1], dtype=np.int64), np.cumsum(recorded, axis=-1)], axis=-1
-        )
-        rank = before[..., :-1] - np.repeat(before[..., starts], self._widths, axis=-1)  # within its segment
-        counts = np.repeat(np.maximum(self.records[..., 0], 0), self._widths, axis=-1)
-        return np.asarray(recorded & (rank < counts))
+        counted, starts = np.empty_like(self.recorded), self.schema.segment_starts
+        for slab in np.ndindex(*counted.shape[:-1]):
+            recorded = self.recorded[slab]
+            before = np.concatenate([[0], np.cumsum(recorded)])
+            rank = before[:-1] - np.repeat(before[starts], self._widths)  # within its segment
+            counted[slab] = recorded & (rank < np.repeat(np.maximum(self.records[slab][:, 0], 0), self._widths))
+        return counted
 
     @cached_property
     def snapshots(self) -> NDArray[np.bool_]:
         """(order, seed, snapshot): stored and committed."""
-        stored = self.leg[..., list(self.schema.snapshots)] >= 0
-        per_segment, places = self.schema.snapshots_per_segment, np.arange(len(self.schema.snapshots))
-        before: NDArray[np.int64] = np.cumsum(stored, axis=-1) - stored
-        rank: NDArray[np.int64] = before - before[..., places // per_segment * per_segment]  # within its segment
-        counts = np.repeat(np.maximum(self.records[..., 1], 0), per_segment, axis=-1)[..., : len(places)]
-        return np.asarray(stored & (rank < counts))
+        per_segment, places = self.schema.snapshots_per_segment, np.array(self.schema.snapshots)
+        segments = np.arange(len(places)) // per_segment
+        counted = np.empty((*self.recorded.shape[:-1], len(places)), dtype=bool)
+        for slab in np.ndindex(*counted.shape[:-1]):
+            stored = self.recorded[slab][places]
+            before: NDArray[np.int64] = np.cumsum(stored) - stored
+            rank = before - before[segments * per_segment]  # within its segment
+            counted[slab] = stored & (rank < np.maximum(self.records[slab][:, 1], 0)[segments])
+        return counted
 
     @property
     def complete(self) -> NDArray[np.bool_]:
@@ -84,6 +99,21 @@ class Commits:
     def _widths(self) -> NDArray[np.int64]:
         """Steps of each segment."""
         return np.diff(self.schema.segment_starts, append=self.schema.steps + 1)
+
+
+def refuse_to_hold(group: zarr.Group, needed: int, what: str) -> None:
+    """Refuse to read more of an experiment at once than there is memory for."""
+    try:
+        refuse_beyond_memory(needed, what)
+    except ValueError as error:
+        raise FormatError(f"experiment {group.basename!r}: {error}; read it where there is more") from None
+
+
+def blocks(slabs: tuple[int, int], length: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield some slabs at a time, as positions of order, seed and step: as many as a series should be held of."""
+    together = max(1, _AT_ONCE // (8 * length))
+    for i, k in product(range(slabs[0]), range(0, slabs[1], together)):
+        yield slice(i, i + 1), slice(k, min(k + together, slabs[1])), slice(0, length)
 
 
 def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[Any]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trajstore.errors import ConfigurationError, FormatError
 from trajstore.measures import MadeBy, about, maker_of, start_of
 from trajstore.storage.checking import checked_schema
-from trajstore.storage.codecs import Codec
+from trajstore.storage.codecs import Codec, refuse_large_chunks
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.layout import Layout
 
@@ -243,7 +243,7 @@ class Schema:
         """Read the stored attribute, whose parts are checked first."""
         checked_schema(stored)
         ranges = (range(first, last + 1, step) for first, last, step in stored["snapshots"])
-        return cls(
+        schema = cls(
             **{
                 **stored,
                 **{name: tuple(stored[name]) for name in ("orders", "seeds", "init_seeds", "data_seeds", "late")},
@@ -251,6 +251,9 @@ class Schema:
                 "layout": Layout.from_json(stored["layout"]),
             }
         )
+        for spec in schema.arrays():
+            refuse_large_chunks(spec.name, spec.chunks, np.dtype(spec.dtype).itemsize)
+        return schema
 
     @classmethod
     def of(cls, group: zarr.Group) -> Schema:

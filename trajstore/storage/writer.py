@@ -31,6 +31,7 @@ from trajstore.storage.resume import ResumeSlots
 from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import Corner, Cut, Observation, Segment, Spare, Written, array_of
 from trajstore.storage.states import States
+from trajstore.system import system_told
 
 __all__ = ["Ledger", "SlabWriter", "guarded"]
 
@@ -284,10 +285,9 @@ class SlabWriter:
                 keeper_of(self.ledger.group).check()  # moved in this moment: nothing of it is found any more
                 if not isinstance(error, OSError):
                     raise
-                told = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
                 steps = f"steps {cut.rows[0].step} to {cut.rows[-1].step}" if cut.rows else "a segment"
                 raise WriteError(
-                    f"{self.ledger.name}: {steps} could not be written ({told}); "
+                    f"{self.ledger.name}: {steps} could not be written ({system_told(error)}); "
                     f"what was committed before is kept; {self._schema.again} continues"
                 ) from error
 

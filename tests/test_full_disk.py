@@ -1,0 +1,201 @@
+"""A full disk: one line names the file, what was committed stays, removing makes room, and recording goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trajstore as ts
+from tests.conftest import SMALL_NET
+from tests.waiting import HANGS
+from trajstore.errors import WriteError
+from trajstore.merging import remove
+from trajstore.storage.place import place_of
+from trajstore.verifying import verify
+
+NET = {
+    **SMALL_NET, "problem": {"family": "regression", "width": 24, "depth": 2, "points": 21}, "steps": 300,
+    "seeds": [0, 1, 2, 3], "orders": ["forward"],
+}  # fmt: skip
+SIZE, BALLAST = 2_400_000, 1_500_000
+"""Bytes of a disk, and of what else is on it at first: two of four slabs find room beside that."""
+
+
+def told_by(error: OSError) -> str:
+    return " ".join(str(part) for part in (error.strerror or error, error.filename) if part)
+
+
+def filled(disk: Path) -> Path:
+    """Take the last byte of a disk."""
+    filler = disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+    return filler
+
+
+def play(disk: Path) -> dict[str, Any]:
+    """Record on a small disk until it is full, and go on from there; tell what was seen."""
+    store, seen, ballast = disk / "runs.zarr", dict[str, Any](), disk / "ballast"
+    ballast.write_bytes(bytes(BALLAST))
+    how: dict[str, Any] = {"engine": "reference"}
+    try:
+        ts.run(ts.Experiment.of(NET), store, **how)
+    except WriteError as error:
+        seen["recording"] = str(error)
+    filler = filled(disk)
+    committed = [slab.recorded for slab in ts.open(store)["net"].slabs()]
+    seen["committed"] = committed
+    seen["findings"] = [str(found) for found in verify(ts.Store(store)) if not found.harmless]
+    loss = ts.open(store)["net"].dataset()["train_loss"].values
+    seen["read"] = [int(n) for n in (loss == loss).sum(axis=-1).ravel()]  # NaN where nothing is committed
+    try:
+        ts.run(ts.Experiment.of(NET), store, resume=True, **how)
+    except OSError as error:
+        seen["resuming"] = told_by(error)
+    seen["later"] = [slab.recorded for slab in ts.open(store)["net"].slabs()]
+    free = os.statvfs(disk).f_bavail
+    remove(ts.open(store), "net")
+    seen["freed"] = os.statvfs(disk).f_bavail - free
+    seen["left"] = sorted(file.name for file in store.iterdir())
+    filler.unlink()
+    with suppress(WriteError):
+        ts.run(ts.Experiment.of(NET), store, **how)
+    seen["again"] = [slab.complete for slab in ts.open(store)["net"].slabs()]
+    ballast.unlink()
+    ts.run(ts.Experiment.of(NET), store, resume=True, **how)
+    seen["whole"] = [slab.complete for slab in ts.open(store)["net"].slabs()]
+    seen["sound"] = [str(found) for found in verify(ts.Store(store))]
+    return seen
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """On a file system of its own, which nobody else sees and which ends with the process."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f'mount -t tmpfs -o size={SIZE} tmpfs "$0"'
+    try:
+        if subprocess.run([*alone, mount, str(disk)], capture_output=True, check=False).returncode:
+            pytest.skip("this system lets nobody mount a file system of its own")
+    except FileNotFoundError:
+        pytest.skip("this system has no unshare")
+    done = subprocess.run(
+        [*alone, f'{mount} && exec "$1" -m tests.test_full_disk "$0"', str(disk), sys.executable],
+        capture_output=True, text=True, check=False, timeout=HANGS, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert "No space left on device: " in seen["recording"]
+    assert str(disk / "runs.zarr" / "net") in seen["recording"]
+    assert "what was committed before is kept; --resume continues" in seen["recording"]
+    assert seen["committed"][0] == 301
+    assert 0 in seen["committed"]
+    assert seen["findings"] == []
+    assert seen["read"] == seen["committed"] == seen["later"]
+    assert "No space left on device" in seen["resuming"]
+    assert str(disk / "runs.zarr") in seen["resuming"]
+    assert seen["freed"] > 0
+    assert seen["left"] == ["zarr.json"]
+    assert seen["again"][0]
+    assert not seen["again"][3]
+    assert seen["whole"] == [True] * 4
+    assert seen["sound"] == []
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    ts.run(ts.Experiment.of({**SMALL_NET, "steps": 3}), tmp_path / "runs.zarr", engine="reference")
+    return tmp_path / "runs.zarr"
+
+
+def refusing(code: int, matching: str) -> Any:
+    """A `Path.mkdir` that fails where a path says so."""
+    make = Path.mkdir
+
+    def mkdir(path: Path, *arguments: Any, **named: Any) -> None:
+        if matching in str(path) and not path.is_dir():
+            raise OSError(code, os.strerror(code), str(path))
+        make(path, *arguments, **named)
+
+    return mkdir
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EXDEV])
+def test_what_cannot_be_renamed_out_of_the_store_is_renamed_within_it(
+    code: int, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk there is no room for a folder; and a store may be a disk of its own."""
+    monkeypatch.setattr(Path, "mkdir", refusing(code, ".traj/removed"))
+    remove(ts.open(store), "net")
+    assert [file.name for file in store.iterdir()] == ["zarr.json"]
+    assert list(verify(ts.Store(store))) == []
+
+
+def test_what_a_removal_that_died_left_is_named_and_taken_out(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", refusing(errno.ENOSPC, ".traj/removed"))
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(ts.open(store), "net")
+    monkeypatch.undo()
+    assert list(ts.open(store)) == []
+    (left,) = verify(ts.Store(store))
+    assert left.harmless
+    assert "left of an experiment that was removed" in str(left)
+    assert [found.repaired for found in verify(ts.Store(store), repair=True)] == [True]
+    assert list(verify(ts.Store(store))) == []
+
+
+def test_a_slab_without_room_for_its_lock_is_removed_only_if_nothing_is_stored_of_it(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    (store.parent / "runs.zarr.traj" / "locks" / "net" / "backward.1.lock").unlink()
+    opening = os.open
+
+    def full(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if str(path).endswith("backward.1.lock"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return opening(path, flags, *more, **named)
+
+    monkeypatch.setattr("os.open", full)
+    with pytest.raises(OSError, match="No space left"):  # somebody may be writing it, who came by another path
+        remove(ts.open(store), "net")
+    assert ts.open(store)["net"].slabs()
+    shutil.rmtree(store / "net" / "committed" / "c" / "1" / "1")
+    remove(ts.open(store), "net")
+    assert list(ts.open(store)) == []
+
+
+def test_a_lock_needs_no_room_for_its_holders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trajstore.errors import BusyError
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.pwrite", full)
+    place = place_of(tmp_path / "runs.zarr")
+    place.make()
+    with (
+        place.lock("a.lock", "it"),
+        pytest.raises(BusyError, match="it is being written by another process"),
+        place.lock("a.lock", "it"),
+    ):
+        pass
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(play(Path(sys.argv[1]))) + "\n")
