@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+import numpy as np
+from numcodecs.pcodec import PCodec  # type: ignore[import-untyped]
+
 from trajstore.storage.declaring import ATTRIBUTE
 from trajstore.storage.digest import config_digest
 from trajstore.storage.schema import Schema
 
-__all__ = ["Document", "attributes_of", "config_of", "rewrite", "strangers"]
+__all__ = ["Document", "attributes_of", "config_of", "rewrite", "state_chunk", "strangers", "with_checksum"]
 
 Document = dict[str, Any]
 
@@ -43,6 +47,16 @@ def strangers(store: Path, name: str) -> None:
             fill["id"] = f"stranger-{fill['id']}"
 
     rewrite(store, name, others)
+
+
+def with_checksum(content: bytes) -> bytes:
+    """Return a chunk that says that it is sound."""
+    return content + int(google_crc32c.value(content)).to_bytes(4, "little")
+
+
+def state_chunk(numbers: int, dtype: str = "float32") -> bytes:
+    """Return a chunk of states that decodes to so many numbers, whatever its array declares."""
+    return with_checksum(bytes(PCodec(level=7).encode(np.zeros(numbers, dtype))))
 
 
 def config_of(schema: Schema) -> Document:

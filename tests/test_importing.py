@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import trajstore as ts
+from tests.hostile import state_chunk
 from tests.test_resume import contents
-from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, WriteError
+from trajstore.errors import ConfigurationError, ConflictError, DamageError, NotFoundError, WriteError
 from trajstore.exporting import export_metrics, export_state
 from trajstore.filenames import Pattern
 from trajstore.importing import import_checkpoints
@@ -599,3 +600,17 @@ def test_orders_come_from_the_names_too(tmp_path, monkeypatch):
     stored = import_checkpoints("s", "mine", files, "{order}/{step}.pt", seed=5, **QUICK)
     assert (stored.schema.orders, stored.schema.seeds) == (("forward", "shuffled"), (5,))
     assert same(stored.state_dict(order="shuffled", seed=5, step=2), state(0, 2))
+
+
+@pytest.mark.parametrize("more", [-1, 1, 10**7])
+def test_what_is_stored_is_compared_only_if_it_is_as_long_as_it_says(more: int, tmp_path: Path) -> None:
+    """A chunk of states may come from a stranger: it fills no more memory than its array declares."""
+    files = [write(tmp_path, 0, n) for n in (10, 20)]
+    path = tmp_path / "s.zarr"
+    import_checkpoints(path, "mine", files, PATTERN, **QUICK)
+    chunk = path / "mine" / "params" / "c" / "0" / "0" / "0" / "0"
+    array = json.loads((path / "mine" / "params" / "zarr.json").read_text())
+    numbers = int(np.prod(array["chunk_grid"]["configuration"]["chunk_shape"]))
+    chunk.write_bytes(state_chunk(numbers + more, array["data_type"]))
+    with pytest.raises(DamageError, match=r"seed 0, step 10.*another number of values"):
+        import_checkpoints(path, "mine", files, PATTERN, **QUICK)

@@ -21,7 +21,7 @@ from trajstore.cli.console import print_csv, print_json, print_table, say
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
-from tests.hostile import Document, attributes_of, rewrite
+from tests.hostile import Document, attributes_of, rewrite, state_chunk, with_checksum
 from trajstore.errors import ConfigurationError, DamageError, FormatError, NotFoundError, TrajstoreError
 from trajstore.merging import merge, remove
 from trajstore.printable import printable
@@ -313,12 +313,6 @@ def test_what_a_frame_decodes_to_is_known_before_it_is(size: int) -> None:
         refuse_bomb(frame, size - 1)
 
 
-def with_checksum(content: bytes) -> bytes:
-    import google_crc32c
-
-    return content + int(google_crc32c.value(content)).to_bytes(4, "little")
-
-
 def test_a_chunk_that_decodes_to_more_than_it_declares_takes_no_memory(store: Path) -> None:
     (store / "net" / "leg" / "c" / "0" / "0" / "0").write_bytes(with_checksum(bomb(2**40)))
     with pytest.raises(DamageError, match=f"decodes to {2**40:,} bytes"):
@@ -328,15 +322,12 @@ def test_a_chunk_that_decodes_to_more_than_it_declares_takes_no_memory(store: Pa
 
 @pytest.mark.parametrize("numbers", [97 * 64 - 1, 97 * 64 + 1])
 def test_a_state_of_another_length_is_refused_and_not_filled_up(numbers: int, store: Path) -> None:
-    from numcodecs.pcodec import PCodec  # type: ignore[import-untyped]
-
     chunk = store / "net" / "params" / "c" / "0" / "0" / "0" / "0"
     array = json.loads((store / "net" / "params" / "zarr.json").read_text())["chunk_grid"]["configuration"][
         "chunk_shape"
     ]
     whole = int(np.prod(array))
-    content = PCodec(level=7).encode(np.zeros(whole + numbers - 97 * 64, np.float32))
-    chunk.write_bytes(with_checksum(bytes(content)))
+    chunk.write_bytes(state_chunk(whole + numbers - 97 * 64))
     with pytest.raises(DamageError, match="another number of values"):
         ts.open(store)["net"].state_dict(order="forward", seed=0, step=3)
 

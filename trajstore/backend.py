@@ -18,7 +18,7 @@ import xarray as xr
 from xarray.backends import BackendEntrypoint
 
 from trajstore.dataset import opened
-from trajstore.errors import ConfigurationError, TrajstoreError, choices
+from trajstore.errors import ConfigurationError, OpenFilesError, TrajstoreError, choices
 from trajstore.store import Store
 from trajstore.store import open as open_store
 
@@ -38,6 +38,8 @@ class TrajstoreBackend(BackendEntrypoint):
             return False
         try:
             return open_store(_path(filename_or_obj)) is not None
+        except OpenFilesError:
+            raise  # nothing is known of what is there
         except (TrajstoreError, OSError):
             return False
 

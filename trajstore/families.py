@@ -8,10 +8,13 @@ configurations use. So adding a family is adding a file.
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from trajstore.errors import ConfigurationError, choices
+from trajstore.system import opening
 
 __all__ = ["family", "family_name", "family_names"]
 
@@ -19,7 +22,14 @@ __all__ = ["family", "family_name", "family_names"]
 def family_names(package: str) -> list[str]:
     """Names of the families in a package, without importing any of them."""
     path = import_module(package).__path__
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+    if not (found := _modules(path)):  # a folder that cannot be listed is empty to pkgutil
+        opening(lambda: [*Path(path[0]).iterdir()], path[0])
+        found = _modules(path)
+    return sorted(name.replace("_", "-") for name in found)
+
+
+def _modules(path: Sequence[str]) -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_")]
 
 
 def family(package: str, name: str) -> type[Any]:

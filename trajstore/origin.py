@@ -12,7 +12,7 @@ from collections.abc import KeysView, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trajstore.errors import TrajstoreError
+from trajstore.errors import OpenFilesError, TrajstoreError
 from trajstore.storage.digest import config_digest
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def _looked_up(text: str) -> Mapping[str, Any]:
 
     try:
         attributes = open_store(Path(written[2]))[written[1]].attributes
+    except OpenFilesError:
+        raise  # nothing is known of what is there
     except (TrajstoreError, OSError):
         return {}
     return attributes if _identity(attributes) == written[3] else {}

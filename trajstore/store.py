@@ -42,6 +42,7 @@ from trajstore.storage.reader import Commits, blocks, refuse_to_hold
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema, check_format
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
+from trajstore.system import refuse_too_many
 from trajstore.trust import allow
 
 if TYPE_CHECKING:
@@ -175,6 +176,9 @@ class Store:
         except (GroupNotFoundError, NotADirectoryError, FileNotFoundError):
             raise FormatError(f"{self} is not a trajstore (it has no Zarr v3 group)") from None
         except TrajstoreError:
+            raise
+        except OSError as error:
+            refuse_too_many(error, self.place.address)
             raise
         except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
             raise DamageError(f"{self}: zarr.json is damaged ({' '.join(str(error).split())})") from None

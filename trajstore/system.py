@@ -1,6 +1,6 @@
-"""What the system says of files: that a disk is full, that a process has opened too many, that bytes are lost.
+"""What the system says of files: that a disk is full, that a process has opened too many.
 
-Only the last is damage. The others pass: what is on the disk may be whole, and is not touched.
+Neither is damage: what is on the disk may be whole, and is not touched.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from typing import TypeVar
 
 from trajstore.errors import OpenFilesError
 
-__all__ = ["allow_more_files", "is_full", "is_loss", "opening", "refuse_too_many", "system_told"]
+__all__ = ["allow_more_files", "is_full", "opening", "refuse_too_many", "system_told"]
 
 T = TypeVar("T")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
-_LOST = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
-"""Of sectors that cannot be read, and of file systems whose own records contradict one another."""
 _MANY = 65_536
 """Files to ask for where the system names no limit; some grant no more than they can hold in a table."""
 
@@ -28,11 +26,6 @@ _MANY = 65_536
 def is_full(error: OSError) -> bool:
     """Tell whether nothing more fits on a disk."""
     return error.errno in _FULL
-
-
-def is_loss(error: OSError) -> bool:
-    """Tell whether what was stored cannot be read any more; else the system only refuses it now."""
-    return error.errno in _LOST
 
 
 def system_told(error: OSError) -> str:

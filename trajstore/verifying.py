@@ -22,7 +22,16 @@ from zarr.abc.buffer import Buffer as AnyBuffer
 from zarr.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from trajstore.errors import ConfigurationError, FormatError, NotFoundError, TrajstoreError, choices
+from trajstore.errors import (
+    ConfigurationError,
+    DamageError,
+    FormatError,
+    NotFoundError,
+    OpenFilesError,
+    TrajstoreError,
+    UnreachableError,
+    choices,
+)
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
 from trajstore.storage.late import LateSeries
@@ -33,14 +42,14 @@ from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
 from trajstore.storage.writer import Ledger
 from trajstore.store import Store, StoredExperiment, open_root, standing
-from trajstore.system import is_full, is_loss, system_told
+from trajstore.system import refuse_too_many, system_told
 
 __all__ = ["Finding", "verify"]
 
 _DECODING = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError)
 """What zarr and its codecs raise on bytes that are not what was written."""
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""How a system says that nothing may be written."""
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""How a system says that nothing may be written, or that nothing more fits."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +147,14 @@ class _Verifying:
     def everything(self) -> Iterator[Finding]:
         try:
             yield from self._everything()
+        except DamageError as error:
+            yield Finding(self.name, str(error), f"{self.name}/{DOCUMENT}")
         except TrajstoreError:
             raise
         except _DECODING as error:
-            if self.repair and isinstance(error, OSError) and (error.errno in _REFUSED or is_full(error)):
+            if isinstance(error, OSError):
+                refuse_too_many(error, self.store.place.address)
+            if self.repair and isinstance(error, OSError) and error.errno in _REFUSED:
                 # not what is there is wrong, but what was to be written
                 raise ConfigurationError(f"cannot repair {self.store}: {system_told(error)}") from None
             yield Finding(self.name, f"it cannot be read: {' '.join(str(error).split())}", f"{self.name}/{DOCUMENT}")
@@ -242,8 +255,9 @@ class _Verifying:
             try:
                 stored = np.asarray(array_of(self.group, "batch_index")[k, : self.schema.steps])
                 sound = batch_digest(stored) == digest
-            except _DECODING as error:
-                _refuse_unread(error)
+            except (UnreachableError, OpenFilesError):
+                raise
+            except _DECODING:
                 sound = False
             if not sound:  # what it held is gone: only the problem could draw it again
                 yield self._found("the record of its batches is damaged; restore it", f"{self.name}/batch_index",
@@ -252,8 +266,9 @@ class _Verifying:
     def _reads_as(self, name: str, values: np.ndarray[Any, Any]) -> bool:
         try:
             return np.array_equal(np.asarray(array_of(self.group, name)[: len(values)]), values)
-        except _DECODING as error:
-            _refuse_unread(error)
+        except (UnreachableError, OpenFilesError):
+            raise
+        except _DECODING:
             return False
 
     def _slab(self, order: int, seed: int) -> Iterator[Finding]:
@@ -334,7 +349,10 @@ class _Verifying:
         for path in self.expected:
             if path.startswith(GROUP):
                 continue
-            array = array_of(self.group, path.rpartition("/")[0])
+            try:
+                array = array_of(self.group, path.rpartition("/")[0])
+            except DamageError:
+                continue  # of which no chunk can be decoded; it was told with the documents
             chunks = f"{self.name}/{array.basename}/c"
             for file, _ in self.place.files(chunks):
                 try:
@@ -393,8 +411,9 @@ class _Verifying:
                 States.of(self.place, array, self.schema.codec)[where]
             else:
                 array[where]
-        except _DECODING as error:
-            _refuse_unread(error)
+        except (UnreachableError, OpenFilesError):
+            raise
+        except _DECODING:
             return False
         return True
 
@@ -405,12 +424,6 @@ class _Verifying:
         self._told.add(file)
         mended = self.repair if repaired is None else repaired
         return Finding(self.name, what, file, repaired=mended, **where)
-
-
-def _refuse_unread(error: Exception) -> None:
-    """Raise what a system says that only refuses to read now: nothing is known of the file then."""
-    if isinstance(error, OSError) and not is_loss(error):
-        raise error
 
 
 def _read_document(place: Place, key: str) -> Any:  # noqa: ANN401

@@ -14,7 +14,7 @@ from trajstore.errors import ConfigurationError, ConflictError, damage_told
 from trajstore.filenames import Slab, Source
 from trajstore.importing.asking import Import, structure_of
 from trajstore.storage.layout import Layout
-from trajstore.storage.segment import Snapshot, array_of
+from trajstore.storage.segment import Snapshot
 from trajstore.storage.writer import Ledger
 from trajstore.store import StoredExperiment
 
@@ -115,16 +115,11 @@ class States:
     def __getitem__(self, step: int) -> Snapshot:
         ledger, schema = self._ledger, self._ledger.schema
         number = schema.segment_of(step)
-        places = schema.snapshots_of(number)
         if number != self._number:
-            first = number * schema.snapshots_per_segment
-            at = (*ledger.corner, slice(None), slice(first, first + len(places)))
             with damage_told(f"{ledger.name}, step {step}"):
-                self._params, self._counters = (
-                    np.asarray(array_of(ledger.group, name)[at]) for name in ("params", "counters")
-                )
+                self._params, self._counters = ledger.states(number)
             self._number = number
-        place = places.index(step)
+        place = schema.snapshots_of(number).index(step)
         return self._params[:, place], self._counters[:, place]
 
 

@@ -7,6 +7,8 @@ may be written as well.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from trajstore.sql.reading import reading
 from trajstore.sql.text import literal
 from trajstore.sql.views import definitions
 from trajstore.store import Store
+from trajstore.system import refuse_too_many
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +71,8 @@ def _asked(store: Store, query: str, *writable: Path, tables: Tables | None = No
     _ = store.root  # a clear error, if this is no store
     try:
         connection = _confined(refresh(store), writable)
-    except duckdb.Error:  # a file of the index is damaged, and it is only a cache
+    except duckdb.Error as error:  # a file of the index is damaged, and it is only a cache
+        _refuse_too_many(error)
         connection = _confined(refresh(store, anew=True), writable)
     for name, frame in (tables or {}).items():
         connection.register(name, frame)
@@ -81,7 +85,15 @@ def _asked(store: Store, query: str, *writable: Path, tables: Tables | None = No
     return relation
 
 
+def _refuse_too_many(error: duckdb.Error) -> None:
+    """Raise an OpenFilesError where DuckDB could not open a file for that reason, which it tells in words only."""
+    if os.strerror(errno.EMFILE) in str(error):
+        file = re.search(r'"([^"]+)"', str(error))
+        refuse_too_many(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), file[1] if file else "a file of the index")
+
+
 def _wrong(error: duckdb.Error, query: str) -> QueryError:
+    _refuse_too_many(error)
     text = " ".join(str(error).split("\n\nLINE")[0].split())
     if "pytz" in text:  # deeper in a value, they are not seen by `rows_of`
         return QueryError("a column holds TIMESTAMP WITH TIME ZONE; cast these to TIMESTAMP or VARCHAR")

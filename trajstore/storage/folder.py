@@ -12,6 +12,7 @@ from trajstore.errors import ConfigurationError
 from trajstore.storage.local import DurableStore, contents, inside
 from trajstore.storage.locks import lock
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray
+from trajstore.system import opening
 
 __all__ = ["Folder"]
 
@@ -59,9 +60,8 @@ class Folder:
     def links(self, prefix: str) -> list[str]:
         """Return the keys at and below a prefix where there is neither file nor folder: links, pipes, devices."""
         top = self.path / prefix
-        below = (Path(above, name) for above, folders, files in os.walk(top) for name in (*folders, *files))
         found = []
-        for path in (top, *(below if not top.is_symlink() else ())):
+        for path in (top, *(_below(top) if not top.is_symlink() else ())):
             with suppress(FileNotFoundError):  # renamed since it was listed
                 mode = path.lstat().st_mode
                 if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -70,11 +70,11 @@ class Folder:
 
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""
-        return sorted(f.name for f in self.path.iterdir() if f.is_dir())  # a link too: whoever opens it is told
+        return sorted(f.name for f in _in(self.path) if f.is_dir())  # a link too: whoever opens it is told
 
     def strays(self) -> list[tuple[str, Stray]]:
         """Return what lies in the store itself and is neither a folder nor the store's document, in order."""
-        return sorted((f.name, _stray(f)) for f in self.path.iterdir() if not f.is_dir() and f.name != DOCUMENT)
+        return sorted((f.name, _stray(Path(f.path))) for f in _in(self.path) if not f.is_dir() and f.name != DOCUMENT)
 
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""
@@ -137,7 +137,7 @@ class Folder:
         """Tell whether nothing is there, or nothing but what a process that died had begun to write."""
         if not self.path.is_dir():
             return not self.path.exists()
-        return all(f.name.endswith(PARTIAL) for f in self.path.iterdir())
+        return all(f.name.endswith(PARTIAL) for f in _in(self.path))
 
 
 def _beside(path: Path) -> Path:
@@ -155,7 +155,17 @@ def _stray(path: Path) -> Stray:
     return "file" if path.is_file() else "device"
 
 
+def _in(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder; where that cannot be known, it is an error, and not nothing."""
+    return opening(lambda: [*os.scandir(folder)], folder)
+
+
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, without going through links."""
-    for above, _, names in os.walk(folder):
-        yield from (Path(above, name) for name in names)
+    """Yield everything below a folder, without going through links."""
+    folders = [folder]
+    while folders:
+        with suppress(FileNotFoundError, NotADirectoryError):  # there is none, or none any more
+            for entry in _in(folders.pop()):
+                yield Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))

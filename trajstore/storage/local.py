@@ -27,7 +27,7 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
 from zarr.storage import LocalStore
 
-from trajstore.errors import DamageError, FormatError, WriteError
+from trajstore.errors import FormatError, WriteError
 from trajstore.storage.codecs import refuse_bomb
 from trajstore.storage.elsewhere import refuse_second_writer, refuse_unseen
 from trajstore.storage.locks import descriptor_of
@@ -41,7 +41,7 @@ from trajstore.storage.place import (
     check_writable,
     place_of,
 )
-from trajstore.system import allow_more_files, is_full, is_loss, opening, refuse_too_many
+from trajstore.system import allow_more_files, is_full, opening, refuse_too_many
 
 __all__ = ["DurableStore", "contents", "inside", "user_cache"]
 
@@ -225,7 +225,7 @@ class DurableStore(LocalStore):
                     raise
             return await super().get(key, prototype, byte_range)
         except OSError as error:
-            _refuse_unread(error, inside(self.root, key))
+            refuse_too_many(error, inside(self.root, key))
             raise
 
     async def get_partial_values(
@@ -314,18 +314,6 @@ def contents(path: Path, most: int | None = None) -> bytes | None:
         return opening(path.read_bytes, path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
-    except OSError as error:
-        _refuse_unread(error, path)
-        raise
-
-
-def _refuse_unread(error: OSError, path: Path) -> None:
-    """Tell what is lost, and what only cannot be opened now, from the rest that a system says."""
-    refuse_too_many(error, path)
-    if is_loss(error):
-        raise DamageError(
-            f"{path} cannot be read ({error.strerror}); `trajstore verify` tells what was in it"
-        ) from None
 
 
 def _read_elsewhere(root: str, durable: bool, bounds: Mapping[str, int]) -> DurableStore:

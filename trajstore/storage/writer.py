@@ -101,7 +101,7 @@ class Ledger:
         begin, end = self.schema.steps_of(number)
         places = {step: k for k, step in enumerate(self.schema.snapshots_of(number))}
         try:
-            params, counters = self._states(number)
+            params, counters = self.states(number)
             for start in range(begin, end, COMMIT_STEPS):
                 stop = min(start + COMMIT_STEPS, end)
                 series = {name: one.read(start, stop) for name, one in self._series.items()}
@@ -148,7 +148,8 @@ class Ledger:
         for segment in range(0, self.schema.segments, self._committed_array.chunks[2]):
             self._write_record(segment)
 
-    def _states(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def states(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the stored states of a segment, parameters and counters, one a column."""
         first = number * self.schema.snapshots_per_segment
         stop = first + len(self.schema.snapshots_of(number))
         where = (*self.corner, slice(None), slice(first, stop))
