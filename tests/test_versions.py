@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,22 @@ def test_every_requirement_names_its_oldest_release():
         assert pin.operator == "=="
         assert bound.specifier.contains(pin.version)
         assert not bound.specifier.contains(f"{Version(pin.version).major - 1}.9999")
+
+
+def test_whatever_the_format_needs_has_a_bound_of_its_own():
+    """What comes with another library has only the bounds that this one happens to have."""
+    imported = set()
+    for file in (Path(PROJECT).parent / "trajstore" / "storage").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    theirs = imported - set(sys.stdlib_module_names) - {"trajstore"}
+    assert {"zarr", "numcodecs", "pcodec"} <= theirs
+    bounded = {re.split(r"[\[>]", line)[0].replace("-", "_") for line in TABLE["dependencies"]}
+    assert theirs <= bounded, theirs - bounded
+    assert {line.partition("==")[0].replace("-", "_") for line in lowest([])} >= theirs
 
 
 def test_a_requirement_without_one_is_refused(monkeypatch, tmp_path):
