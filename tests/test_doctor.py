@@ -154,14 +154,43 @@ def test_checksums_of_another_kind_are_wrong_and_those_of_python_slow(tmp_path, 
 def test_a_lock_that_excludes_nobody_is_wrong(tmp_path, monkeypatch):
     from trajstore.storage.folder import Folder
 
-    monkeypatch.setattr(Folder, "lock", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(Folder, "lock", lambda *_, **__: nullcontext(lambda folder: None))
     assert found("locks", tmp_path) == [("wrong", "a lock was taken twice by one process")]
 
 
 def test_a_lock_that_other_processes_do_not_see_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr("trajstore.machine.storing._TAKE", "print('taken')")
     ((state, told),) = found("locks", tmp_path)
-    assert (state, told) == ("wrong", "another process: taken while the lock was held, taken afterwards")
+    assert state == "wrong"
+    assert told.startswith("another process, while the lock was held: taken by the same path; taken through a symbolic")
+
+
+def test_a_file_system_on_which_folders_lend_no_lock_is_wrong(tmp_path, monkeypatch):
+    """The lock beside a store is gone with the folder that it lies in; then only the one within is left."""
+    from trajstore.machine import storing
+
+    monkeypatch.setattr(storing, "_TAKE", storing._TAKE.replace(
+        "locked_as_for_recording(Path(sys.argv[1]))", "place_of(sys.argv[1]).lock(slab_lock(*_SLAB), 'it')"
+    ).replace("import locked_as_for_recording", "import place_of, slab_lock, _SLAB"))  # fmt: skip
+    when = "taken when the folder beside the store was deleted"
+    assert found("locks", tmp_path) == [("wrong", f"another process, while the lock was held: {when}")]
+
+    def lends_none(descriptor, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", lends_none)
+    ((state, told),) = found("locks", tmp_path)
+    assert (state, "lends no lock (No locks available)" in told) == ("wrong", True)
+
+
+def test_a_link_to_a_store_is_tried_out_where_the_store_lies(tmp_path):
+    from trajstore.machine import _room
+
+    (tmp_path / "far" / "runs.zarr").mkdir(parents=True)
+    (tmp_path / "far" / "runs.zarr" / "zarr.json").touch()
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "far" / "runs.zarr")
+    with _room(tmp_path / "link.zarr") as room:
+        assert Path(room).parent == tmp_path / "far"
 
 
 def test_a_slow_disk_is_slow_and_one_that_fails_wrong(tmp_path, monkeypatch):

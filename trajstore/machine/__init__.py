@@ -100,7 +100,7 @@ def _room(path: Path) -> TemporaryDirectory[str]:
         raise ConfigurationError(f"{path}: give a folder; buckets are tried out by recording into them")
     if not path.is_dir():
         raise ConfigurationError(f"there is no folder {path}")
-    place = path.absolute().parent if (path / "zarr.json").exists() else path
+    place = path.resolve().parent if (path / "zarr.json").exists() else path  # where a link to a store leads
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigurationError(f"cannot write to {place}; give a folder in which stores can lie")
     return TemporaryDirectory(prefix=".trajstore-doctor-", dir=place, ignore_cleanup_errors=True)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
-from trajstore.errors import BusyError
+from trajstore.errors import BusyError, WriteError
 from trajstore.machine import State, check
 from trajstore.storage.codecs import CODECS, Codec, chunk_codecs, write_block
-from trajstore.storage.place import place_of
+from trajstore.storage.place import place_of, slab_folder, slab_lock
 from trajstore.storage.states import States
 from trajstore.units import human_bytes
 
-__all__: list[str] = []
+__all__ = ["locked_as_for_recording"]
 
 _SLOW_FSYNC = 0.05
 """Seconds from which making a file durable slows recordings down."""
@@ -48,39 +49,62 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 _LITTLE_ROOM = 2**30
 _TAKE = """
 import sys
+from pathlib import Path
 from trajstore.errors import BusyError
-from trajstore.storage.place import place_of
+from trajstore.machine.storing import locked_as_for_recording
 try:
-    with place_of(sys.argv[1]).lock("doctor.lock", "it"):
+    with locked_as_for_recording(Path(sys.argv[1])):
         print("taken")
 except BusyError:
     print("refused")
 """
+_SLAB = "doctor", "forward", 0
 
 
-@check("locks", "Does a lock keep a second writer out, in this process and in another?")
+@contextmanager
+def locked_as_for_recording(store: Path) -> Iterator[None]:
+    """Hold all the locks that the writer of a slab holds: on a file beside a store, and on a folder in it."""
+    with place_of(store).lock(slab_lock(*_SLAB), "it") as also:
+        also(slab_folder(_SLAB[0], (0, 0)))
+        yield
+
+
+@check("locks", "Do the locks of a recording keep a second writer out, in this process and in another?")
 def _locks(folder: Path) -> Iterator[tuple[State, str, str, Mapping[str, Any]]]:
     (store := folder / "locked.zarr").mkdir()
-    place, remedy = place_of(store), "keep stores on another file system; here two writers can damage one"
+    remedy = "keep stores on another file system; here two writers can damage one"
+    ways = {"by the same path": store}
+    if _works(os.symlink, folder, "linked"):
+        (linked := folder / "linked.zarr").symlink_to(store)
+        ways["through a symbolic link"] = linked
 
-    def elsewhere() -> str:
-        told = subprocess.run([sys.executable, "-c", _TAKE, str(store)], capture_output=True, text=True)
-        return told.stdout.strip() or told.stderr.strip().splitlines()[-1]
+    def elsewhere(path: Path) -> str:
+        told = subprocess.run([sys.executable, "-c", _TAKE, str(path)], capture_output=True, text=True, check=False)
+        return told.stdout.strip() or (told.stderr.strip().splitlines() or ["it says nothing"])[-1]
 
-    with place.lock("doctor.lock", "it"):
-        try:
-            with place.lock("doctor.lock", "it"):
-                yield "wrong", "a lock was taken twice by one process", remedy, {}
-                return
-        except BusyError:
-            pass
-        held = elsewhere()
-    freed = elsewhere()
+    try:
+        with locked_as_for_recording(store):
+            try:
+                with locked_as_for_recording(store):
+                    yield "wrong", "a lock was taken twice by one process", remedy, {}
+                    return
+            except BusyError:
+                pass
+            held = {way: elsewhere(path) for way, path in ways.items()}
+            # Then only the lock within the store is left, as for whoever comes by another mount.
+            shutil.rmtree(folder / f"{store.name}.traj")
+            held["when the folder beside the store was deleted"] = elsewhere(store)
+    except WriteError as error:
+        yield "wrong", str(error), remedy, {}
+        return
+    freed = elsewhere(store)
     figures = {"held": held, "freed": freed}
-    if (held, freed) == ("refused", "taken"):
-        yield "good", "a lock that is held keeps others out, and is free afterwards", "", figures
+    if failed := [f"{told} {way}" for way, told in held.items() if told != "refused"]:
+        yield "wrong", f"another process, while the lock was held: {'; '.join(failed)}", remedy, figures
+    elif freed != "taken":
+        yield "wrong", f"another process, after the lock was freed: {freed}", remedy, figures
     else:
-        yield "wrong", f"another process: {held} while the lock was held, {freed} afterwards", remedy, figures
+        yield "good", "a lock that is held keeps others out, and is free afterwards", "", figures
 
 
 @check("fsync", "Can a file be made durable, and how long does it take?")
