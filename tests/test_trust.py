@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pwd
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import xarray as xr
 import trajstore as ts
 from tests.conftest import SMALL_NET, Record, forget
 from tests.hostile import Document, attributes_of, rewrite, strangers
+from tests.waiting import HANGS
 from trajstore.errors import ConfigurationError, FormatError, UntrustedError
 from trajstore.recipe import Recipe
 from trajstore.replaying import replay
@@ -318,3 +320,56 @@ def test_what_is_not_trusted_is_left_out_of_a_replay_and_the_others_are_replayed
     assert "experiment 'plain', " in out
     assert "experiment 'net' was not recorded here" in out
     assert not canary.exists()
+
+
+SCRIPT = """
+import sys
+import trajstore as ts
+from trajstore.replaying import replay
+
+def make(width):
+    return ts.Experiment.of({net!r}).problem
+
+problem = {{"family": "factory", "function": "__main__:make", "arguments": {{"width": 7}}}}
+ts.run(ts.Experiment.of({{**{net!r}, "seeds": [0], "problem": problem}}), sys.argv[1], engine="reference")
+assert all(slab.differs_from is None for slab in replay(ts.open(sys.argv[1])["net"]))
+print("replayed")
+"""
+
+
+def test_a_function_of_a_script_needs_no_trust_there_and_is_nobody_elses(tmp_path: Path, trajstore: Program) -> None:
+    """A notebook records with a function of its own, and analyses; later another process opens what it recorded."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(net=SMALL_NET))
+    store = tmp_path / "runs.zarr"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(store)],
+        capture_output=True, text=True, check=False, timeout=HANGS,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, "replayed"), done.stderr
+    assert ts.open(store)["net"].dataset()["train_loss"].notnull().all()
+    told = "would call __main__:make(width=7), defined in a script or notebook, and no other process can import it"
+    commands = (["verify", str(store), "net", "--replay"], ["compute", "gradient_norm", str(store), "net"])
+    for command in commands:
+        code, _, err = trajstore(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert told in err
+        assert "--trust" not in err, "it would not help"
+    for command in commands:
+        code, _, err = trajstore(*command, "--trust")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "'__main__:make': it was defined in a script or notebook, and what runs here has no 'make'" in err
+
+
+def test_a_script_is_asked_about_a_function_that_only_has_the_name_of_one_of_its_own(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Path(str(record(SMALL_NET, seeds=[0]).store))
+    rewrite(store, "net", names_canary)
+    rewrite(store, "net", lambda attributes: attributes["config"]["problem"].update(function="__main__:make"))
+
+    def make(width: int) -> object:
+        raise AssertionError(width)
+
+    monkeypatch.setattr(sys.modules["__main__"], "make", make, raising=False)
+    with pytest.raises(UntrustedError, match=r"was not recorded here.*call __main__:make\(width=7\).*give --trust"):
+        list(replay(ts.open(store)["net"]))

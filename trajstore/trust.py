@@ -6,13 +6,15 @@ it takes one of two things: that the user trusts the store (``trajstore.open(pat
 holds for this process; or that it was recorded here, by this user on this machine. The latter is remembered in the
 user's cache as the random id of a recording, what it named, and the file in which Python found the module: neither
 another store at the same path, nor another module of the same name, is taken for it. Losing the memory loses no more
-than a ``--trust`` asks for.
+than a ``--trust`` asks for. A function of a script or a notebook (``__main__:make``) is in no file that another process
+would find: whoever recorded with it may compute with it for as long as the process runs.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -29,6 +31,8 @@ from trajstore.storage.local import user_cache
 __all__ = ["allow", "refuse_untrusted", "remember"]
 
 _FACTORY, _FOLDER = "factory", "folder"
+_SCRIPT = "__main__"
+"""How Python calls the module of whatever program runs."""
 _SHOWN = 6
 """Arguments that a message names."""
 _allowed: set[str] = set()
@@ -53,6 +57,10 @@ def remember(problem: Any, recordings: Iterable[str]) -> None:  # noqa: ANN401
     ids = list(recordings)
     if not any(_named_in(problem)) or not ids or _recorded_here(problem, ids):
         return
+    if _module(problem) == _SCRIPT:
+        # Of a script or a notebook: what has this name in another process is another function.
+        _allowed.update(_key(one, problem) for one in ids)
+        return
     with suppress(OSError):  # a home that cannot be written to: --trust will be asked for
         file = _memory(ids[0], problem)
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -73,7 +81,12 @@ def refuse_untrusted(experiment: str, problem: Any, recordings: Iterable[str], a
         return
     if not _recorded_here(problem, ids):
         module = _module(problem)
-        lost = module and _origin(problem) is None
+        if module == _SCRIPT and not _is_in_script(problem):
+            raise UntrustedError(
+                f"experiment {experiment!r} would {' and '.join(named)}, defined in a script or notebook, and no other "
+                "process can import it: compute there, or put the function into a module and record with that"
+            )
+        lost = module and module != _SCRIPT and _origin(problem) is None
         why = f"names the module {shortened(module)}, which cannot be found" if lost else "was not recorded here"
         raise UntrustedError(
             f"experiment {experiment!r} {why}, and to compute with it would {' and '.join(named)}; if "
@@ -129,9 +142,16 @@ def _module(problem: Mapping[str, Any]) -> str:
     return str(problem.get("function") or "").partition(":")[0].partition(".")[0]
 
 
+def _is_in_script(problem: Mapping[str, Any]) -> bool:
+    """Tell whether the program that runs here has a function of the name that a problem of a script says."""
+    return hasattr(sys.modules[_SCRIPT], str(problem.get("function")).partition(":")[2])
+
+
 def _origin(problem: Mapping[str, Any]) -> str | None:
     """Return where Python would find the module that a problem names, without running anything of it."""
     top = _module(problem)
+    if top == _SCRIPT:
+        return None
     found: ModuleSpec | None = None
     with suppress(ImportError, ValueError):  # the parents of a module would be imported: its top alone is looked for
         found = find_spec(top) if top.isidentifier() else None

@@ -35,6 +35,11 @@ def load_object(reference: str) -> Any:  # noqa: ANN401
     try:
         return getattr(module, name)
     except AttributeError:
+        if module_name == "__main__":
+            raise ConfigurationError(
+                f"{reference!r}: it was defined in a script or notebook, and what runs here has no {name!r}; define it "
+                "here, or put it into a module of its own and record with that"
+            ) from None
         raise ConfigurationError(f"{reference!r}: module {module_name!r} has no {name!r}") from None
 
 
