@@ -29,6 +29,7 @@ from trajstore.operators.sgd import is_plain
 from trajstore.orders import Order
 from trajstore.presets import FULL, Scale, family_of, preset_table
 from trajstore.problems import LiveProblem, Problem
+from trajstore.storage.checking import is_name
 from trajstore.storage.codecs import Codec
 
 __all__ = ["Experiment", "Record", "check_name", "of_today", "read_toml"]
@@ -263,7 +264,7 @@ def of_today(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_name(name: str) -> None:
     """Refuse an experiment name that could leave its place in the store."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or ".." in name or name == "zarr.json":
+    if not is_name(name) or name == "zarr.json":
         raise ConfigurationError(
             f"experiment name {name!r}: use up to 100 letters, digits, '-', '_' and single '.', "
             "beginning with a letter or digit"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trajstore.errors import ConfigurationError, OrderError
+from trajstore.storage.checking import is_new_label
 
 __all__ = ["Pattern", "Slab", "Source", "told_apart"]
 
@@ -69,7 +70,7 @@ def told_apart(
 
 
 def _checked_order(order: str) -> str:
-    if not 0 < len(order) <= 100 or not order.isprintable() or any(c.isspace() or c == "," for c in order):
+    if not is_new_label(order):
         raise OrderError(f"order {order!r}: use up to 100 characters without spaces and commas, as in 'forward'")
     return order
 

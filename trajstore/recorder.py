@@ -42,7 +42,7 @@ from trajstore.fills import noted
 from trajstore.measures import MEASURES
 from trajstore.policies import Policy, policy_of
 from trajstore.provenance import provenance
-from trajstore.storage.checking import is_label
+from trajstore.storage.checking import is_new_label
 from trajstore.storage.codecs import Codec
 from trajstore.storage.declaring import declare, grow
 from trajstore.storage.late import LateSeries
@@ -114,7 +114,7 @@ def record(
     if sketch < 1 or sketch & (sketch - 1):
         raise ConfigurationError(f"sketch is {sketch}; it must be a power of two")
     check_name(name)
-    if not is_label(order) or len(order) > 100:
+    if not is_new_label(order):
         raise OrderError(f"order {order!r}: use up to 100 characters without spaces and commas, as in 'forward'")
     if not 0 <= seed < 2**63:
         raise ConfigurationError(f"seed {seed} must be a whole number from 0 to 2^63 − 1")

@@ -20,8 +20,8 @@ from trajstore.configuration import describe, differences, refuse_differences
 from trajstore.distributing import Job, Scheduler, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.compilers import missing_for_compiling
+from trajstore.engine.over import Over
 from trajstore.engine.plan import EngineChoice, Plan, followed, ready
-from trajstore.engine.proving import Refusal
 from trajstore.engine.walk import Slab, applications
 from trajstore.errors import ConfigurationError, ConflictError, RefusedWarning, SlowPlanWarning
 from trajstore.experiment import Experiment, of_today
@@ -227,47 +227,31 @@ def _short(part: object) -> str:
     return str(table.get("function") or table.get("family") or type(part).__name__)
 
 
-class _Watched:
+class _Watched(Over):
     """An engine that tells when it refuses a fast way."""
 
     def __init__(self, engine: Engine, tell: Callable[[], None]) -> None:
-        self._engine, self._tell, self._known = engine, tell, len(engine.refusals)
-        self.start = engine.start
-
-    @property
-    def measuring(self) -> float:
-        return self._engine.measuring
-
-    @property
-    def refusals(self) -> Sequence[Refusal]:
-        return self._engine.refusals
+        super().__init__(engine)
+        self._tell, self._known = tell, len(engine.refusals)
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
-        for found in self._engine.run(works):
+        for found in self.engine.run(works):
             if len(self.refusals) > self._known:
                 self._known = len(self.refusals)
                 self._tell()
             yield found
 
 
-class _Metered:
+class _Metered(Over):
     """An engine that tells how far it is."""
 
     def __init__(self, engine: Engine, progress: Tell, seeds: Sequence[int]) -> None:
-        self._engine, self._progress, self._seeds = engine, progress, seeds
-        self.start = engine.start
-
-    @property
-    def measuring(self) -> float:
-        return self._engine.measuring
-
-    @property
-    def refusals(self) -> Sequence[Refusal]:
-        return self._engine.refusals
+        super().__init__(engine)
+        self._progress, self._seeds = progress, seeds
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
         done = [work.last.step for work in works]
-        for k, iterate in self._engine.run(works):
+        for k, iterate in self.engine.run(works):
             leg = works[k].leg
             where = f"seed {self._seeds[works[k].seed]}, {leg.kind} to step {iterate.step}"
             self._progress(leg.applications([iterate.step], done[k]), where)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from trajstore.engine import Engine, Iterate, Work
-from trajstore.engine.proving import Refusal
+from trajstore.engine.over import Over
 
 __all__ = ["Refining", "Wanted"]
 
@@ -37,34 +37,24 @@ class Wanted:
     """The steps that there may be."""
 
 
-class Refining:
+class Refining(Over):
     """Runs works of another engine, and refines them."""
 
     def __init__(self, engine: Engine, wanted: Wanted) -> None:
-        self._engine, self._wanted = engine, wanted
-        self.start = engine.start
-
-    @property
-    def measuring(self) -> float:
-        """How many seconds went into metrics so far."""
-        return self._engine.measuring
-
-    @property
-    def refusals(self) -> Sequence[Refusal]:
-        """What is not used because it gave something else than its definition."""
-        return self._engine.refusals
+        super().__init__(engine)
+        self._wanted = wanted
 
     def run(self, works: Sequence[Work]) -> Iterator[tuple[int, Iterate]]:
         """Yield (position of the work, iterate), for each work by increasing step, those in between too."""
         forward = [k for k, work in enumerate(works) if work.leg.kind == "forward"]
         kept = [works[k]._replace(steps=self._chosen(works[k])) for k in forward]
-        for j, iterate in self._engine.run(kept):
+        for j, iterate in self.engine.run(kept):
             yield forward[j], iterate
         curves = {k: _Curve(self._wanted, work.steps) for k, work in enumerate(works) if k not in forward}
         held: dict[int, dict[int, Iterate]] = {k: {} for k in curves}
         asked = [(k, works[k].steps) for k in curves if works[k].steps]
         while asked:
-            for j, iterate in self._engine.run([works[k]._replace(steps=steps) for k, steps in asked]):
+            for j, iterate in self.engine.run([works[k]._replace(steps=steps) for k, steps in asked]):
                 held[asked[j][0]][iterate.step] = iterate
             for k, curve in curves.items():
                 curve.learn({step: self._value(iterate) for step, iterate in held[k].items()})
@@ -79,7 +69,7 @@ class Refining:
         grid = self._wanted.grid
         between = grid[bisect_left(grid, work.steps[0]) : bisect_left(grid, work.steps[-1])]
         every = sorted({*work.steps, *between})
-        values = {it.step: self._value(it) for _, it in self._engine.run([work._replace(steps=every)])}
+        values = {it.step: self._value(it) for _, it in self.engine.run([work._replace(steps=every)])}
         curve = _Curve(self._wanted, work.steps)
         curve.learn({step: values[step] for step in work.steps})
         chosen = set(work.steps)

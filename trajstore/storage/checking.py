@@ -18,7 +18,9 @@ __all__ = [
     "checked_layout",
     "checked_schema",
     "is_label",
+    "is_metric",
     "is_name",
+    "is_new_label",
     "most_bytes",
     "refuse_beyond_memory",
 ]
@@ -106,6 +108,16 @@ def is_name(text: object) -> bool:
 def is_label(text: object) -> bool:
     """Tell whether an order can have a label."""
     return isinstance(text, str) and 0 < len(text) <= 240 and text.isprintable() and not {*" ,"} & {*text}
+
+
+def is_new_label(text: object) -> bool:
+    """Tell whether somebody's own order can be given a label: shorter than what a leg can say of itself."""
+    return is_label(text) and len(str(text)) <= 100
+
+
+def is_metric(text: object) -> bool:
+    """Tell whether a metric can have a name: it is an array, a flag and a column."""
+    return isinstance(text, str) and bool(re.fullmatch(r"[A-Za-z_]\w{0,99}", text))
 
 
 def most_bytes() -> int:
@@ -246,10 +258,6 @@ def _pair(value: Any, where: str) -> None:  # noqa: ANN401
     _whole(0, _SEED)(value[1], f"{where}[1]")
 
 
-def _is_metric(text: object) -> bool:
-    return isinstance(text, str) and bool(re.fullmatch(r"[A-Za-z_]\w{0,99}", text))
-
-
 def _is_named(text: object) -> bool:
     return isinstance(text, str) and len(text) <= 1_000 and text.isprintable()
 
@@ -257,7 +265,7 @@ def _is_named(text: object) -> bool:
 _TABLE = _of(Mapping, "a table")
 _TEXT, _NUMBER, _YES = _of(str, "text"), _of((int, float), "a number"), _of(bool, "true or false")
 _COUNT, _LABEL = _whole(0, _STEPS), _that(is_label, "a label of up to 240 characters without spaces and commas")
-_METRIC = _that(_is_metric, "the name of a metric: letters, digits and '_'")
+_METRIC = _that(is_metric, "the name of a metric: letters, digits and '_'")
 _NAMED = _that(_is_named, "a name of up to 1,000 characters that can be read")
 
 _ENTRY = _table(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError, FormatError
 from trajstore.measures import MadeBy, about, maker_of, start_of
-from trajstore.storage.checking import checked_schema
+from trajstore.storage.checking import checked_schema, is_metric
 from trajstore.storage.codecs import Codec, refuse_large_chunks
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.layout import Layout
@@ -298,7 +297,7 @@ def check_metric_names(schema: Schema) -> None:
     own = [spec.name for spec in replace(schema, metrics={}, late=()).arrays()]
     seen = {*own, *schema.coordinates(), *schema.lengths(), "experiment", "recorded", "stored"}
     for name in (*schema.metrics, *schema.late):
-        if not re.fullmatch(r"[A-Za-z_]\w{0,99}", name):
+        if not is_metric(name):
             raise ConfigurationError(f"metric {name!r}: use letters, digits and '_', beginning with a letter")
         if name.casefold() in seen:
             raise ConfigurationError(f"metric {name!r}: an array or column has that name, upper case or lower")
