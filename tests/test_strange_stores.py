@@ -439,6 +439,27 @@ def test_html_commands_nothing_either(store: Path) -> None:
     assert printable(ESCAPES) in shown
 
 
+def test_verify_names_whatever_lies_beside_experiments(store: Path, tmp_path: Path) -> None:
+    """Links and pipes are read by nobody; one that leads nowhere may have led to an experiment."""
+    (tmp_path / "there").write_text("something")
+    (store / "README").symlink_to(tmp_path / "there")
+    (store / "old").symlink_to(tmp_path / "gone")
+    (store / "notes.txt").write_text("mine")
+    (store / "zarr.json.1.partial").touch()
+    os.mkfifo(store / "pipe")
+    told = {found.file: found for found in verify(ts.Store(store))}
+    assert {file: found.harmless for file, found in told.items()} == {
+        "README": True, "old": False, "notes.txt": True, "pipe": True, "zarr.json.1.partial": True,
+    }  # fmt: skip
+    assert "leads nowhere; if it led to an experiment, put that here, or remove it" in told["old"].what
+    assert "nothing is read through it; remove it" in told["README"].what
+    assert all(found.experiment is None for found in told.values())
+    assert [found.file for found in verify(ts.Store(store), repair=True) if found.repaired] == ["zarr.json.1.partial"]
+    assert {file.name for file in store.iterdir()} == {"net", "zarr.json", "README", "old", "notes.txt", "pipe"}
+    (store / "far").symlink_to(store / "net")
+    assert {found.file: found.harmless for found in verify(ts.Store(store))}["far"] is False
+
+
 @pytest.mark.parametrize("text", ["../../victim", "a b", "\x1b[1m", "C" * 200, "con\x00", "-x"])
 def test_a_folder_with_another_name_than_an_experiment_can_have_is_none(text: str, store: Path) -> None:
     if "/" in text or "\0" in text:
