@@ -252,6 +252,21 @@ def test_a_recorded_experiment_is_judged_in_parameters_and_in_losses(recorded):
     assert bool(((backward["rate_low"] < 0.91) & (backward["rate_high"] > 0.89)).all())
 
 
+def test_parameters_know_the_iterates_before_their_window(recorded):
+    """Of one parameter the sketch is the parameter, but for where it is 0, and all its steps are stored."""
+    ds = recorded["quadratic"]
+    seen, paths = paths_of(ds, "parameters", None, 40)
+    begin, half = int(seen.steps[0]), len(seen) // 2
+    for order, (one, *_) in zip(ds["order"].values, paths, strict=True):
+        states = ds["params"].sel(order=order, seed=ds["seed"][0]).transpose("snapshot", "param").values[:, 0]
+        gone = np.abs(np.diff(np.append(one.half_before[:, 0], one.points[:, 0])))
+        assert gone == pytest.approx(np.abs(np.diff(states[begin - half :])), abs=1e-6)
+        moves = np.abs(np.diff(states))[: begin - 1]
+        assert len(one.moves_half_before) == len(one.moves) // 2
+        told = one.moves_half_before
+        assert told[told > 0] == pytest.approx(moves[-len(told) :][told > 0], rel=1e-6)
+
+
 def test_in_the_sum_of_losses_only_a_loss_of_zero_is_a_point(recorded):
     """Appendix G: the loss of the quadratic's backward limit is not 0, so d(x, y) = L(x) + L(y) does not shrink."""
     found = convergence(recorded["quadratic"], "sum:train_loss").sel(order="backward")
