@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from trajstore.cli.interrupting import stop_if_asked
 from trajstore.cli.writing import as_written, holds
 
 from trajstore.printable import printable
@@ -76,10 +77,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 @contextmanager
-def progress_bar(total: int, what: str, unit: str) -> Iterator[Callable[[int, str], None] | None]:
-    """Show a bar on standard error, if that is a terminal."""
+def progress_bar(total: int, what: str, unit: str) -> Iterator[Callable[[int, str], None]]:
+    """Show a bar on standard error, if that is a terminal; what it gives ends what goes on after Ctrl-C."""
     if not sys.stderr.isatty():
-        yield None
+        yield lambda done, where: stop_if_asked()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -90,7 +91,12 @@ def progress_bar(total: int, what: str, unit: str) -> Iterator[Callable[[int, st
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda done, where: progress.update(task, advance=done, description=printable(where))
+
+        def shown(done: int, where: str) -> None:
+            progress.update(task, advance=done, description=printable(where))
+            stop_if_asked()
+
+        yield shown
 
 
 def counted(number: int, what: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from trajstore.cli import analyze, claims, compute, demo, doctor, exchange, inspection, maintenance, plotting, record
 from trajstore.cli.console import tell
+from trajstore.cli.interrupting import heed
 from trajstore.cli.writing import spell_out
 
 from trajstore.errors import TrajstoreError
@@ -57,6 +58,7 @@ def main() -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # problems of one's own lie there; last, so that they stand in nobody's way
     spell_out()
+    heed()
     warnings.showwarning = lambda message, *_, **__: tell(f"trajstore: {message}")
     try:
         code = typer.main.get_command(app).main(prog_name="trajstore", standalone_mode=False) or 0

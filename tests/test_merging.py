@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ from torch import nn
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.test_resume import contents, stop_after
-from trajstore.errors import BusyError, ConflictError, FormatError, NotFoundError
+from trajstore.errors import BusyError, ConflictError, FormatError, NotFoundError, TrajstoreError
 from trajstore.merging import merge, remove
+from trajstore.storage.folder import Folder
 from trajstore.verifying import verify
 
 HOW = {"engine": "reference", "durability": "none"}
@@ -117,3 +120,68 @@ def test_remove(tmp_path):
     assert not list((a.place.beside / "removed").iterdir())
     with pytest.raises(NotFoundError):
         remove(a, "net")
+
+
+SMALLER = {**SMALL_NET, "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5}, "seeds": [0]}
+
+
+def removed(store: Path, key: str) -> bytes | None:
+    shutil.rmtree(store, ignore_errors=True)
+    return None
+
+
+def changed(store: Path, key: str) -> bytes | None:
+    file = store / key
+    if file.suffix == ".json" or not file.is_file():
+        return None
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole)
+    return bytes(whole)
+
+
+def unreadable(store: Path, key: str) -> bytes | None:
+    raise OSError(errno.EIO, "Input/output error", str(store / key))
+
+
+@pytest.mark.parametrize("fault", [removed, changed, unreadable])
+def test_whatever_becomes_of_the_source_while_it_is_merged_the_target_is_sound(fault, tmp_path, monkeypatch):
+    """At each file that is read to be copied: nothing that the target had is lost, and nothing that it has is wrong."""
+    with pytest.raises(KeyboardInterrupt):
+        ts.run(ts.Experiment.of(SMALLER), tmp_path / "begun.zarr", progress=stop_after(50), **HOW)
+    ts.run(ts.Experiment.of(SMALLER), tmp_path / "whole.zarr", **HOW)
+    whole = ts.open(tmp_path / "whole.zarr")["net"].dataset().load()
+    had = ts.open(tmp_path / "begun.zarr")["net"].dataset()["recorded"].load()
+    source, target = tmp_path / "source.zarr", tmp_path / "target.zarr"
+    read, reads, failed = Folder.read, 0, 0
+
+    def counting(self: Folder, key: str, most: int | None = None) -> bytes | None:
+        nonlocal reads
+        if self.path == source and key.startswith("net/") and most is None and not key.endswith(".json"):
+            reads += 1
+            if reads == at:
+                return fault(source, key)
+        return read(self, key, most)
+
+    monkeypatch.setattr(Folder, "read", counting)
+    at = 0
+    for _ in range(1000):
+        at += 5  # a sample of them
+        reads = 0
+        for place, origin in ((source, "whole.zarr"), (target, "begun.zarr")):
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(tmp_path / origin, place)
+        try:
+            merge(ts.open(source), ts.open(target))
+        except (TrajstoreError, OSError):
+            failed += 1
+        assert not [found for found in verify(ts.Store(target)) if not found.harmless], at
+        ds = ts.open(target)["net"].dataset().load()
+        assert (ds["recorded"] | ~had).all()
+        there = ds["recorded"].values
+        assert np.array_equal(ds["test_loss"].values[there], whole["test_loss"].values[there]), at
+        if reads < at:
+            break
+        merge(ts.open(tmp_path / "whole.zarr"), ts.open(target))
+        assert ts.open(target)["net"].dataset().load()["params"].variable.equals(whole["params"].variable)
+    assert failed >= 3, "the faults reach what is merged"

@@ -11,6 +11,7 @@ import trajstore as ts
 from tests.conftest import SMALL_NET, stop_after
 from trajstore.errors import ConflictError
 from trajstore.storage import writer
+from trajstore.storage.place import TAKEN_OUT
 
 PLAIN = {"engine": "reference", "durability": "none"}
 WAVE = {"engine": "wavefront", "lanes": 3, "durability": "none"}
@@ -26,11 +27,11 @@ WAYS = {
 
 
 def contents(store: Path) -> dict[str, bytes]:
-    """Every chunk of the data, but for the resume states, which need not be the last two."""
+    """Every chunk of the data, but for the resume states, which need not be the last two, and what was taken out."""
     return {
         str(f.relative_to(store)): f.read_bytes()
         for f in store.rglob("*")
-        if f.is_file() and "resume" not in f.parts and f.name != "zarr.json"
+        if f.is_file() and not {"resume", TAKEN_OUT} & {*f.parts} and f.name != "zarr.json"
     }
 
 

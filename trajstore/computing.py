@@ -15,10 +15,9 @@ import numpy as np
 import zarr
 
 from trajstore.errors import ConfigurationError, StatisticError
-from trajstore.storage.declaring import grow
+from trajstore.storage.declaring import grow, stored_batches
 from trajstore.storage.late import LateSeries
 from trajstore.storage.schema import Schema, check_metric_names
-from trajstore.storage.segment import array_of
 from trajstore.store import StoredExperiment, open_root
 
 __all__ = ["compute_late"]
@@ -90,6 +89,7 @@ def _declared(stored: StoredExperiment, names: Sequence[str]) -> zarr.Group:
         new = replace(schema, late=tuple(dict.fromkeys((*schema.late, *names))))
         if new != schema:
             check_metric_names(new)
-            indices = list(np.asarray(array_of(group, "batch_index"))) if schema.batch_size else []
+            seeds = range(len(schema.seeds)) if schema.batch_size else ()
+            indices = [stored_batches(group, schema, k) for k in seeds]
             grow(group, new, stored.config, indices)
     return group

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 
 from trajstore import accessor as accessor  # registers `ds.traj`
+from trajstore.errors import damage_told
 from trajstore.measures import training_mark
 from trajstore.origin import ORIGIN, origin_of
 from trajstore.storage.schema import ArraySpec, Schema, late_records
@@ -144,6 +145,8 @@ class _Committed(BackendArray):
     fill: float | int
     there: NDArray[np.bool_] | None
     """Along all its dimensions, with length 1 where it makes no difference; None where all of it counts."""
+    what: str
+    """As a message names it."""
     added: NDArray[np.int64] | None = None
     """Bits that are not stored in it."""
 
@@ -161,7 +164,8 @@ class _Committed(BackendArray):
         there = None
         if mask is not None and not mask[1].all():
             there = np.expand_dims(mask[1], tuple(at for at, dim in enumerate(spec.dims) if dim not in mask[0]))
-        return cls(source, tuple(lengths[dim] for dim in spec.dims), array.dtype, spec.fill, there)
+        shape, what = tuple(lengths[dim] for dim in spec.dims), f"experiment {experiment.name!r}: {spec.name!r}"
+        return cls(source, shape, array.dtype, spec.fill, there, what)
 
     def __getitem__(self, key: ExplicitIndexer | tuple[slice | int, ...]) -> Any:  # noqa: ANN401
         if isinstance(key, tuple):  # dask asks so
@@ -175,7 +179,8 @@ class _Committed(BackendArray):
             slice(*part.indices(n)) if isinstance(part, slice) else part
             for part, n in zip(key, self.shape, strict=True)
         )
-        found: NDArray[Any] = np.asarray(self.source[where])
+        with damage_told(self.what):
+            found: NDArray[Any] = np.asarray(self.source[where])
         if self.there is not None:
             found = self._counted(found, where)
         return found if self.added is None else found | self.added[where]

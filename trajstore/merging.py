@@ -6,8 +6,9 @@ was recorded. What both stores have must be the same, as far as both have it.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,12 +19,12 @@ import zarr
 from zarr.buffer.cpu import Buffer
 
 from trajstore.configuration import differences
-from trajstore.errors import ConflictError
-from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes
+from trajstore.errors import ConflictError, DamageError
+from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes, stored_batches
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import Schema, late_records
-from trajstore.storage.segment import array_of
+from trajstore.storage.segment import Corner
 from trajstore.storage.writer import Ledger
 from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_alike, refuse_foreign
 from trajstore.system import is_full
@@ -160,7 +161,7 @@ def _batches(schema: Schema, *experiments: StoredExperiment) -> list[np.ndarray[
         return []
     homes = [next(e for e in experiments if seed in e.schema.seeds) for seed in schema.seeds]
     places = [home.schema.seeds.index(seed) for home, seed in zip(homes, schema.seeds, strict=True)]
-    return [np.asarray(array_of(home.group, "batch_index")[k]) for home, k in zip(homes, places, strict=True)]
+    return [stored_batches(home.group, home.schema, k) for home, k in zip(homes, places, strict=True)]
 
 
 def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, seed: int) -> bool:
@@ -173,16 +174,18 @@ def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, s
         if known.any():
             LateSeries(target.group, target.schema, ours.corner, name).put(np.flatnonzero(known), values[known])
     more = False
-    for number, record in enumerate(theirs.records.tolist()):
-        own = ours.records[number].tolist()
-        if own == record or record[0] < 0:
-            continue
+    same = (theirs.records == ours.records[: len(theirs.records)]).all(axis=-1)
+    differing = bool((~same & (theirs.records[:, 0] >= 0)).any())
+    parts = _parts(source, theirs.corner, ours.corner) if differing else {}
+    as_read = {here: _digests(source, here) for here in parts}
+    for number in np.flatnonzero(theirs.records[:, 0] >= 0).tolist() if differing else ():  # chunks may be of several
+        record, own = theirs.records[number].tolist(), ours.records[number].tolist()
         checked = theirs.read(number, counted=max(0, own[0]))
         if own[0] > record[0]:
             ours.read(number, counted=record[0]).refuse_other(record, theirs.steps_named(number))
             continue
         checked.refuse_other(own, ours.steps_named(number))
-        more = True
+        more |= own != record
     if not more:
         return False
     ahead = [n for n in range(len(theirs.records)) if ours.records[n, 0] > theirs.records[n, 0]]
@@ -190,27 +193,65 @@ def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, s
         raise ConflictError(
             f"{ours.name}: each of the two stores has steps that the other lacks; resume one of them first"
         )
-    for spec in source.schema.arrays():
-        if {"order", "seed"} <= set(spec.dims) and spec.name != "committed" and not _is_late(source.schema, spec.name):
-            here, there = (f"{spec.name}/c/{corner[0]}/{corner[1]}" for corner in (theirs.corner, ours.corner))
-            _copy(source, target, here, there)
+    for here, there in parts.items():
+        _copy(source, target, here, there, as_read[here], theirs.name)
     for path in theirs.slots.paths:
         _copy(source, target, path, path)
+    try:
+        ours.refuse_unlike(theirs)
+    except DamageError as error:
+        raise DamageError(
+            f"{error}; that was copied from {source.store}, and counts in {target.store} only when it is merged again"
+        ) from None
     ours.take_over(theirs.records)
     return True
+
+
+def _parts(source: StoredExperiment, theirs: Corner, ours: Corner) -> dict[str, str]:
+    """Return where the chunks of a slab lie that its commit records vouch for → where they are copied to."""
+    return {
+        f"{spec.name}/c/{theirs[0]}/{theirs[1]}": f"{spec.name}/c/{ours[0]}/{ours[1]}"
+        for spec in source.schema.arrays()
+        if {"order", "seed"} <= set(spec.dims) and spec.name != "committed" and not _is_late(source.schema, spec.name)
+    }
+
+
+def _digests(source: StoredExperiment, here: str) -> dict[str, bytes]:
+    """Return what is below a key of an experiment → a digest of it."""
+    place = source.store.place
+    return {key: _digest(place.read(key) or b"") for key, _ in place.files(f"{source.name}/{here}")}
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _is_late(schema: Schema, array: str) -> bool:
     return any(array in (name, late_records(name)) for name in schema.late)
 
 
-def _copy(source: StoredExperiment, target: StoredExperiment, here: str, there: str) -> None:
-    """Copy what lies below a key of one experiment to another key of the other."""
+def _copy(
+    source: StoredExperiment,
+    target: StoredExperiment,
+    here: str,
+    there: str,
+    as_read: Mapping[str, bytes] | None = None,
+    slab: str = "",
+) -> None:
+    """Copy what lies below a key of one experiment to another key of the other.
+
+    Where digests are given, it must still be what was read and checked: it may replace what is committed here.
+    """
     keeper, place = keeper_of(target.group), source.store.place
     prefix = f"{source.name}/{here}"
-    for key, _ in place.files(prefix):
+    for key in (key for key, _ in place.files(prefix)) if as_read is None else as_read:
         ours = re.fullmatch(r"(/([0-9]+|c|zarr\.json))*", key.removeprefix(prefix)) is not None  # chunks and documents
         content = place.read(key) if ours else None
+        if as_read is not None and ours and (content is None or _digest(content) != as_read[key]):
+            raise ConflictError(
+                f"{slab}: {key} in {source.store} was changed or removed while it was merged; nothing of it counts "
+                "here; merge again when nobody writes there"
+            )
         if content is not None:
             keeper.set_sync(f"{target.name}/{there}{key.removeprefix(prefix)}", Buffer.from_bytes(content))
 

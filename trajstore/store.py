@@ -505,6 +505,8 @@ def standing(place: Place, name: str) -> Standing:
         return "damaged"  # a link: whoever opens it is told
     if document is None:
         there = [key for key, _ in place.files(name) if not key.endswith(PARTIAL)]
+        if f"{name}/committed/{DOCUMENT}" in there:
+            return "damaged"  # it was an experiment, and lost its document
         return "foreign" if there else "nothing"
     try:
         mark = json.loads(document).get("attributes", {}).get("trajstore")

@@ -2,19 +2,23 @@
 
 Everything is read: documents are compared with those that a declaration would write, chunks with their checksums,
 steps with the digest in their commit record. What is found names the experiment, the slab, the steps and the file.
-Repairing takes out what is wrong, so that it counts no more and a recording writes it again; it never guesses.
+Repairing takes out what is wrong, so that it counts no more and a recording writes it again; it never guesses. Wrong is
+only what is read twice, and is wrong both times: a disk that fails to read says nothing of what it holds. What is
+taken out is moved aside, into a folder that nothing reads.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import UTC, datetime
+from functools import cached_property, partial
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import zarr
@@ -25,7 +29,6 @@ from zarr.storage import MemoryStore
 from trajstore.errors import (
     ConfigurationError,
     DamageError,
-    FormatError,
     NotFoundError,
     OpenFilesError,
     TrajstoreError,
@@ -35,19 +38,22 @@ from trajstore.errors import (
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
 from trajstore.storage.late import LateSeries
-from trajstore.storage.place import DOCUMENT, PARTIAL, REMOVED, Place, Stray, keeper_of
+from trajstore.storage.place import DOCUMENT, PARTIAL, REMOVED, TAKEN_OUT, Place, Stray, keeper_of
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
-from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema
-from trajstore.storage.segment import array_of
+from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema, late_records
+from trajstore.storage.segment import Corner, array_of
 from trajstore.storage.states import States
-from trajstore.storage.writer import Ledger
+from trajstore.storage.writer import Ledger, discard_slab
 from trajstore.store import Store, StoredExperiment, open_root, standing
 from trajstore.system import refuse_too_many, system_told
 
 __all__ = ["Finding", "verify"]
 
-_DECODING = (ValueError, RuntimeError, LookupError, TypeError, OSError, ArithmeticError)
+T = TypeVar("T")
+_DECODING = (ValueError, RuntimeError, LookupError, TypeError, ArithmeticError)
 """What zarr and its codecs raise on bytes that are not what was written."""
+_TRIES = 2
+"""Whatever is found wrong is read again."""
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """How a system says that nothing may be written, or that nothing more fits."""
 
@@ -143,6 +149,8 @@ class _Verifying:
     def __init__(self, store: Store, name: str, repair: bool) -> None:
         self.store, self.place, self.name, self.repair = store, store.place, name, repair
         self._told: set[str] = set()
+        self._mark = f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-{uuid4().hex[:6]}"
+        """Where what this repair takes out is kept."""
 
     def everything(self) -> Iterator[Finding]:
         try:
@@ -151,12 +159,13 @@ class _Verifying:
             yield Finding(self.name, str(error), f"{self.name}/{DOCUMENT}")
         except TrajstoreError:
             raise
-        except _DECODING as error:
-            if isinstance(error, OSError):
-                refuse_too_many(error, self.store.place.address)
-            if self.repair and isinstance(error, OSError) and error.errno in _REFUSED:
+        except OSError as error:
+            refuse_too_many(error, self.store.place.address)
+            if self.repair and error.errno in _REFUSED:
                 # not what is there is wrong, but what was to be written
                 raise ConfigurationError(f"cannot repair {self.store}: {system_told(error)}") from None
+            yield self._unread(error, f"{self.name}/{DOCUMENT}")
+        except _DECODING as error:
             yield Finding(self.name, f"it cannot be read: {' '.join(str(error).split())}", f"{self.name}/{DOCUMENT}")
 
     def _everything(self) -> Iterator[Finding]:
@@ -230,9 +239,16 @@ class _Verifying:
         """Compare the documents of all arrays with those that were declared."""
         for path, expected in self.expected.items():
             file = f"{self.name}/{path}"
-            found = _read_document(self.place, file)
+            try:
+                found = _read_document(self.place, file)
+                if found != expected:
+                    found = _read_document(self.place, file)
+            except OSError as error:
+                yield self._unread(error, file)
+                continue
             if found != expected:
                 if self.repair:
+                    self._set_aside(file, keep=True)
                     keeper_of(self.group).set_sync(file, Buffer.from_bytes(json.dumps(expected, indent=2).encode()))
                 if _equal(found, expected):
                     yield self._found("a document says the same in other words than this zarr's", file, harmless=True)
@@ -244,24 +260,35 @@ class _Verifying:
     def _labels(self) -> Iterator[Finding]:
         """Compare the coordinates with the schema, and the batches with their digests."""
         for name, (_, values, _) in self.schema.coordinates().items():
-            if not self._reads_as(name, values):
+            try:
+                sound = any(self._reads_as(name, values) for _ in range(_TRIES))
+            except OSError as error:
+                yield self._unread(error, f"{self.name}/{name}")
+                continue
+            if not sound:
                 if self.repair:
                     for file, _ in self.place.files(f"{self.name}/{name}/c"):
-                        self.place.delete(file)
+                        self._set_aside(file)
                     array_of(self.group, name)[...] = values
                 yield self._found(f"the coordinate {name!r} is damaged", f"{self.name}/{name}")
         attributes: Any = self.group.attrs[ATTRIBUTE]
         for k, digest in enumerate(attributes["batch_digests"]):
             try:
-                stored = np.asarray(array_of(self.group, "batch_index")[k, : self.schema.steps])
-                sound = batch_digest(stored) == digest
-            except (UnreachableError, OpenFilesError):
-                raise
-            except _DECODING:
-                sound = False
+                sound = any(self._holds_batches(k, digest) for _ in range(_TRIES))
+            except OSError as error:
+                yield self._unread(error, f"{self.name}/batch_index", seed=self.schema.seeds[k])
+                continue
             if not sound:  # what it held is gone: only the problem could draw it again
                 yield self._found("the record of its batches is damaged; restore it", f"{self.name}/batch_index",
                                   repaired=False, seed=self.schema.seeds[k])  # fmt: skip
+
+    def _holds_batches(self, seed: int, digest: str) -> bool:
+        try:
+            return batch_digest(np.asarray(array_of(self.group, "batch_index")[seed, : self.schema.steps])) == digest
+        except UnreachableError:
+            raise
+        except _DECODING:
+            return False
 
     def _reads_as(self, name: str, values: np.ndarray[Any, Any]) -> bool:
         try:
@@ -276,48 +303,64 @@ class _Verifying:
         label, number = self.schema.orders[order], self.schema.seeds[seed]
         slab: dict[str, Any] = {"order": label, "seed": number}
         try:
-            ledger = Ledger(self.group, self.schema, order, seed)
-        except FormatError:
-            corner = order, seed
-            unreadable = [f for name in ("committed", "leg") for f in self._bad(name, corner) if self.place.exists(f)]
-            for file in unreadable:
-                if self.repair:
-                    self.place.delete(file)
-                yield self._found(f"the commit records cannot be read; {self._gone}", file, **slab)
-            if self.repair and unreadable:
-                Ledger(self.group, self.schema, order, seed).discard(range(self.schema.segments))
+            ledger, wrong = _twice(lambda: Ledger(self.group, self.schema, order, seed))
+            if ledger is None:
+                yield from self._records_lost((order, seed), slab, wrong)
+                return
+            yield from self._late(ledger, slab)
+        except OSError as error:
+            yield self._unread(error, f"{self.name}/committed", **slab)
             return
-        attributes: Any = self.group.attrs[ATTRIBUTE]
-        ended = [fill for fill in attributes["fills"] if fill["ended"] and [label, number] in fill["slabs"]]
-        for file in self._bad("committed", (order, seed)) if ended else ():
-            if self.repair:
-                ledger.discard(range(self.schema.segments))
-            yield self._found(f"it was recorded, and its commit records are missing; {self._gone}", file, **slab)
-        for name in self.schema.late:
-            series = LateSeries(self.group, self.schema, (order, seed), name)
-            for span in series.damaged():
-                steps = (span * LATE_SPAN, min((span + 1) * LATE_SPAN, self.schema.steps + 1) - 1)
-                if self.repair:
-                    series.discard(span)
-                    for file in self._bad(name, (order, seed), range(span, span + 1)):
-                        self.place.delete(file)
-                what = f"{name!r} is not what was committed"
-                yield self._found(what, f"{self.name}/{name}", **slab, steps=steps)
         damaged = []
         for segment in np.flatnonzero(ledger.records[:, 0] >= 0).tolist():
+            begin, end = self.schema.steps_of(segment)
             try:
-                ledger.segment(segment)
-            except FormatError:
-                damaged.append(segment)
+                if _twice(partial(ledger.segment, segment))[0] is None:
+                    damaged.append(segment)
+            except OSError as error:
+                yield self._unread(error, self.name, **slab, steps=(begin, end - 1))
         files = {segment: self._bad_of(ledger, segment) for segment in damaged}
         if self.repair and damaged:
+            for file, _ in self.place.files(f"{self.name}/committed/c/{order}/{seed}"):
+                self._set_aside(file, keep=True)
             ledger.discard(damaged)
             for file in {f for those in files.values() for f in those}:
-                self.place.delete(file)
+                self._set_aside(file)
         for segment, those in files.items():
             begin, end = self.schema.steps_of(segment)
             what = f"not what was committed; {self._gone}"
             yield from (self._found(what, file, **slab, steps=(begin, end - 1)) for file in those or [self.name])
+
+    def _records_lost(self, corner: Corner, slab: Mapping[str, Any], error: DamageError | None) -> Iterator[Finding]:
+        """Tell of a slab of which cannot be read what counts."""
+        bad = [file for name in ("committed", "leg") for file in self._bad(name, corner)]
+        files = [file for file in bad if self.place.exists(file)] or bad
+        if not files:  # it is said of the document of an array
+            if not any(told.endswith(DOCUMENT) for told in self._told):
+                yield self._found(str(error), self.name, repaired=False, **slab)
+            return
+        if self.repair:
+            records = [file for file, _ in self.place.files(f"{self.name}/committed/c/{corner[0]}/{corner[1]}")]
+            for file in {*files, *records}:
+                self._set_aside(file, keep=file in records)  # these are written over
+            discard_slab(self.group, self.schema, corner)
+        for file in files:
+            yield self._found(f"the commit records cannot be read; {self._gone}", file, **slab)
+
+    def _late(self, ledger: Ledger, slab: Mapping[str, Any]) -> Iterator[Finding]:
+        """Compare the late metrics of a slab with their records."""
+        for name in self.schema.late:
+            series = LateSeries(self.group, self.schema, ledger.corner, name)
+            for span in set(series.damaged()) & set(series.damaged()):
+                steps = (span * LATE_SPAN, min((span + 1) * LATE_SPAN, self.schema.steps + 1) - 1)
+                if self.repair:
+                    array = array_of(self.group, late_records(name))
+                    self._set_aside(self._file(array, (*ledger.corner, span, 0)), keep=True)
+                    series.discard(span)
+                    for file in self._bad(name, ledger.corner, range(steps[0], steps[1] + 1)):
+                        self._set_aside(file)
+                what = f"{name!r} is not what was committed"
+                yield self._found(what, f"{self.name}/{name}", **slab, steps=steps)
 
     def _bad_of(self, ledger: Ledger, segment: int) -> list[str]:
         """Return the files of a segment that are missing or cannot be decoded."""
@@ -359,12 +402,21 @@ class _Verifying:
                     chunk = tuple(map(int, file.removeprefix(f"{chunks}/").split("/")))
                 except ValueError:
                     continue
-                if len(chunk) == array.ndim and not self._decodes(array, chunk):
-                    if array.basename == "batch_index" or file in self._told:
-                        continue  # found already
-                    if self.repair:
-                        self.place.delete(file)
-                    yield self._found("a chunk that nothing committed needs is damaged", file)
+                if len(chunk) != array.ndim or file in self._told:
+                    continue
+                try:
+                    if self._decodes(array, chunk) or array.basename == "batch_index":  # these are found already
+                        continue
+                except OSError as error:
+                    yield self._unread(error, file)
+                    continue
+                if keeper_of(self.group).expected.lost(file, self.place.read) is not None:
+                    what = "a chunk was whole when it was compared, and is not now; verify again"
+                    yield self._found(what, file, repaired=False)
+                    continue
+                if self.repair:
+                    self._set_aside(file)
+                yield self._found("a chunk that nothing committed needs is damaged", file)
 
     def _slots(self, order: str, seed: int) -> Iterator[Finding]:
         """Look at the resume states of a slab."""
@@ -392,17 +444,26 @@ class _Verifying:
 
     def _files(self) -> Iterator[Finding]:
         """Name the files that belong to nothing."""
-        known = {f"{self.name}/{path}" for path in (*self.expected, DOCUMENT)}
+        known, kept = {f"{self.name}/{path}" for path in (*self.expected, DOCUMENT)}, set[str]()
         for file in (f for f, _ in self.place.files(self.name) if f not in known):
             parts = file.split("/")[1:]
-            if file.endswith(PARTIAL):
+            if parts[1:2] == [TAKEN_OUT]:
+                if parts[2] != self._mark:
+                    kept.add(f"{self.name}/{parts[0]}/{TAKEN_OUT}")
+            elif file.endswith(PARTIAL):
                 if self.repair:
                     self.place.delete(file)
                 yield self._found("left by a writer that was killed", file, harmless=True)
             elif parts[0] != GROUP and (f"{parts[0]}/{DOCUMENT}" not in self.expected or parts[1:2] != ["c"]):
                 yield self._found("this file is not the store's", file, harmless=True, repaired=False)
+        for folder in sorted(kept):
+            what = "what a repair took out is kept here; delete the folder when nothing is missed"
+            yield self._found(what, folder, harmless=True, repaired=False)
 
     def _decodes(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> bool:
+        return any(self._decodes_once(array, chunk) for _ in range(_TRIES))
+
+    def _decodes_once(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> bool:
         where = tuple(slice(k * c, (k + 1) * c) for k, c in zip(chunk, array.chunks, strict=True))
         if any(s.start >= n for s, n in zip(where, array.shape, strict=True)):
             return True  # beyond what is declared: a declaration that died, or one that is under way
@@ -417,6 +478,16 @@ class _Verifying:
             return False
         return True
 
+    def _set_aside(self, file: str, *, keep: bool = False) -> None:
+        self.place.set_aside(file, self._mark, keep=keep)
+
+    def _unread(self, error: OSError, file: str, **where: Any) -> Finding:  # noqa: ANN401
+        """Tell of what could not be read: whether it is sound is not known."""
+        if isinstance(error, UnreachableError | OpenFilesError):
+            raise error
+        what = f"it could not be read ({system_told(error)}), so that nothing is known of it, and nothing was changed; verify again"
+        return self._found(what, file, repaired=False, **where)
+
     def _file(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> str:
         return f"{self.name}/{array.basename}/{array.metadata.encode_chunk_key(chunk)}"
 
@@ -424,6 +495,17 @@ class _Verifying:
         self._told.add(file)
         mended = self.repair if repaired is None else repaired
         return Finding(self.name, what, file, repaired=mended, **where)
+
+
+def _twice(read: Callable[[], T]) -> tuple[T | None, DamageError | None]:
+    """Return what is read, or, if it is damaged twice, how."""
+    wrong = None
+    for _ in range(_TRIES):
+        try:
+            return read(), None
+        except DamageError as error:
+            wrong = error
+    return None, wrong
 
 
 def _read_document(place: Place, key: str) -> Any:  # noqa: ANN401
@@ -451,7 +533,7 @@ def _equal(found: Any, expected: dict[str, Any]) -> bool:  # noqa: ANN401
         if found["node_type"] != "array" or set(found) - set(expected):
             return False
         return bool(_understood(found) == _understood(expected))
-    except _DECODING:
+    except (*_DECODING, OSError):
         return False
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from trajstore.errors import damage_told, slab_named
 from trajstore.sql.files import copy
 from trajstore.sql.text import identifier
 from trajstore.storage.late import LateSeries
@@ -104,8 +105,11 @@ class SlabRows:
         }  # fmt: skip
 
     def _values(self, name: str) -> NDArray[Any]:
+        schema = self.experiment.schema
+        where = slab_named(self.experiment.name, schema.orders[self.i], schema.seeds[self.k])
         array = array_of(self.experiment.group, name)
-        return np.asarray(array[self.i, self.k, : len(self.steps)])[self.steps]
+        with damage_told(f"{where}: {name!r}"):
+            return np.asarray(array[self.i, self.k, : len(self.steps)])[self.steps]
 
 
 def write_slab(

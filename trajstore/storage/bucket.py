@@ -22,7 +22,7 @@ from trajstore.errors import BusyError, ConfigurationError, UnreachableError
 from trajstore.storage import objects
 from trajstore.storage.guarded import Guarded
 from trajstore.storage.leases import Lease, died, free, holder_of, is_own, taken
-from trajstore.storage.place import DECLARING, DOCUMENT, Durability, Stray, place_of
+from trajstore.storage.place import DECLARING, DOCUMENT, Durability, Stray, aside, place_of
 
 __all__ = ["Bucket"]
 
@@ -108,6 +108,15 @@ class Bucket:
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""
         self._delete([key])
+
+    def set_aside(self, key: str, mark: str, *, keep: bool = False) -> None:
+        """Copy what is there to where nothing reads it; then take it out, unless it is to be kept as it is."""
+        content = self.read(key)
+        if content is not None:
+            with self.told():
+                objects.put(self.objects, aside(key, mark), content, None)
+            if not keep:
+                self.delete(key)
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix, the document at its top last."""

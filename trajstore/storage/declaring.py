@@ -17,6 +17,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
+from trajstore.errors import damage_told
 from trajstore.storage.codecs import chunk_codecs
 from trajstore.storage.digest import config_digest
 from trajstore.storage.place import Keeper
@@ -24,7 +25,7 @@ from trajstore.storage.resume import GROUP
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema
 from trajstore.storage.segment import array_of
 
-__all__ = ["ATTRIBUTE", "batch_digest", "declare", "grow", "set_attributes", "sound_attributes"]
+__all__ = ["ATTRIBUTE", "batch_digest", "declare", "grow", "set_attributes", "sound_attributes", "stored_batches"]
 
 ATTRIBUTE = "trajstore"
 _LABELS = 65_536
@@ -68,8 +69,9 @@ def grow(
 ) -> None:
     """Let an experiment grow to a schema that begins as its own does. Hold the declaration's lock."""
     before, lengths = Schema.of(group), schema.lengths()
+    known_before = {spec.name for spec in before.arrays()}
     for spec in schema.arrays():
-        if spec.name not in group:
+        if spec.name not in known_before and spec.name not in group:  # there it is if growing died
             _create(group, spec, schema, lengths)
             continue
         array = array_of(group, spec.name)
@@ -81,13 +83,16 @@ def grow(
         for position, indices in enumerate(batch_index):
             known = before.steps if position < len(before.seeds) else 0
             if known < schema.steps:
+                if known:
+                    stored_batches(group, before, position)  # or a chunk that is missing would be begun anew
                 stored[position, known:] = indices[known:]
     for label, (_, values, _) in schema.coordinates().items():
         array = array_of(group, label)
         known = before.coordinates()[label][1].shape[0]
-        array.resize(values.shape)
-        if known < len(values):
-            array[known:] = values[known:]
+        with damage_told(f"experiment {group.basename!r}: the coordinate {label!r}"):
+            array.resize(values.shape)
+            if known < len(values):
+                array[known:] = values[known:]
     attributes: Any = group.attrs[ATTRIBUTE]
     _flush(group)
     set_attributes(group, {**attributes, **_declared(schema, config, batch_index)})
@@ -114,6 +119,17 @@ def _flush(group: zarr.Group) -> None:
 def batch_digest(indices: NDArray[np.int64]) -> str:
     """Return the SHA-256 of one seed's batch indices as little-endian int64."""
     return "sha256:" + hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").tobytes()).hexdigest()
+
+
+def stored_batches(group: zarr.Group, schema: Schema, position: int) -> NDArray[np.int64]:
+    """Return (batch, example) of the seed at a position, if they are what was declared."""
+    attributes: Any = group.attrs[ATTRIBUTE]
+    where = f"experiment {group.basename!r}, seed {schema.seeds[position]}: the record of its batches"
+    with damage_told(where, "restore it from a copy"):
+        found = np.asarray(array_of(group, "batch_index")[position, : schema.steps])
+        if batch_digest(found) != attributes["batch_digests"][position]:
+            raise ValueError("a chunk is missing, or not what was declared")
+    return found
 
 
 def _declared(schema: Schema, config: Mapping[str, Any], batch_index: Sequence[NDArray[np.int64]]) -> dict[str, Any]:

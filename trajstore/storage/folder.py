@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 from trajstore.errors import ConfigurationError
 from trajstore.storage.local import DurableStore, contents, inside
 from trajstore.storage.locks import lock
-from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray
+from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray, aside
 from trajstore.system import opening
 
 __all__ = ["Folder"]
@@ -79,6 +80,16 @@ class Folder:
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""
         inside(self.path, key).unlink(missing_ok=True)
+
+    def set_aside(self, key: str, mark: str, *, keep: bool = False) -> None:
+        """Move what is there to where nothing reads it, or copy it there to keep it as it is."""
+        there, to = inside(self.path, key), inside(self.path, aside(key, mark))
+        if there.is_file():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if keep:
+                shutil.copy2(there, to)
+            else:
+                there.rename(to)
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zarr.abc.buffer import Buffer, BufferPrototype
@@ -14,6 +14,7 @@ from trajstore.errors import UnreachableError
 from trajstore.storage import objects
 from trajstore.storage.codecs import refuse_bomb
 from trajstore.storage.elsewhere import refuse_only_here, refuse_second_writer
+from trajstore.storage.expected import Expected
 from trajstore.storage.leases import Lease
 from trajstore.storage.objects import elsewhere
 from trajstore.storage.place import DECLARING, ReplacedError, array_path, below, check_writable
@@ -43,8 +44,7 @@ class Guarded(ZarrStore):
         """Prefix → the lock under which to write below it."""
         self._records: set[str] = set()
         """Prefixes of records, which are replaced only as they were seen."""
-        self._bounds: dict[str, int] = {}
-        """Path of an array → what its chunks decode to, at most."""
+        self.expected = Expected()
         self._declaring: Lease | None = None
         """The lock of declarations, as it was held when something was last written under it."""
 
@@ -67,7 +67,7 @@ class Guarded(ZarrStore):
             refuse_only_here(self._bucket.address)
         if not self.read_only:
             refuse_second_writer(self._bucket.address)
-        return _read_elsewhere, (self._bucket, dict(self._bounds))
+        return _read_elsewhere, (self._bucket, self.expected)
 
     def with_read_only(self, read_only: bool = False) -> Guarded:
         """Return the same store, read-only or not."""
@@ -75,10 +75,6 @@ class Guarded(ZarrStore):
 
     def flush(self) -> None:
         """Do nothing: what was put is durable."""
-
-    def bound(self, path: str, most: int) -> None:
-        """Refuse chunks of an array that would decode to more bytes."""
-        self._bounds[path] = most
 
     def check(self) -> None:
         """Do nothing: whoever lost its lock is told when it puts something."""
@@ -93,7 +89,9 @@ class Guarded(ZarrStore):
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return what is there, or a part of it."""
         found = await elsewhere(self._get, key, byte_range)
-        if found is not None and (most := self._bounds.get(array_path(key))) is not None:
+        if found is None:
+            await elsewhere(self.expected.refuse_missing, key, self._bucket.read)
+        elif (most := self.expected.most.get(array_path(key))) is not None:
             refuse_bomb(found, most)
         return None if found is None else prototype.buffer.from_bytes(found)
 
@@ -212,8 +210,7 @@ class Guarded(ZarrStore):
         raise UnreachableError(f"{self._bucket.address}: {key} is replaced by another process again and again")
 
 
-def _read_elsewhere(bucket: Bucket, bounds: Mapping[str, int]) -> Guarded:
+def _read_elsewhere(bucket: Bucket, expected: Expected) -> Guarded:
     store = Guarded(bucket, read_only=True)
-    for path, most in bounds.items():
-        store.bound(path, most)
+    store.expected = expected
     return store

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trajstore.errors import ConflictError, DamageError, TrajstoreError, slab_named
 from trajstore.storage.codecs import write_block
-from trajstore.storage.place import keeper_of
+from trajstore.storage.place import Keeper, keeper_of
 from trajstore.storage.schema import LATE_SPAN, LATE_WORDS, Schema, late_records
 from trajstore.storage.segment import Corner, array_of
 
@@ -38,13 +38,16 @@ class LateSeries:
         for span in np.unique(steps // LATE_SPAN).tolist():
             here = steps // LATE_SPAN == span
             begin = span * LATE_SPAN
-            stored, known, (*_, fence) = self._span(span)
+            stored, known, fence = self._checked(span)
             at = steps[here] - begin
             again = known[at]
             if stored[at[again]].tobytes() != values[here][again].tobytes():
                 differs = int(at[again][stored[at[again]] != values[here][again]][0]) + begin
                 raise ConflictError(f"{self.what}: {self._name!r} already has another value at step {differs}")
             stored[at], known[at] = values[here], True
+            if not self._exists(late_records(self._name), span):  # so that a value without a record is damage
+                self._write_record(span, np.zeros(LATE_WORDS, dtype=np.int64))
+                store.flush()
             width = min(LATE_SPAN, self._schema.steps + 1 - begin)
             write_block(array, (*self._corner, begin), stored[:width][None, None])
             store.flush()
@@ -55,7 +58,7 @@ class LateSeries:
         """Return for which steps there is a value, and the values."""
         known, values = [], []
         for span in range(self._schema.spans):
-            stored, there, _ = self._span(span)
+            stored, there, _ = self._checked(span)
             known.append(there)
             values.append(stored)
         length = self._schema.steps + 1
@@ -65,11 +68,8 @@ class LateSeries:
         """Yield the spans that are not what was committed."""
         for span in range(self._schema.spans):
             try:
-                stored, known, (*digest, _) = self._span(span)
+                self._checked(span)
             except DamageError:
-                yield span
-                continue
-            if known.any() and digest != _digest(span * LATE_SPAN, stored, known).tolist():
                 yield span
 
     def discard(self, span: int) -> None:
@@ -92,6 +92,30 @@ class LateSeries:
         records = array_of(self._group, late_records(self._name))
         write_block(records, (*self._corner, span, 0), record[None, None, None])
 
+    def _checked(self, span: int) -> tuple[NDArray[np.float64], NDArray[np.bool_], int]:
+        """Return values, which of them count, and their fence, if they are those that were committed."""
+        begin = span * LATE_SPAN
+        stored, known, (*digest, fence) = self._span(span)
+        if known.any() and digest != _digest(begin, stored, known).tolist():
+            raise self._damage(begin, "a chunk is missing, or not what was committed")
+        records, chunk = late_records(self._name), begin // LATE_SPAN
+        if not known.any() and self._exists(self._name, chunk) and not self._exists(records, chunk):
+            raise self._damage(
+                begin, f"there are values, and a chunk of {records!r} is missing, which says which count"
+            )
+        return stored, known, int(fence)
+
+    def _exists(self, array: str, chunk: int) -> bool:
+        if not isinstance(self._group.store, Keeper):
+            return True
+        at = "/".join(map(str, (*self._corner, chunk)))
+        key = f"{self._group.path}/{array}/c/{at}{'/0' if array == late_records(self._name) else ''}"
+        return self._group.store.place.exists(key)
+
+    def _damage(self, begin: int, why: str) -> DamageError:
+        told = f"{self.what}: {self._name!r} of steps {begin} to {begin + LATE_SPAN - 1} is damaged ({why})"
+        return DamageError(f"{told}; `trajstore verify --repair` takes it out")
+
     def _span(self, span: int) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
         """Return values, which of them count, and their digest and fence; what does not count is NaN."""
         begin = span * LATE_SPAN
@@ -103,8 +127,7 @@ class LateSeries:
         except TrajstoreError:
             raise  # a lock that was lost is no damage
         except _DECODING as error:
-            told = f"{self.what}: {self._name!r} of steps {begin} to {begin + LATE_SPAN - 1} is damaged ({error})"
-            raise DamageError(f"{told}; `trajstore verify --repair` takes it out") from None
+            raise self._damage(begin, str(error)) from None
         known = np.unpackbits(record[: LATE_SPAN // 64].astype("<i8").view(np.uint8), bitorder="little").astype(bool)
         stored = np.full(LATE_SPAN, np.nan)
         stored[: len(found)] = found

@@ -17,7 +17,7 @@ import shutil
 import stat
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from zarr.storage import LocalStore
 from trajstore.errors import FormatError, WriteError
 from trajstore.storage.codecs import refuse_bomb
 from trajstore.storage.elsewhere import refuse_second_writer, refuse_unseen
+from trajstore.storage.expected import Expected
 from trajstore.storage.locks import descriptor_of
 from trajstore.storage.place import (
     DOCUMENT,
@@ -92,8 +93,7 @@ class DurableStore(LocalStore):
         super().__init__(root, read_only=read_only)
         self._durable, self._lock = durable, threading.Lock()
         self._touched, self._reached = set[Path](), set[Path]()
-        self._bounds: dict[str, int] = {}
-        """Path of an array → what its chunks decode to, at most."""
+        self.expected = Expected()
         self._anchors: dict[str, _Anchor] = {}
         """Experiment, or prefix of records → the folder in which its writer began."""
         self._records: set[str] = set()
@@ -113,11 +113,16 @@ class DurableStore(LocalStore):
     def __reduce__(self) -> tuple[Any, ...]:
         if not self.read_only:
             refuse_second_writer(str(self.root))
-        return _read_elsewhere, (str(self.root.absolute()), self._durable, dict(self._bounds))
+        return _read_elsewhere, (str(self.root.absolute()), self._durable, self.expected)
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write a file durably under a temporary name, then rename it."""
         await asyncio.to_thread(self.set_sync, key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write a file that is not there. Zarr asks so for the documents above one that it writes."""
+        if not await self.exists(key):
+            await self.set(key, value)
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Write a file durably under a temporary name, then rename it."""
@@ -170,10 +175,6 @@ class DurableStore(LocalStore):
         self._records.update(records)
         return 0
 
-    def bound(self, path: str, most: int) -> None:
-        """Refuse chunks of an array that would decode to more bytes."""
-        self._bounds[path] = most
-
     def check(self) -> None:
         """Raise where an experiment that is written is not there any more."""
         for folder in self._anchors:
@@ -207,10 +208,12 @@ class DurableStore(LocalStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return what is there, or a part of it."""
-        most = self._bounds.get(array_path(key))
+        most = self.expected.most.get(array_path(key))
         _refuse_large(inside(self.root, key), most)
         found = await self._got(key, prototype, byte_range)
-        if found is not None and most is not None:
+        if found is None:
+            self.expected.refuse_missing(key, self.place.read)
+        elif most is not None:
             refuse_bomb(found.to_bytes()[:18] if len(found) < 64 else found[:18].to_bytes(), most)
         if byte_range is None and below(key, self._records) is not None:
             self._seen[key] = None if found is None else found.to_bytes()
@@ -316,12 +319,11 @@ def contents(path: Path, most: int | None = None) -> bytes | None:
         return None
 
 
-def _read_elsewhere(root: str, durable: bool, bounds: Mapping[str, int]) -> DurableStore:
+def _read_elsewhere(root: str, durable: bool, expected: Expected) -> DurableStore:
     """Open a folder that another process reads; where it is not seen, all would be read as missing, which is NaN."""
     refuse_unseen(root)
     store = DurableStore(root, read_only=True, durable=durable)
-    for path, most in bounds.items():
-        store.bound(path, most)
+    store.expected = expected
     return store
 
 

@@ -14,18 +14,21 @@ from zarr.abc.buffer import Buffer
 from zarr.abc.store import Store as ZarrStore
 
 from trajstore.errors import BusyError, ConfigurationError, choices
+from trajstore.storage.expected import Expected
 
 __all__ = [
     "DECLARING",
     "DOCUMENT",
     "PARTIAL",
     "REMOVED",
+    "TAKEN_OUT",
     "Durability",
     "Keeper",
     "Place",
     "ReplacedError",
     "Stray",
     "array_path",
+    "aside",
     "below",
     "check_writable",
     "keeper_of",
@@ -44,6 +47,8 @@ REMOVED = ".removed-"
 """How the names of folders begin that are being removed, where they cannot be renamed out of the store."""
 Stray = Literal["file", "link to a file", "link to nothing", "device"]
 """What else can lie where experiments do; the last are pipes and sockets as well."""
+TAKEN_OUT = "taken-out"
+"""Where in an array's folder lies what a repair took out."""
 _BUCKETS = ("s3", "gs", "memory")
 DECLARING = "declare.lock"
 """The lock of whoever changes shapes or attributes."""
@@ -72,8 +77,9 @@ class Keeper(Protocol):
         as they were read or written here before, and else it is a ReplacedError.
         """
 
-    def bound(self, path: str, most: int) -> None:
-        """Refuse chunks of an array that would decode to more bytes."""
+    @property
+    def expected(self) -> Expected:
+        """What is known of its files; reading one that is otherwise is an error."""
 
     def check(self) -> None:
         """Raise where what is written is not there any more."""
@@ -120,6 +126,9 @@ class Place(Protocol):
 
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""
+
+    def set_aside(self, key: str, mark: str, *, keep: bool = False) -> None:
+        """Move what is there to where nothing reads it, below `TAKEN_OUT`, or copy it there to `keep` it as it is."""
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix: at once where that is possible, its document last where it is not."""
@@ -203,6 +212,12 @@ def keeper_of(group: zarr.Group) -> Keeper:
 def array_path(key: str) -> str:
     """Return the path of the array that a chunk belongs to."""
     return "/".join(key.split("/")[:2])
+
+
+def aside(key: str, mark: str) -> str:
+    """Return where a file of an array goes that is taken out; `mark` tells one repair from another."""
+    experiment, array, rest = key.split("/", 2)
+    return f"{experiment}/{array}/{TAKEN_OUT}/{mark}/{rest}"
 
 
 def below(key: str, prefixes: Container[str]) -> str | None:

@@ -16,8 +16,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import DamageError, FormatError, TrajstoreError
+from trajstore.errors import DamageError, FormatError, TrajstoreError, slab_named
 from trajstore.storage.checking import refuse_beyond_memory
+from trajstore.storage.expected import Vouched, remedy
+from trajstore.storage.place import Keeper
 from trajstore.storage.schema import COMMIT_FIELDS, Schema
 from trajstore.storage.segment import array_of
 
@@ -57,7 +59,13 @@ class Commits:
             first, then, steps = some
             where = slice(i + first.start, i + first.stop), slice(k + then.start, k + then.stop), steps
             recorded[some] = _values(group, "leg", where) >= 0
-        return cls(schema, records[..., :-1], max(0, int(records[..., -1].min(initial=2**62))), recorded)
+        commits = cls(schema, records[..., :-1], max(0, int(records[..., -1].min(initial=2**62))), recorded)
+        for at in np.ndindex(*slabs):
+            _refuse_gone(group, commits, at, (i + at[0], k + at[1]))
+        if isinstance(group.store, Keeper):
+            known, name = group.store.expected.vouched, group.path
+            known[name] = Vouched.of(name, schema, (commits.steps, commits.snapshots), slab, known.get(name))
+        return commits
 
     @cached_property
     def steps(self) -> NDArray[np.bool_]:
@@ -114,6 +122,38 @@ def blocks(slabs: tuple[int, int], length: int) -> Iterator[tuple[slice, slice, 
     together = max(1, _AT_ONCE // (8 * length))
     for i, k in product(range(slabs[0]), range(0, slabs[1], together)):
         yield slice(i, i + 1), slice(k, min(k + together, slabs[1])), slice(0, length)
+
+
+def _refuse_gone(group: zarr.Group, commits: Commits, at: tuple[int, int], corner: tuple[int, int]) -> None:
+    """Raise where what is missing is what says that something is there: records, or which steps were recorded."""
+    schema, counts, recorded = commits.schema, commits.records[at][:, 0], commits.recorded[at]
+    slab = slab_named(group.basename, schema.orders[corner[0]], schema.seeds[corner[1]])
+    found = np.add.reduceat(recorded, schema.segment_starts, dtype=np.int64)
+    short = np.flatnonzero(found < counts)
+    if len(short):
+        begin, end = schema.steps_of(int(short[0]))
+        raise DamageError(
+            f"{slab}: steps {begin} to {end - 1} were committed, and a chunk below {group.path}/leg/c/{corner[0]}/"
+            f"{corner[1]} is missing, which says which of them were recorded; {remedy(schema.again)}"
+        )
+    length = next(spec.chunks[2] for spec in schema.arrays() if spec.name == "committed")
+    for begin in range(0, len(counts), length):
+        if (counts[begin : begin + length] >= 0).any() or not isinstance(group.store, Keeper):
+            continue
+        if (counts[begin + length :] >= 0).any() or (begin == 0 and _ended(group, commits, at, corner)):
+            key = f"{group.path}/committed/c/{corner[0]}/{corner[1]}/{begin // length}/0"
+            if not group.store.place.exists(key):
+                what = f"it was recorded, and {key}, which says what counts, is missing"
+                raise DamageError(f"{slab}: {what}; {remedy(schema.again)}")
+
+
+def _ended(group: zarr.Group, commits: Commits, at: tuple[int, int], corner: tuple[int, int]) -> bool:
+    """Tell whether a slab came to its end once, with something recorded."""
+    attributes: Any = group.attrs["trajstore"]
+    schema = commits.schema
+    slab = [schema.orders[corner[0]], schema.seeds[corner[1]]]
+    ended = any(fill["ended"] and slab in map(list, fill["slabs"]) for fill in attributes["fills"])
+    return ended and (schema.made_by == "problem" or bool(commits.recorded[at].any()))
 
 
 def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[Any]:

@@ -274,7 +274,7 @@ def array_of(group: zarr.Group, name: str, schema: Schema | None = None) -> zarr
         if schema is not None:
             _refuse_other(array, next(spec for spec in schema.arrays() if spec.name == name), schema.lengths())
     if isinstance(group.store, Keeper):
-        group.store.bound(array.path, chunk_bytes(array))
+        group.store.expected.most[array.path] = chunk_bytes(array)
     return array.with_config({"write_empty_chunks": True})
 
 

@@ -22,7 +22,8 @@ from pcodec.standalone import simple_decompress_into  # type: ignore[import-unty
 
 from trajstore.storage.codecs import Codec, refuse_bomb, zstd_size
 from trajstore.storage.elsewhere import refuse_only_here, refuse_unseen
-from trajstore.storage.place import Place, place_of
+from trajstore.storage.expected import Expected
+from trajstore.storage.place import Keeper, Place, place_of
 
 __all__ = ["States"]
 
@@ -57,13 +58,16 @@ class States:
     chunks: tuple[int, ...]
     dtype: np.dtype[Any]
     codec: Codec
+    expected: Expected = field(default_factory=Expected, compare=False)
+    """What is known of the store's files."""
     place: Place | None = field(default=None, compare=False)
     """Where that is, in the process that has it open."""
 
     @classmethod
     def of(cls, place: Place, array: zarr.Array[Any], codec: Codec) -> States:
         """Read an array at its place."""
-        return cls(place.address, array.path, array.shape, array.chunks, array.dtype, codec, place)
+        expected = array.store.expected if isinstance(array.store, Keeper) else Expected()
+        return cls(place.address, array.path, array.shape, array.chunks, array.dtype, codec, expected, place)
 
     @property
     def ndim(self) -> int:
@@ -79,7 +83,8 @@ class States:
     def __reduce__(self) -> tuple[Any, ...]:
         if place_of(self.address).only_here:
             refuse_only_here(self.address)
-        return _states_elsewhere, (self.address, self.path, self.shape, self.chunks, self.dtype, self.codec)
+        described = self.address, self.path, self.shape, self.chunks, self.dtype, self.codec, self.expected
+        return _states_elsewhere, described
 
     def _read(self, spans: list[range]) -> NDArray[Any]:
         out = np.empty(tuple(map(len, spans)), self.dtype)
@@ -122,8 +127,10 @@ class States:
     def _decode(self, index: tuple[int, ...], out: NDArray[Any]) -> None:
         """Fill an array with a chunk."""
         key = f"{self.path}/c/{'/'.join(map(str, index))}"
-        content = (self.place or place_of(self.address)).read(key, out.nbytes)
+        place = self.place or place_of(self.address)
+        content = place.read(key, out.nbytes)
         if content is None:
+            self.expected.refuse_missing(key, place.read)
             out.fill(np.nan)
             return
         if google_crc32c.value(content) != _SOUND:

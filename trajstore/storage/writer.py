@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.errors import ConfigurationError, ConflictError, DamageError, WriteError, slab_named
+from trajstore.errors import ConfigurationError, ConflictError, DamageError, TrajstoreError, WriteError, slab_named
 from trajstore.storage.codecs import write_block
 from trajstore.storage.late import LateSeries
 from trajstore.storage.pipeline import Pipeline
@@ -33,7 +34,7 @@ from trajstore.storage.segment import Corner, Cut, Observation, Segment, Spare, 
 from trajstore.storage.states import States
 from trajstore.system import system_told
 
-__all__ = ["Ledger", "SlabWriter", "guarded"]
+__all__ = ["Ledger", "SlabWriter", "discard_slab", "guarded"]
 
 COMMIT_STEPS = 4_096
 COMMIT_SECONDS = 300.0
@@ -113,6 +114,8 @@ class Ledger:
                     state = (params[:, places[step]], counters[:, places[step]]) if step in places else None
                     rows.append(Observation(step, int(series["leg"][at]), metrics, series["sketch"][at], state))
                 yield rows
+        except TrajstoreError:
+            raise
         except (ValueError, RuntimeError, IndexError) as error:  # the last where a document tells of a shorter array
             raise DamageError(f"{self.steps_named(number)} are damaged ({error}); {self._repair}") from None
 
@@ -138,6 +141,16 @@ class Ledger:
         self.records[: len(records)] = records
         for segment in range(0, self.schema.segments, self._committed_array.chunks[2]):
             self._write_record(segment)
+
+    def refuse_unlike(self, other: Ledger) -> None:
+        """Read what was copied of another ledger's slab, before it counts: it must be what that one's records say."""
+        there = copy(self)
+        there.records, there.committed = self.records.copy(), self.committed.copy()
+        there.records[: len(other.records)] = other.records
+        there.committed[: len(other.committed)] |= other.committed
+        there._at_hand = -1, {}
+        for number in np.flatnonzero(there.records[:, 0] >= 0).tolist():
+            there.read(number)
 
     def discard(self, segments: Iterable[int]) -> None:
         """Have segments count no more: what was committed of them is lost."""
@@ -186,6 +199,16 @@ class Ledger:
     @property
     def _repair(self) -> str:
         return f"`trajstore verify --repair` takes them out, and {self.schema.again} writes them again"
+
+
+def discard_slab(group: zarr.Group, schema: Schema, corner: Corner) -> None:
+    """Have nothing of a slab count any more whose records cannot be read. Hold the slab's lock."""
+    fence, array = guarded(group, schema, corner), array_of(group, "committed")
+    for start in range(0, schema.segments, array.chunks[2]):
+        records = np.full((min(array.chunks[2], schema.segments - start), array.shape[-1]), -1, dtype=np.int64)
+        records[:, -1] = fence
+        write_block(array, (*corner, start, 0), records[None, None])
+    keeper_of(group).flush()
 
 
 def guarded(group: zarr.Group, schema: Schema, corner: Corner) -> int:

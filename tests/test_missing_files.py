@@ -1,0 +1,213 @@
+"""What is committed is read, or refused: no file that is missing, or not whole, ever becomes a number."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trajstore as ts
+from tests.conftest import SMALL_NET
+from trajstore import analysis
+from trajstore.dumping import export_arrays
+from trajstore.errors import DamageError, FormatError, TrajstoreError
+from trajstore.exporting import export_metrics
+from trajstore.merging import merge
+from trajstore.verifying import verify
+
+TINY = {
+    **SMALL_NET, "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5}, "steps": 9, "seeds": [0],
+    "record": {"sketch": 4},
+}  # fmt: skip
+HOW = {"engine": "reference", "durability": "none"}
+Answer = dict[str, bytes]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_segments() -> Iterator[None]:
+    """Have states lie in several chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(several_segments: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a late metric."""
+    store = tmp_path_factory.mktemp("whole") / "s.zarr"
+    ts.run(ts.Experiment.of(TINY), store, **HOW)
+    analysis.compute(ts.open(store)["net"], "gradient_norm")
+    shutil.rmtree(f"{store}.traj")
+    return store
+
+
+def dataset(store: Path) -> Answer:
+    ds = ts.open(store)["net"].dataset().load()
+    return {str(name): np.asarray(values).tobytes() for name, values in ds.variables.items() if name != "order"}
+
+
+def states(store: Path) -> Answer:
+    """Each state that is stored, one by one."""
+    experiment = ts.open(store)["net"]
+    found = {}
+    for order in experiment.schema.orders:
+        for step in experiment.schema.snapshots:
+            arrays = experiment.arrays(order=order, seed=0, step=step)
+            found[f"{order} {step}"] = b"".join(array.tobytes() for array in arrays.values())
+    return found
+
+
+def status(store: Path) -> Answer:
+    return {"slabs": repr(ts.open(store)["net"].slabs()).encode()}
+
+
+def asked(store: Path) -> Answer:
+    opened = ts.open(store)
+    tables = ("runs", "metrics", "segments")
+    return {table: repr(opened.sql(f"SELECT * FROM {table}").fetchall()).encode() for table in tables}
+
+
+def parquet(store: Path) -> Answer:
+    import duckdb
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_metrics(ts.open(store)["net"], Path(folder) / "m.parquet")
+        rows = duckdb.sql(f"SELECT * FROM '{folder}/m.parquet' ORDER BY ALL").fetchall()
+    return {"rows": repr(rows).encode()}
+
+
+def plain(store: Path) -> Answer:
+    with tempfile.TemporaryDirectory() as folder:
+        export_arrays(ts.open(store)["net"], Path(folder) / "arrays")
+        return {file.name: file.read_bytes() for file in sorted(Path(folder, "arrays").glob("*.npy"))}
+
+
+def merged(store: Path) -> Answer:
+    """What another store holds after taking it over."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "other.zarr"
+        merge(ts.open(store), ts.Store(target))
+        assert not [found for found in verify(ts.Store(target)) if not found.harmless]
+        return dataset(target)
+
+
+def extended(store: Path) -> Answer:
+    """Going on writes nothing over what is committed."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "s.zarr"
+        shutil.copytree(store, copy)
+        ts.run(ts.Experiment.of({**TINY, "steps": 11}), copy, extend=True, **HOW)
+        return dataset(copy)
+
+
+READERS: dict[str, Callable[[Path], Answer]] = {
+    one.__name__: one for one in (dataset, states, status, asked, parquet, plain, merged, extended)
+}
+
+
+def gone(file: Path) -> None:
+    file.unlink()
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def shortened(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def a_link(file: Path) -> None:
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to("elsewhere")
+
+
+DAMAGES = (gone, emptied, shortened, a_folder, a_link)
+
+
+def files(store: Path) -> list[Path]:
+    """One of each kind of file of an experiment."""
+    below = sorted(file.relative_to(store) for file in (store / "net").rglob("*") if file.is_file())
+    kinds = {tuple("#" if part.isdigit() else part for part in file.parts): file for file in below}
+    return [*kinds.values()]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_file_that_is_missing_or_damaged_becomes_a_number(
+    damage: Callable[[Path], None], whole: Path, tmp_path: Path
+) -> None:
+    sound = {name: read(whole) for name, read in READERS.items()}
+    refused: list[TrajstoreError] = []
+    for file in files(whole):
+        shutil.rmtree(tmp_path / "s.zarr", ignore_errors=True)
+        shutil.copytree(whole, tmp_path / "s.zarr")
+        damage(tmp_path / "s.zarr" / file)
+        for name, read in READERS.items():
+            shutil.rmtree(tmp_path / "s.zarr.traj", ignore_errors=True)  # the index would know
+            try:
+                answer = read(tmp_path / "s.zarr")
+            except TrajstoreError as error:
+                refused.append(error)
+            else:
+                assert answer == sound[name], (name, file)
+    assert len(refused) > 20
+    assert not [error for error in refused if "\n" in str(error)]
+
+
+def test_the_error_names_slab_steps_and_file(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "s.zarr")
+    (tmp_path / "s.zarr" / "net" / "params" / "c" / "1" / "0" / "0" / "1").unlink()
+    said = (
+        r"experiment 'net', order 'backward', seed 0: steps 4 to 7 were committed, and net/params/c/1/0/0/1 is "
+        r"missing; restore it from a copy, or have `trajstore verify --repair` take it out, and "
+        r"--resume writes it again"
+    )
+    experiment = ts.open(tmp_path / "s.zarr")["net"]
+    with pytest.raises(DamageError, match=said):
+        experiment.state_dict(order="backward", seed=0, step=5)
+    with pytest.raises(DamageError, match=said):
+        experiment.dataset().load()
+    experiment.state_dict(order="backward", seed=0, step=3)  # what is there is read
+    experiment.state_dict(order="forward", seed=0, step=5)
+    assert list(verify(ts.Store(tmp_path / "s.zarr"), repair=True))
+    ts.run(ts.Experiment.of(TINY), tmp_path / "s.zarr", resume=True, **HOW)
+    assert dataset(tmp_path / "s.zarr") == dataset(whole)
+
+
+def test_a_metric_that_came_later_is_not_missed_before(tmp_path: Path) -> None:
+    """Its array has no chunks for the steps before: nothing of it is committed there."""
+    import torch
+
+    store, module = tmp_path / "s.zarr", torch.nn.Linear(1, 1)
+    with ts.record(store, "mine", module, seed=0) as rec:
+        for _ in range(3):
+            rec.step(loss=1.0)
+    with ts.record(store, "mine", module, seed=1) as rec:
+        rec.step(loss=1.0, accuracy=0.5)
+    ds = ts.open(store)["mine"].dataset().load()
+    assert np.isnan(ds["accuracy"].sel(seed=0)).all()
+    assert ds["accuracy"].sel(seed=1).values[0, 1] == 0.5
+    (store / "mine" / "accuracy" / "c" / "0" / "1" / "0").unlink()
+    with pytest.raises(DamageError, match="mine/accuracy/c/0/1/0 is missing"):
+        ts.open(store)["mine"].dataset().load()
+
+
+def test_another_process_misses_it_too(whole: Path, tmp_path: Path) -> None:
+    import dask
+
+    shutil.copytree(whole, tmp_path / "s.zarr")
+    ds = ts.open(tmp_path / "s.zarr")["net"].dataset()
+    for chunk in ("params/c/0/0/0/0", "test_loss/c/0/0/0"):
+        (tmp_path / "s.zarr" / "net" / chunk).unlink()
+        name = chunk.partition("/")[0]
+        with pytest.raises(FormatError, match=f"net/{chunk} is missing"), dask.config.set(scheduler="processes"):
+            ds[name].compute()
