@@ -32,7 +32,7 @@ $(OLD)/.installed: pyproject.toml tests/lowest.py
 	@$(OLD)/bin/python -m pip --quiet --disable-pip-version-check install -e ".[test]" -c $(OLD)/oldest.txt
 	@touch $@
 
-# Executes the notebooks, and compares what they say with what is committed.
+# What takes minutes; and executes the notebooks, and compares what they say with what is committed.
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 

@@ -96,6 +96,7 @@ def test_a_compilation_that_fails_runs_eagerly_and_says_so(monkeypatch, tmp_path
     assert stored.attributes["fills"][0]["plan"]["compiled"] is False
 
 
+@pytest.mark.slow
 def test_a_compiler_older_than_the_processor_compiles_for_what_it_knows(tmp_path):
     if missing := missing_for_compiling():
         pytest.skip(f"this machine lacks {missing}")
@@ -217,7 +218,7 @@ def test_resume_follows_the_plan_that_the_recording_began_with(tmp_path, monkeyp
     assert np.array_equal(stored.commits().records, whole.commits().records)
 
 
-@pytest.mark.parametrize("steps", [10, 60])
+@pytest.mark.parametrize("steps", [10, pytest.param(60, marks=pytest.mark.slow)])
 def test_many_seeds_of_a_small_problem_share_a_wave(tmp_path, steps):
     experiment = ts.Experiment.of({**QUADRATIC, "steps": steps, "seeds": list(range(12)), "init_seed": 3})
     stored = ts.run(experiment, tmp_path / "s.zarr", engine="wavefront", lanes=16)
