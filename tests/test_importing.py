@@ -360,7 +360,7 @@ def test_what_a_repair_took_out_is_imported_again(tmp_path, monkeypatch):
     assert all("not what was committed; importing again writes it anew" in str(f) for f in found)
     assert ts.open(path)["mine"].slabs()[0].recorded == 12
     import_checkpoints(path, "mine", files, PATTERN, **QUICK)
-    assert list(verify(stored.store)) == []
+    assert [f for f in verify(stored.store) if not f.harmless] == []
     assert contents(path) == whole
 
 

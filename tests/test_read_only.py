@@ -58,11 +58,11 @@ def test_what_cannot_be_repaired_is_no_finding(tmp_path, monkeypatch, code):
     chunk.write_bytes(b"damaged")
     assert file.exists()
 
-    def refused(self: Path, missing_ok: bool = False) -> None:
+    def refused(self: Path, target: Path) -> None:
         raise OSError(code, os.strerror(code), str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.unlink", refused)
+        patch.setattr("pathlib.Path.rename", refused)
         with pytest.raises(ConfigurationError, match=f"cannot repair .*s.zarr: {os.strerror(code)}: {chunk}"):
             list(verify(Store(tmp_path / "s.zarr"), repair=True))
     assert any(finding.file for finding in verify(stored.store))

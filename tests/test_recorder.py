@@ -240,7 +240,7 @@ def test_what_is_known_later_may_come_in_any_order_of_steps(tmp_path):
     (finding,) = [f for f in verify(stored.store) if "chunk" not in f.what]
     assert "steps 0 to 200: 'sharpness' is not what was committed" in str(finding)
     list(verify(stored.store, repair=True))
-    assert list(verify(stored.store)) == []
+    assert [found for found in verify(stored.store) if not found.harmless] == []
 
 
 def test_a_recording_may_be_longer_than_was_said(tmp_path, monkeypatch):

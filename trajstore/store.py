@@ -209,6 +209,8 @@ class Store:
     def _opened(self, name: str) -> StoredExperiment:
         where = f"experiment {name!r} in {self}"
         with _reading(where):
+            if name not in self.root:
+                raise DamageError(f"{where} has lost its zarr.json; restore it from a copy, or move the folder away")
             group = self.root[name]
             assert isinstance(group, zarr.Group)
             attributes: Any = group.attrs["trajstore"]
