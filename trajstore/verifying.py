@@ -485,7 +485,8 @@ class _Verifying:
         """Tell of what could not be read: whether it is sound is not known."""
         if isinstance(error, UnreachableError | OpenFilesError):
             raise error
-        what = f"it could not be read ({system_told(error)}), so that nothing is known of it, and nothing was changed; verify again"
+        told = system_told(error)
+        what = f"it could not be read ({told}), so that nothing is known of it, and nothing was changed; verify again"
         return self._found(what, file, repaired=False, **where)
 
     def _file(self, array: zarr.Array[Any], chunk: tuple[int, ...]) -> str:
