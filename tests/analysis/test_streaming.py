@@ -283,12 +283,15 @@ def test_a_recorded_store_streams_by_threads_and_on_a_cluster(record):
 def test_statistics_of_metrics_touch_no_parameters(record, monkeypatch):
     from trajstore.storage.states import States
 
+    class Read(BaseException):
+        """Something that nothing takes for damage."""
+
     def refuse(self, where):
-        raise AssertionError("parameters were read")
+        raise Read
 
     ds = record(SMALL_NET).dataset()
     monkeypatch.setattr(States, "_read", refuse)
     assert analysis.tail_variance(ds, "test_loss", 5).notnull().all()
     assert ds.traj.sketch_distances("last").notnull().all()
-    with pytest.raises(AssertionError, match="parameters were read"):
+    with pytest.raises(Read):
         stream(ds, [Norm()])

@@ -75,7 +75,7 @@ def _locks(folder: Path) -> Iterator[tuple[State, str, str, Mapping[str, Any]]]:
     remedy = "keep stores on another file system; here two writers can damage one"
     ways = {"by the same path": store}
     if _works(os.symlink, folder, "linked"):
-        (linked := folder / "linked.zarr").symlink_to(store)
+        (linked := folder / "linked.zarr").symlink_to(store.absolute())
         ways["through a symbolic link"] = linked
 
     def elsewhere(path: Path) -> str:

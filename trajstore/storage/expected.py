@@ -87,7 +87,7 @@ class Vouched:
             if (axis, length) not in cut:
                 mask = states if spec.dims[axis] == "snapshot" else steps
                 begins = np.arange(0, mask.shape[-1], length)
-                first = begins if mask is steps else np.array(schema.snapshots)[begins]
+                first = begins if mask is steps else np.array([schema.snapshots[k] for k in begins.tolist()])
                 there = np.zeros((*slabs, len(begins)), dtype=bool)
                 _keep(there, None if before is None else before.chunks.get(spec.name))
                 there[at] = np.logical_or.reduceat(mask, begins, axis=-1)
