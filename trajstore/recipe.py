@@ -143,7 +143,7 @@ class Recipe:
         vectors = {"params": params, "counters": counters}
         parts: dict[str, Tensors] = {"parameter": {}, "buffer": {}, "memory": {}, "position": {}}
         for e in self.schema.layout.entries:
-            flat = torch.from_numpy(np.ascontiguousarray(vectors[e.array][e.part]))
+            flat = torch.from_numpy(np.array(vectors[e.array][e.part]))  # a copy: what was read may not be writable
             parts[e.role][e.name] = flat.reshape(e.shape).to(getattr(torch, e.dtype))
         memory: Memory = {}
         for name, tensor in parts["memory"].items():
