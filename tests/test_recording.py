@@ -59,7 +59,7 @@ def test_stored_states_load_strictly_and_reproduce_the_recorded_losses(record):
 
 
 def test_the_group_opens_with_plain_xarray(record, tmp_path):
-    """The reader asks nothing of trajstore (older releases of xarray load every engine that is installed, all the same)."""
+    """No trajstore is asked, though older releases of xarray load every engine that is installed."""
     record()
     program = textwrap.dedent("""
         import json, sys, warnings
