@@ -103,7 +103,7 @@ COMPILING = Use(
 
 LAZY = Use(
     "xarray",
-    "2025.1",
+    "2025.6.1",
     (
         "xarray.core.indexing:ExplicitIndexer",
         "xarray.core.indexing:IndexingSupport",
