@@ -211,3 +211,27 @@ def test_another_process_misses_it_too(whole: Path, tmp_path: Path) -> None:
         name = chunk.partition("/")[0]
         with pytest.raises(FormatError, match=f"net/{chunk} is missing"), dask.config.set(scheduler="processes"):
             ds[name].compute()
+
+
+def test_a_copy_whose_commit_records_were_taken_first_is_sound(tmp_path: Path) -> None:
+    """As docs/places.md says: the records of an earlier moment speak of chunks that are there, and of no others."""
+    from tests.conftest import stop_after
+
+    store, copy = tmp_path / "s.zarr", tmp_path / "copy.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        ts.run(ts.Experiment.of(TINY), store, progress=stop_after(20), **HOW)
+    records = [folder.relative_to(store) for folder in (store / "net").glob("*committed/c")]
+    for folder in records:
+        shutil.copytree(store / folder, copy / folder)
+    ts.run(ts.Experiment.of(TINY), store, resume=True, **HOW)
+    ts.run(ts.Experiment.of({**TINY, "steps": 11}), store, extend=True, **HOW)
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(folder, name).relative_to(store) in records]
+
+    shutil.copytree(store, copy, dirs_exist_ok=True, ignore=left_out)
+    assert not [found for found in verify(ts.Store(copy)) if not found.harmless]
+    ds, whole = ts.open(copy)["net"].dataset().load(), ts.open(store)["net"].dataset().load()
+    there = ds["recorded"].values
+    assert 0 < there.sum() < there.size
+    assert np.array_equal(ds["test_loss"].values[there], whole["test_loss"].values[there])

@@ -100,7 +100,11 @@ def test_repair_takes_out_what_is_damaged_and_resume_writes_it_again(store, patt
         content[len(content) // 2] ^= 64
         file.write_bytes(content)
     if how == "missing":  # a missing chunk reads as nothing
-        told = {"tiny/resume/forward.0.0/c/0": "a resume state was begun and not written"}.get(pattern, told)
+        told = {
+            "tiny/resume/forward.0.0/c/0": "a resume state was begun and not written",
+            "tiny/leg/c/1/0/0": "order 'backward', seed 0, steps 0 to 3: not what was committed",
+            "tiny/committed/c/0/0/0/0": "order 'forward', seed 0: it was recorded, and its commit records are missing",
+        }.get(pattern, told)
     broken = file.read_bytes() if file.exists() else b""
     messages = found(store)
     assert any(re.search(told, message) for message in messages), messages

@@ -36,7 +36,7 @@ from trajstore.errors import (
     choices,
 )
 from trajstore.storage.checking import checked, is_name
-from trajstore.storage.declaring import ATTRIBUTE, batch_digest, declare, sound_attributes
+from trajstore.storage.declaring import ATTRIBUTE, declare, sound_attributes, stored_batches
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DOCUMENT, PARTIAL, REMOVED, TAKEN_OUT, Place, Stray, keeper_of
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
@@ -271,24 +271,15 @@ class _Verifying:
                         self._set_aside(file)
                     array_of(self.group, name)[...] = values
                 yield self._found(f"the coordinate {name!r} is damaged", f"{self.name}/{name}")
-        attributes: Any = self.group.attrs[ATTRIBUTE]
-        for k, digest in enumerate(attributes["batch_digests"]):
+        for k, seed in enumerate(self.schema.seeds if self.schema.batch_size else ()):
             try:
-                sound = any(self._holds_batches(k, digest) for _ in range(_TRIES))
+                batches, _ = _twice(partial(stored_batches, self.group, self.schema, k))
             except OSError as error:
-                yield self._unread(error, f"{self.name}/batch_index", seed=self.schema.seeds[k])
+                yield self._unread(error, f"{self.name}/batch_index", seed=seed)
                 continue
-            if not sound:  # what it held is gone: only the problem could draw it again
+            if batches is None:  # what it held is gone: only the problem could draw it again
                 yield self._found("the record of its batches is damaged; restore it", f"{self.name}/batch_index",
-                                  repaired=False, seed=self.schema.seeds[k])  # fmt: skip
-
-    def _holds_batches(self, seed: int, digest: str) -> bool:
-        try:
-            return batch_digest(np.asarray(array_of(self.group, "batch_index")[seed, : self.schema.steps])) == digest
-        except UnreachableError:
-            raise
-        except _DECODING:
-            return False
+                                  repaired=False, seed=seed)  # fmt: skip
 
     def _reads_as(self, name: str, values: np.ndarray[Any, Any]) -> bool:
         try:
@@ -303,10 +294,11 @@ class _Verifying:
         label, number = self.schema.orders[order], self.schema.seeds[seed]
         slab: dict[str, Any] = {"order": label, "seed": number}
         try:
-            ledger, wrong = _twice(lambda: Ledger(self.group, self.schema, order, seed))
+            ledger, wrong = _twice(lambda: Ledger(self.group, self.schema, order, seed, whole=False))
             if ledger is None:
                 yield from self._records_lost((order, seed), slab, wrong)
                 return
+            yield from self._records_missing(ledger, slab)
             yield from self._late(ledger, slab)
         except OSError as error:
             yield self._unread(error, f"{self.name}/committed", **slab)
@@ -333,8 +325,7 @@ class _Verifying:
 
     def _records_lost(self, corner: Corner, slab: Mapping[str, Any], error: DamageError | None) -> Iterator[Finding]:
         """Tell of a slab of which cannot be read what counts."""
-        bad = [file for name in ("committed", "leg") for file in self._bad(name, corner)]
-        files = [file for file in bad if self.place.exists(file)] or bad
+        files = [f for name in ("committed", "leg") for f in self._bad(name, corner) if self.place.exists(f)]
         if not files:  # it is said of the document of an array
             if not any(told.endswith(DOCUMENT) for told in self._told):
                 yield self._found(str(error), self.name, repaired=False, **slab)
@@ -346,6 +337,16 @@ class _Verifying:
             discard_slab(self.group, self.schema, corner)
         for file in files:
             yield self._found(f"the commit records cannot be read; {self._gone}", file, **slab)
+
+    def _records_missing(self, ledger: Ledger, slab: Mapping[str, Any]) -> Iterator[Finding]:
+        """Tell of a slab that came to its end, and of which nothing says so."""
+        attributes: Any = self.group.attrs[ATTRIBUTE]
+        at = [slab["order"], slab["seed"]]
+        ended = any(fill["ended"] and at in fill["slabs"] for fill in attributes["fills"])
+        for file in self._bad("committed", ledger.corner) if ended else ():
+            if self.repair:
+                ledger.discard(range(self.schema.segments))
+            yield self._found(f"it was recorded, and its commit records are missing; {self._gone}", file, **slab)
 
     def _late(self, ledger: Ledger, slab: Mapping[str, Any]) -> Iterator[Finding]:
         """Compare the late metrics of a slab with their records."""

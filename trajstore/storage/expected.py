@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numcodecs import Zstd  # type: ignore[import-untyped]
@@ -35,6 +36,8 @@ class _Chunks:
 
     axis: int
     """The dimension along steps or states."""
+    length: int
+    """How many of these a chunk has."""
     there: NDArray[np.bool_]
     """(order, seed, chunk): something in it is committed."""
     first: NDArray[np.int64]
@@ -89,16 +92,15 @@ class Vouched:
                 begins = np.arange(0, mask.shape[-1], length)
                 first = begins if mask is steps else np.array([schema.snapshots[k] for k in begins.tolist()])
                 there = np.zeros((*slabs, len(begins)), dtype=bool)
-                _keep(there, None if before is None else before.chunks.get(spec.name))
+                if before is not None and spec.name in before.chunks:
+                    _keep(there, before.chunks[spec.name].there)
                 there[at] = np.logical_or.reduceat(mask, begins, axis=-1)
-                cut[axis, length] = _Chunks(axis, there, np.append(first, schema.steps + 1))
+                cut[axis, length] = _Chunks(axis, length, there, np.append(first, schema.steps + 1))
             chunks[spec.name] = cut[axis, length]
         last = np.full(slabs, -1)
         if before is not None:
-            kept = tuple(slice(0, min(a, b)) for a, b in zip(last.shape, before.last.shape, strict=True))
-            last[kept] = before.last[kept]
-        length = steps.shape[-1]
-        last[at] = np.where(steps.any(axis=-1), length - 1 - np.argmax(steps[..., ::-1], axis=-1), -1)
+            _keep(last, before.last)
+        last[at] = np.where(steps.any(axis=-1), steps.shape[-1] - 1 - np.argmax(steps[..., ::-1], axis=-1), -1)
         bits = {name: bit for bit, name in enumerate(schema.metrics)}
         return cls(experiment, schema.orders, schema.seeds, schema.again, chunks, bits, batches, last)
 
@@ -134,10 +136,10 @@ class Vouched:
         content = read(f"{self.experiment}/measured/c/{slab[0]}/{slab[1]}/{at}")
         if content is None:
             return True
-        first, after = self.chunks["measured"].first[at : at + 2]
+        cut = self.chunks["measured"]
         try:
-            refuse_bomb(content, 8 * int(after - first) + 8 * 65_536)
-            bits = np.frombuffer(Zstd().decode(content[:-_CHECKSUM]), "<i8")[: last + 1 - first]
+            refuse_bomb(content, 8 * cut.length)
+            bits = np.frombuffer(Zstd().decode(content[:-_CHECKSUM]), "<i8")[: last + 1 - at * cut.length]
         except (ValueError, RuntimeError):
             return True  # that one is damaged: it is said of the first of the two
         return bool((bits >> self.bits[metric] & 1).any())
@@ -163,7 +165,7 @@ class Expected:
             raise DamageError(lost)
 
 
-def _keep(there: NDArray[np.bool_], before: _Chunks | None) -> None:
-    if before is not None:
-        kept = tuple(slice(0, min(a, b)) for a, b in zip(there.shape, before.there.shape, strict=True))
-        there[kept] = before.there[kept]
+def _keep(values: NDArray[Any], before: NDArray[Any]) -> None:
+    """Keep what was known before, also where there were fewer slabs and steps."""
+    kept = tuple(slice(0, min(a, b)) for a, b in zip(values.shape, before.shape, strict=True))
+    values[kept] = before[kept]

@@ -42,10 +42,13 @@ class Commits:
     """(order, seed, step): an iterate was recorded, whether it counts or not."""
 
     @classmethod
-    def of(cls, group: zarr.Group, schema: Schema, slab: tuple[int, int] | None = None) -> Commits:
+    def of(
+        cls, group: zarr.Group, schema: Schema, slab: tuple[int, int] | None = None, *, whole: bool = True
+    ) -> Commits:
         """Read the records first and the data after: what they vouch for is then on disk.
 
-        `slab` gives the positions of one order and one seed to read; the dimensions stay.
+        `slab` gives the positions of one order and one seed to read; the dimensions stay. Without `whole` it is no
+        error if what says that something counts is missing itself.
         """
         (i, k), slabs = slab or (0, 0), (len(schema.orders), len(schema.seeds)) if slab is None else (1, 1)
         length, number = schema.steps + 1, slabs[0] * slabs[1]
@@ -60,7 +63,7 @@ class Commits:
             where = slice(i + first.start, i + first.stop), slice(k + then.start, k + then.stop), steps
             recorded[some] = _values(group, "leg", where) >= 0
         commits = cls(schema, records[..., :-1], max(0, int(records[..., -1].min(initial=2**62))), recorded)
-        for at in np.ndindex(*slabs):
+        for at in np.ndindex(*slabs) if whole else ():
             _refuse_gone(group, commits, at, (i + at[0], k + at[1]))
         if isinstance(group.store, Keeper):
             known, name = group.store.expected.vouched, group.path

@@ -45,12 +45,13 @@ ResumeState = Callable[[], bytes]
 class Ledger:
     """The commit records of one slab, and its series. Hold the slab's lock."""
 
-    def __init__(self, group: zarr.Group, schema: Schema, order: int, seed: int) -> None:
+    def __init__(self, group: zarr.Group, schema: Schema, order: int, seed: int, *, whole: bool = True) -> None:
+        """`whole` as of `Commits.of`: whoever repairs takes a slab as it is."""
         self._store, self.group, self.schema, self.corner = keeper_of(group), group, schema, (order, seed)
         self._committed_array = array_of(group, "committed")
         self.name = slab_named(group.basename, schema.orders[order], schema.seeds[seed])
         self._fence = guarded(group, schema, self.corner)
-        commits = self._fenced()
+        commits = self._fenced(whole)
         self.records = commits.records[0, 0].copy()
         self.committed = commits.steps[0, 0].copy()
         """Over steps: recorded and committed."""
@@ -178,10 +179,10 @@ class Ledger:
         write_block(self._committed_array, (*self.corner, start, 0), fenced[None, None])
         self._store.flush()
 
-    def _fenced(self) -> Commits:
+    def _fenced(self, whole: bool) -> Commits:
         """Return the commit records, once whoever held the lock before can add nothing to them any more."""
         while True:
-            commits = Commits.of(self.group, self.schema, self.corner)
+            commits = Commits.of(self.group, self.schema, self.corner, whole=whole)
             if commits.fence >= self._fence:
                 return commits
             self.records = commits.records[0, 0]
