@@ -16,9 +16,10 @@ _asked = threading.Event()
 
 
 def heed() -> None:
-    """Note that Ctrl-C is pressed, besides raising KeyboardInterrupt."""
+    """Note that Ctrl-C is pressed, besides raising KeyboardInterrupt; what a shell has ignore it goes on doing so."""
     _asked.clear()
-    if threading.current_thread() is threading.main_thread():
+    heard = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _note)
+    if heard and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _note)
 
 

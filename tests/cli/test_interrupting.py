@@ -45,3 +45,13 @@ def test_one_that_is_heard_is_raised_at_once(heeded: None) -> None:
     with pytest.raises(KeyboardInterrupt):
         stop_if_asked()
     stop_if_asked()
+
+
+def test_what_a_shell_put_into_the_background_goes_on_ignoring_it() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        heed()
+        signal.raise_signal(signal.SIGINT)
+        stop_if_asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
