@@ -13,11 +13,13 @@ import pytest
 import zarr
 
 from trajstore.errors import ConflictError, WriteError
+from trajstore.storage import local
 from trajstore.storage import writer as writer_module
 from trajstore.storage.declaring import declare
 from trajstore.storage.layout import Entry, Layout
 from trajstore.storage.local import DurableStore
 from trajstore.storage.pipeline import Pipeline
+from trajstore.storage.place import keeper_of
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
 from trajstore.storage.segment import Observation
@@ -275,3 +277,17 @@ def test_unwritten_slabs_read_as_nothing(group):
     assert (group["measured"][0, 1] == 0).all()
     assert (group["leg"][0, 1] == -1).all()
     assert (group["committed"][0, 1] == -1).all()
+
+
+def test_a_commit_looks_after_its_own_slab_only(group, monkeypatch):
+    """Each looking after all would make many slabs cost their square."""
+    looked: list[Path] = []
+    holds = local._Anchor.holds
+    monkeypatch.setattr(local._Anchor, "holds", lambda anchor: looked.append(anchor._path) or holds(anchor))
+    slabs = [Ledger(group, SCHEMA, order, seed) for order in (0, 1) for seed in (0, 1)]
+    slabs[0].check()
+    at = group.store.root / "e"
+    assert set(looked) <= {at, at / "committed/c/0/0"}
+    assert at in looked
+    keeper_of(group).check()
+    assert len({path for path in looked if path.parent.parent.name == "c"}) in (0, len(slabs))

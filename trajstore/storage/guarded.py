@@ -76,7 +76,7 @@ class Guarded(ZarrStore):
     def flush(self) -> None:
         """Do nothing: what was put is durable."""
 
-    def check(self) -> None:
+    def check(self, records: str = "") -> None:
         """Do nothing: whoever lost its lock is told when it puts something."""
 
     def guard(self, lock: str, prefixes: Sequence[str], records: Sequence[str]) -> int:

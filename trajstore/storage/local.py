@@ -175,9 +175,9 @@ class DurableStore(LocalStore):
         self._records.update(records)
         return 0
 
-    def check(self) -> None:
-        """Raise where an experiment that is written is not there any more."""
-        for folder in self._anchors:
+    def check(self, records: str = "") -> None:
+        """Raise where what is written is moved or removed: an experiment, what some records belong to, or anything."""
+        for folder in [records] if records else self._anchors:
             self._refuse_elsewhere(f"{folder}/{DOCUMENT}")
 
     def _make_room(self, path: Path, key: str) -> None:

@@ -81,8 +81,8 @@ class Keeper(Protocol):
     def expected(self) -> Expected:
         """What is known of its files; reading one that is otherwise is an error."""
 
-    def check(self) -> None:
-        """Raise where what is written is not there any more."""
+    def check(self, records: str = "") -> None:
+        """Raise where what is written is moved or removed: an experiment, what some records belong to, or anything."""
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Set a key at once."""

@@ -26,7 +26,7 @@ from trajstore.errors import ConfigurationError, ConflictError, DamageError, Tra
 from trajstore.storage.codecs import write_block
 from trajstore.storage.late import LateSeries
 from trajstore.storage.pipeline import Pipeline
-from trajstore.storage.place import ReplacedError, keeper_of, slab_lock
+from trajstore.storage.place import ReplacedError, keeper_of, slab_folder, slab_lock
 from trajstore.storage.reader import Commits
 from trajstore.storage.resume import ResumeSlots
 from trajstore.storage.schema import Schema, late_records
@@ -69,6 +69,10 @@ class Ledger:
         """The last committed step, −1 where there is none."""
         there = np.flatnonzero(self.committed)
         return int(there[-1]) if len(there) else -1
+
+    def check(self) -> None:
+        """Raise where the slab is not there any more."""
+        self._store.check(slab_folder(self.group.path, self.corner))
 
     def segment(self, number: int, spare: Spare | None = None) -> Segment:
         """Return a segment with those of its steps that are committed, read back and checked."""
@@ -288,7 +292,7 @@ class SlabWriter:
             self._submit(self.ledger.segment(number))
 
     def _submit(self, segment: Segment) -> None:
-        keeper_of(self.ledger.group).check()
+        self.ledger.check()
         cut = segment.cut()
         resume = None if self._resume is None or not cut.rows else self._resume()
         blocks = [self._named(block, cut) for block in cut.blocks()]
@@ -307,7 +311,7 @@ class SlabWriter:
             except WriteError:
                 raise
             except (OSError, KeyError) as error:
-                keeper_of(self.ledger.group).check()  # moved in this moment: nothing of it is found any more
+                self.ledger.check()  # moved in this moment: nothing of it is found any more
                 if not isinstance(error, OSError):
                     raise
                 steps = f"steps {cut.rows[0].step} to {cut.rows[-1].step}" if cut.rows else "a segment"
