@@ -266,7 +266,8 @@ def _moving(found: dict[str, float], before: bool, rule: Rule) -> list[str]:
         told.append(f"within the window they change by {found['changes']:.1f} standard errors")
     if found["shrinks_low"] > 1:
         surely = _change(found["shrinks_low"], found["shrinks_high"])
-        told.append(f"moves {surely} if they may also walk, and a point asks for {rule.settled:.3g}")
+        asked = f"{rule.settled:.3g} at {rule.surely:.0%}"
+        told.append(f"moves {surely} if they may also walk, and a point asks for {asked}")
     return told
 
 

@@ -9,7 +9,6 @@ to draw on instead of a figure of its own; they get no legend, but their lines h
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module, resources
@@ -21,6 +20,7 @@ import xarray as xr
 from matplotlib.figure import Figure, SubFigure
 
 from trajstore.errors import ConfigurationError, NotFoundError, choices
+from trajstore.families import family_names
 from trajstore.store import StoredExperiment
 
 __all__ = ["FURTHER_COLOURS", "ORDER_COLOURS", "draw", "figure_names", "order_colour", "style"]
@@ -44,11 +44,7 @@ def figure_names() -> list[str]:
     """Return the names of the figures, those of the paper last."""
     from trajstore.analysis.figures._paper import PAPER
 
-    return [*_own_names(), *PAPER]
-
-
-def _own_names() -> list[str]:
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return [*family_names(__name__), *PAPER]
 
 
 def draw(name: str, of: Drawable, **options: Any) -> Figure | SubFigure:  # noqa: ANN401  each its own

@@ -150,7 +150,7 @@ def test_what_is_compared_is_what_is_told():
         assert judged.why.startswith(f"{told}, and a distribution allows 1.5")
     slow = judge(last_half(5 * 0.999 ** np.arange(2_001) * (1 + 0.01 * np.random.default_rng(9).random(2_001))))
     assert f"moves shrink {slow.shrinks_low:.2g} to {slow.shrinks_high:.2g} times" in slow.why
-    assert "a point asks for 10" in slow.why
+    assert "a point asks for 10 at 99%" in slow.why
 
 
 def test_a_cycle_that_is_approached_is_a_cycle():
