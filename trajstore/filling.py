@@ -20,7 +20,7 @@ from trajstore.resuming import pack, unpack
 from trajstore.spending import Clock, Spent
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.segment import Observation
-from trajstore.storage.writer import Ledger, SlabWriter
+from trajstore.storage.writer import Ledger, SlabWriter, arrays_written
 from trajstore.store import StoredExperiment
 
 __all__ = ["fill_here", "ledgers_of"]
@@ -132,4 +132,8 @@ def ledgers_of(stored: StoredExperiment, slabs: Sequence[Slab]) -> Iterator[dict
     with ExitStack() as locks:
         for order, position in slabs:
             locks.enter_context(stored.locked(str(order), schema.seeds[position]))
-        yield {slab: Ledger(stored.group, schema, schema.orders.index(str(slab.order)), slab.seed) for slab in slabs}
+        group, arrays = stored.group, arrays_written(stored.group, schema)
+        yield {
+            slab: Ledger(group, schema, schema.orders.index(str(slab.order)), slab.seed, arrays=arrays)
+            for slab in slabs
+        }

@@ -155,13 +155,15 @@ class DurableStore(LocalStore):
         if record:
             self._seen[key] = bytes(content)
         with self._lock:
-            self._touched.add(path.parent)
-            if path.parent not in self._reached:
-                # The names of folders lie in the folders above, the store's own too; whoever made them may have died
-                # before they were durable, so that it does not matter whether they are new.
-                self._reached.add(path.parent)
-                above = self.root.absolute().parent
-                self._touched.update(f for f in path.parent.absolute().parents if f.is_relative_to(above))
+            folder, above = path.parent.absolute(), self.root.absolute().parent
+            self._touched.add(folder)
+            # The names of folders lie in the folders above, the store's own too; whoever made them may have died
+            # before they were durable, so that it does not matter whether they are new. Above one that was reached
+            # before, nothing has changed.
+            while folder != above and folder not in self._reached:
+                self._reached.add(folder)
+                folder = folder.parent
+                self._touched.add(folder)
 
     def guard(self, lock: str, prefixes: Sequence[str], records: Sequence[str]) -> int:
         """Write below these keys only while their experiment is where it is now, and records only as they were seen.

@@ -11,7 +11,7 @@ said of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from copy import copy
@@ -34,7 +34,7 @@ from trajstore.storage.segment import Corner, Cut, Observation, Segment, Spare, 
 from trajstore.storage.states import States
 from trajstore.system import system_told
 
-__all__ = ["Ledger", "SlabWriter", "discard_slab", "guarded"]
+__all__ = ["Ledger", "SlabWriter", "arrays_written", "discard_slab", "guarded"]
 
 COMMIT_STEPS = 4_096
 COMMIT_SECONDS = 300.0
@@ -45,10 +45,20 @@ ResumeState = Callable[[], bytes]
 class Ledger:
     """The commit records of one slab, and its series. Hold the slab's lock."""
 
-    def __init__(self, group: zarr.Group, schema: Schema, order: int, seed: int, *, whole: bool = True) -> None:
-        """`whole` as of `Commits.of`: whoever repairs takes a slab as it is."""
+    def __init__(
+        self,
+        group: zarr.Group,
+        schema: Schema,
+        order: int,
+        seed: int,
+        *,
+        whole: bool = True,
+        arrays: Mapping[str, zarr.Array[Any]] | None = None,
+    ) -> None:
+        """`whole` as of `Commits.of`: whoever repairs takes a slab as it is; `arrays` as of `arrays_written`."""
         self._store, self.group, self.schema, self.corner = keeper_of(group), group, schema, (order, seed)
-        self._committed_array = array_of(group, "committed")
+        arrays = arrays or arrays_written(group, schema)
+        self._committed_array = arrays["committed"]
         self.name = slab_named(group.basename, schema.orders[order], schema.seeds[seed])
         self._fence = guarded(group, schema, self.corner)
         commits = self._fenced(whole)
@@ -59,9 +69,7 @@ class Ledger:
         """The segment that was read last, and its steps."""
         self.slots = ResumeSlots(group, schema.orders[order], schema.seeds[seed])
         self._series = {
-            spec.name: _Series(array_of(group, spec.name), self.corner, self.committed)
-            for spec in schema.arrays()
-            if "step" in spec.dims and spec.name not in schema.late
+            name: _Series(array, self.corner, self.committed) for name, array in arrays.items() if name != "committed"
         }
 
     @property
@@ -204,6 +212,12 @@ class Ledger:
     @property
     def _repair(self) -> str:
         return f"`trajstore verify --repair` takes them out, and {self.schema.again} writes them again"
+
+
+def arrays_written(group: zarr.Group, schema: Schema) -> dict[str, zarr.Array[Any]]:
+    """Open what ledgers write to, for several of them: the commit records, and what lies along steps."""
+    series = [spec.name for spec in schema.arrays() if "step" in spec.dims and spec.name not in schema.late]
+    return {name: array_of(group, name) for name in ("committed", *series)}
 
 
 def discard_slab(group: zarr.Group, schema: Schema, corner: Corner) -> None:
