@@ -14,6 +14,7 @@ from trajstore.errors import ConfigurationError, DamageError, FormatError
 if TYPE_CHECKING:
     import duckdb
 
+    from trajstore.storage.reader import Commits
     from trajstore.store import StoredExperiment
 
 __all__ = ["info", "ls", "sql"]
@@ -26,9 +27,10 @@ def ls(store: StorePath, json: JSON = False) -> None:
     opened = ts.open(store)
     rows: list[dict[str, Any]] = []
     damaged: list[FormatError] = []
-    for name in opened:
+    for name, experiment in opened.experiments():
         try:
-            experiment = opened[name]
+            if isinstance(experiment, FormatError):
+                raise experiment
             progress = experiment.progress()
         except FormatError as error:  # the others can be read all the same
             damaged.append(error)
@@ -70,8 +72,8 @@ def info(
         ls(store, json)
         return
     experiment = ts.open(store)[exp]
-    slabs, schema, commits = experiment.slabs(), experiment.schema, experiment.commits()
-    progress = experiment.progress(commits)
+    schema, commits = experiment.schema, experiment.commits()
+    slabs, progress = experiment.slabs(commits), experiment.progress(commits)
     raw = int(commits.snapshots.sum()) * schema.layout.row_bytes
     if json:
         print_json(
@@ -90,7 +92,7 @@ def info(
         ("experiment", f"{experiment.name}   {experiment.attributes['config_digest']}"),
         ("problem", _one_line(config["problem"])),
         ("operator", _one_line(config["operator"])),
-        ("steps", f"{progress.steps}, states stored at {_stored_where(experiment)}"),
+        ("steps", f"{progress.steps}, states stored at {_stored_where(experiment, commits)}"),
         ("parameters", f"{layout.parameters:,} ({layout.dtype})"),
         *(("metric", f"{name}: {schema.about(name)}") for name in (*schema.metrics, *schema.late)),
         (
@@ -169,10 +171,10 @@ def print_answer(relation: duckdb.DuckDBPyRelation, json: bool = False, csv: boo
         print_table(columns, rows)
 
 
-def _stored_where(experiment: StoredExperiment) -> str:
+def _stored_where(experiment: StoredExperiment, commits: Commits) -> str:
     record, places = experiment.config["record"], len(experiment.schema.snapshots)
     if experiment.schema.made_by != "problem":  # it has places for more states than there are
-        return f"{int(experiment.commits().snapshots.any(axis=(0, 1)).sum())} of them"
+        return f"{int(commits.snapshots.any(axis=(0, 1)).sum())} of them"
     if record.get("adaptive") is None:
         return f"{places} of them"
     tail = f", and the last {record['dense_tail']} of each leg" if record.get("dense_tail") else ""

@@ -104,9 +104,10 @@ def _of_store(store: Store) -> tuple[list[str], list[list[str]]]:
     """Return a table of the experiments."""
     columns = ["experiment", "orders", "seeds", "steps", "complete", "size"]
     rows = []
-    for name in store:
+    for name, experiment in store.experiments():
         try:
-            experiment = store[name]
+            if isinstance(experiment, FormatError):
+                raise experiment
             told, schema = _Told.of(experiment), experiment.schema
         except FormatError:  # the others can be shown all the same
             rows.append([name, "damaged", "", "", "", ""])

@@ -195,11 +195,24 @@ class Store:
 
     def names(self) -> list[str]:
         """Return the names of the experiments, whatever the root document says."""
-        kinds = ("experiment", "damaged")
-        return [name for name in self.place.folders() if is_name(name) and standing(self.place, name) in kinds]
+        return [name for name in self.place.folders() if self._is_one(name)]
+
+    def experiments(self) -> Iterator[tuple[str, StoredExperiment | FormatError]]:
+        """Yield the experiments by name, each read once; of a damaged one, what is wrong with it."""
+        _ = self.root
+        for name in self.place.folders():
+            if self._is_one(name):
+                try:
+                    yield name, self._opened(name)
+                except FormatError as error:  # the others can be read all the same
+                    yield name, error
+
+    def _is_one(self, name: str) -> bool:
+        return is_name(name) and standing(self.place, name) in ("experiment", "damaged")
 
     def __contains__(self, name: object) -> bool:
-        return name in list(self)
+        _ = self.root
+        return isinstance(name, str) and self._is_one(name)
 
     def __getitem__(self, name: str) -> StoredExperiment:
         if name not in self:
@@ -209,9 +222,11 @@ class Store:
     def _opened(self, name: str) -> StoredExperiment:
         where = f"experiment {name!r} in {self}"
         with _reading(where):
-            if name not in self.root:
-                raise DamageError(f"{where} has lost its zarr.json; restore it from a copy, or move the folder away")
-            group = self.root[name]
+            try:
+                group = self.root[name]
+            except KeyError:
+                lost = f"{where} has lost its zarr.json; restore it from a copy, or move the folder away"
+                raise DamageError(lost) from None
             assert isinstance(group, zarr.Group)
             attributes: Any = group.attrs["trajstore"]
             check_format(attributes, where)
@@ -230,15 +245,9 @@ class Store:
 
     def families(self) -> dict[str, str]:
         """Return which experiments are variants, and of what: name → the name that they share."""
-        found = {}
-        for name in self:
-            try:
-                of = self._opened(name).variant_of
-            except FormatError:
-                continue  # a damaged one says so itself where it is asked
-            if of is not None:
-                found[name] = of
-        return found
+        # A damaged one says so itself where it is asked.
+        found = {name: None if isinstance(one, FormatError) else one.variant_of for name, one in self.experiments()}
+        return {name: of for name, of in found.items() if of is not None}
 
     def __repr__(self) -> str:
         from trajstore.representation import store_text
@@ -311,10 +320,10 @@ class StoredExperiment:
         with _reading(f"experiment {self.name!r} in {self.store}"):
             return Schema.of(self.group)
 
-    def commits(self) -> Commits:
-        """Read the commit records as they are now."""
+    def commits(self, slab: tuple[int, int] | None = None) -> Commits:
+        """Read the commit records as they are now, all or those of a slab, by the positions of its order and seed."""
         with _reading(f"experiment {self.name!r} in {self.store}"):
-            return Commits.of(self.group, self.schema)
+            return Commits.of(self.group, self.schema, slab)
 
     def complete(self, commits: Commits) -> NDArray[np.bool_]:
         """Return (order, seed): everything that was to be recorded is; for a training loop, that it came to its end."""
@@ -362,9 +371,9 @@ class StoredExperiment:
         latest = {(order, seed): fill["ended"] for fill in self.attributes["fills"] for order, seed in fill["slabs"]}
         return {slab for slab, ended in latest.items() if ended is not None}
 
-    def slabs(self) -> list[SlabStatus]:
-        """Return the status of every (order, seed)."""
-        commits = self.commits()
+    def slabs(self, commits: Commits | None = None) -> list[SlabStatus]:
+        """Return the status of every (order, seed), by its commit records as they are now."""
+        commits = commits or self.commits()
         last, complete = commits.last_step, self.complete(commits)
         infinite = np.zeros_like(commits.steps)
         for some in blocks((len(self.schema.orders), len(self.schema.seeds)), self.schema.steps + 1):
@@ -440,9 +449,9 @@ class StoredExperiment:
         i = _position(self.name, "order", order, schema.orders)
         k = _position(self.name, "seed", seed, schema.seeds)
         at = slab_named(self.name, order, seed)
-        commits = self.commits()
-        there = np.array(schema.snapshots)[commits.snapshots[i, k]].tolist()
+        there = np.array(schema.snapshots)[self.commits((i, k)).snapshots[0, 0]].tolist()
         if step not in there:
+            commits = self.commits()  # where an experiment ends, all of its slabs say
             complete = bool(self.complete(commits)[i, k])
             ends = self.ends_at(commits.last_step.ravel().tolist())
             raise NotFoundError(f"{at}: {self._why_not(step, there, ends, complete=complete)}")

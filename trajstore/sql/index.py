@@ -122,7 +122,7 @@ def refresh(store: Store, *, anew: bool = False) -> Index:
     folder = _folder_of(store)
     for table in _FOLDERS:
         (folder / table).mkdir(parents=True, exist_ok=True)
-    catalog, experiments = _Catalog.of(folder), {name: store[name] for name in store}
+    catalog, experiments = _Catalog.of(folder), _whole(store)
     before = catalog.paths()
     if anew:
         catalog = _Catalog(folder)
@@ -154,6 +154,16 @@ def refresh(store: Store, *, anew: bool = False) -> Index:
     metrics, segments = ([folder / table / file for file in catalog.files()] for table in ("metrics", "segments"))
     tables = {table: folder / table / file for table, file in catalog.tables.items()}
     return Index(folder, tables["experiments"], tables["runs"], metrics, segments, columns)
+
+
+def _whole(store: Store) -> dict[str, StoredExperiment]:
+    """Return all experiments; where one is damaged an answer would lack something."""
+    found = {}
+    for name, experiment in store.experiments():
+        if isinstance(experiment, FormatError):
+            raise experiment
+        found[name] = experiment
+    return found
 
 
 def _stamps(experiment: StoredExperiment) -> dict[Key, str]:
@@ -196,6 +206,7 @@ def _written(
 ) -> Iterator[list[_Slab]]:
     """Write slabs that are new or have changed, file by file."""
     waiting: list[tuple[Key, SlabRows]] = []
+    rows = 0
 
     def write() -> list[_Slab]:
         file = new_file(folder / "metrics")
@@ -213,7 +224,9 @@ def _written(
         schema = experiments[name].schema
         slab = SlabRows.of(experiments[name], schema.orders.index(order), schema.seeds.index(seed))
         waiting.append((key, slab))
-        if sum(int(slab.steps.sum()) for _, slab in waiting) >= _ROWS:
+        rows += int(slab.steps.sum())
+        if rows >= _ROWS:
+            rows = 0
             yield write()
     if waiting:
         yield write()
@@ -251,10 +264,10 @@ def _gone(connection: duckdb.DuckDBPyConnection, source: str, columns: Sequence[
 
 def _tables(catalog: _Catalog, experiments: Mapping[str, StoredExperiment]) -> None:
     """Write experiments and runs, where they are others now."""
-    ends = {
-        name: experiment.ends_at([slab.last_step for slab in catalog.slabs.values() if slab.experiment == name])
-        for name, experiment in experiments.items()
-    }
+    last: dict[str, list[int]] = {name: [] for name in experiments}
+    for slab in catalog.slabs.values():
+        last[slab.experiment].append(slab.last_step)
+    ends = {name: experiment.ends_at(last[name]) for name, experiment in experiments.items()}
     runs = [row for name, e in experiments.items() for row in run_rows(e, ends[name], _runs(catalog, e))]
     made = set(catalog.tables.values())
     for table, rows, columns in (

@@ -1,0 +1,215 @@
+"""What many experiments and many slabs cost: `ls`, `info`, `sql`, `state_dict`, `record`, timed and counted.
+
+    python benchmarks/scale.py [--against PYTHON] [--experiments 10 100 400] [--slabs 10 100 1000] [--json FILE]
+
+Times are of a folder, the median of a few turns, without starting Python; requests are counted at a bucket in memory,
+to which the folder was copied. A store of many experiments has copies of one small loop; one of many slabs has one
+experiment that as many loops of one step were recorded into, one after the other, and `record` is the last of these.
+`sql` is the first question, which makes the index, and `sql again` the second. `--against` names the Python of an
+environment with another trajstore: both are measured in one run, each with stores of its own, and ratios are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Measured = dict[str, dict[str, float]]
+"""What was done and to how many → seconds and requests."""
+_TURNS = 3
+_LAST = 5
+"""So many of the last recordings are timed."""
+
+
+def measure(experiments: list[int], slabs: list[int], scratch: Path) -> Measured:
+    """Measure the trajstore of this process."""
+    found: Measured = {}
+    for number in experiments:
+        folder = scratch / f"experiments-{number}.zarr"
+        _many_experiments(folder, number)
+        found |= {f"{what}, {number} experiments": cost for what, cost in _read(folder, "e0").items()}
+    folder, recorded = scratch / "slabs.zarr", 0
+    for number in slabs:
+        times = [_record(str(folder), seed) for seed in range(recorded, number)]
+        recorded = number
+        uploaded = _uploaded(folder)
+        with _counted() as requests:
+            _record(uploaded, number)
+        told = {"seconds": statistics.median(times[-_LAST:]), "requests": float(requests[0])}
+        found[f"record, {number} slabs"] = told
+        found |= {f"{what}, {number} slabs": cost for what, cost in _read(folder, "loop").items()}
+    return found
+
+
+def _read(folder: Path, name: str) -> Measured:
+    """Time and count what only reads."""
+    from trajstore.cli.inspection import info, ls
+
+    import trajstore as ts
+
+    def quietly(command: Callable[..., None], *arguments: object) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            command(*arguments)
+
+    def fresh(place: str) -> None:
+        shutil.rmtree(Path(f"{folder}.traj") / "index", ignore_errors=True)
+        shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]), ignore_errors=True)
+        asked(place)
+
+    def asked(place: str) -> None:
+        ts.open(place).sql("SELECT count(*) FROM runs").fetchall()
+
+    def state(place: str) -> None:
+        ts.open(place)[name].state_dict(order="forward", seed=0, step=1)
+
+    kinds: dict[str, Callable[[str], None]] = {
+        "ls": lambda place: quietly(ls, place),
+        "info": lambda place: quietly(info, place, name),
+        "sql": fresh,
+        "sql again": asked,
+        "state_dict": state,
+    }
+    uploaded, counts = _uploaded(folder), {}
+    for what, command in kinds.items():
+        with _counted() as requests:
+            command(uploaded)
+        counts[what] = float(requests[0])
+    found: Measured = {}
+    for what, command in kinds.items():
+        times = []
+        for _ in range(_TURNS):
+            begin = time.perf_counter()
+            command(str(folder))
+            times.append(time.perf_counter() - begin)
+        found[what] = {"seconds": statistics.median(times), "requests": counts[what]}
+    return found
+
+
+def _record(place: str, seed: int, name: str = "loop") -> float:
+    """Record one more slab of one step, and return the seconds it took."""
+    import torch
+
+    import trajstore as ts
+
+    model = torch.nn.Linear(2, 2)
+    begin = time.perf_counter()
+    with ts.record(place, name, model, seed=seed, durability="none") as rec:
+        rec.step(loss=1.0)
+    return time.perf_counter() - begin
+
+
+def _many_experiments(folder: Path, number: int) -> None:
+    """Record one experiment, and put copies beside it that say that they are others."""
+    import zarr
+
+    from trajstore.storage.declaring import ATTRIBUTE, set_attributes
+    from trajstore.storage.digest import config_digest
+    from trajstore.store import open_root
+
+    _record(str(folder), 0, "e0")
+    for copy in range(1, number):
+        shutil.copytree(folder / "e0", folder / f"e{copy}")
+        group = zarr.open_group(open_root(folder, "none").store, path=f"e{copy}", mode="r+", zarr_format=3)
+        attributes: Any = dict(group.attrs[ATTRIBUTE])  # type: ignore[call-overload]
+        config = {**attributes["config"], "name": f"e{copy}"}
+        set_attributes(group, attributes | {"config": config, "config_digest": config_digest(config)})
+
+
+def _uploaded(folder: Path) -> str:
+    """Copy a folder to a bucket in memory, and return its URL."""
+    import obstore
+
+    from trajstore.storage.place import place_of
+
+    url = f"memory://{time.monotonic_ns()}.zarr"
+    bucket: Any = place_of(url)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            obstore.put(bucket.objects, file.relative_to(folder).as_posix(), file.read_bytes())
+    return url
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[list[int]]:
+    """Count the requests to buckets meanwhile, of any kind; a listing counts once."""
+    from trajstore.storage import objects
+
+    count, names = [0], ("get", "head", "create", "replace", "delete", "below", "level")
+    before = {name: getattr(objects, name) for name in names}
+
+    def counting(request: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401
+            count[0] += 1
+            return request(*arguments, **named)
+
+        return made
+
+    try:
+        for name, request in before.items():
+            setattr(objects, name, counting(request))
+        yield count
+    finally:
+        for name, request in before.items():
+            setattr(objects, name, request)
+
+
+def _measured_by(python: str, given: argparse.Namespace) -> Measured:
+    """Measure the trajstore of an environment, in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
+        sizes = [f"--{name}={json.dumps(getattr(given, name))}" for name in ("experiments", "slabs")]
+        environment = {**os.environ, "XDG_CACHE_HOME": f"{scratch}/cache"}
+        command = [python, __file__, "--measure", scratch, *sizes]
+        told = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    measured: Measured = json.loads(told.stdout.splitlines()[-1])
+    return measured
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("--against", metavar="PYTHON", help="the Python of an environment with another trajstore")
+    arguments.add_argument("--experiments", type=json.loads, default=[10, 100, 400], help="as in [10, 100]")
+    arguments.add_argument("--slabs", type=json.loads, default=[10, 100, 1000], help="as in [10, 100]")
+    arguments.add_argument(
+        "--scratch", type=Path, default=tempfile.gettempdir(), help="a folder on the disk to measure"
+    )
+    arguments.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    arguments.add_argument("--json", type=Path)
+    given = arguments.parse_args()
+    if given.measure:
+        print(json.dumps(measure(given.experiments, given.slabs, given.measure)))
+        return
+    told = {"now": _measured_by(sys.executable, given)}
+    if given.against:
+        told["against"] = _measured_by(given.against, given)
+    width = max(map(len, told["now"]))
+    print(
+        f"{'':<{width}}"
+        + "".join(f"{who + ' ' + what:>20}" for what in ("ms", "requests") for who in told)
+        + (f"{'ratio of times':>20}{'of requests':>20}" if given.against else "")
+    )
+    for row in told["now"]:
+        cells = [f"{one[row]['seconds'] * 1e3:,.0f}" for one in told.values()]
+        cells += [f"{one[row]['requests']:,.0f}" for one in told.values()]
+        if given.against:
+            now, other = (told[who][row] for who in ("now", "against"))
+            cells += [f"{other[what] / max(now[what], 1e-9):.1f}×" for what in ("seconds", "requests")]
+        print(f"{row:<{width}}" + "".join(f"{cell:>20}" for cell in cells))
+    if given.json:
+        given.json.write_text(json.dumps(told, indent=2))
+
+
+if __name__ == "__main__":
+    main()
