@@ -3,6 +3,7 @@ from __future__ import annotations
 import locale
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,10 @@ for _name in [name for name in os.environ if name.startswith(_THEIRS)]:
 os.environ.update(MPLBACKEND="agg", LC_ALL="C.UTF-8")
 with suppress(locale.Error):
     locale.setlocale(locale.LC_ALL, "")
+
+# Nor on whether they run in the background of a shell, which then has everything ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not os.access(Path(__file__).parents[1], os.W_OK):  # it would keep its examples there
     hypothesis.settings.register_profile("kept nowhere", database=None)

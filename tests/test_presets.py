@@ -99,23 +99,36 @@ def tiny(name):
     return {"problem": problem, "orders": orders, "steps": 8, "seeds": table["seeds"][:2], "record": {"every": 1}}
 
 
-@pytest.mark.parametrize("name", PAPER)
+TWINS = {"fig2": "fig12", "fig3": "fig13", "fig14": "fig15", "fig16": "fig17", "fig18": "fig19"}
+"""Figures of the same recordings: name → the other."""
+
+
+@pytest.mark.parametrize(("name", "twin"), TWINS.items())
+def test_two_figures_are_of_the_same_recordings(name, twin):
+    for one, other in zip(variants(name), variants(twin), strict=True):
+        here, there = (ts.Experiment.of(preset_table(each)).config() for each in (one, other))
+        assert {key for key in here if here[key] != there[key]} <= {"name", "variant_of"}
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if name not in TWINS.values()])
 def test_every_figure_is_recorded_and_drawn(name, tmp_path):
     store, changes = tmp_path / "s.zarr", tiny(name)
     for one in variants(name):
         ts.run(ts.Experiment.of(preset_table(one, "small", shared=changes)), store, engine="reference")
     recorded = ts.open(store).variants(f"{name}-small")
     several = len(recorded) > 1
-    if name == "fig3":
-        with pytest.raises(ts.errors.StatisticError, match="a level needs a leg of 32 recorded steps"):
-            draw(name, recorded["fig3-small"])
-        return
-    figure = draw(name, recorded if several else recorded[f"{name}-small"])
     seeds = len(next(iter(recorded.values())).schema.seeds)
-    rows, columns = (1 if name == "fig2" else seeds), (2 if several or name in ("fig4", "fig5", "fig6") else 4)
-    assert len(figure.axes) == rows * columns
-    assert all(len(ax.lines) == (7 if several else 2) for ax in figure.axes)
-    figure.savefig(BytesIO(), format="png")
+    for one in filter(None, (name, TWINS.get(name))):
+        drawn = recorded if several else recorded[f"{name}-small"]
+        if one == "fig3":
+            with pytest.raises(ts.errors.StatisticError, match="a level needs a leg of 32 recorded steps"):
+                draw(one, drawn)
+            continue
+        figure = draw(one, drawn)
+        rows, columns = (1 if one == "fig2" else seeds), (2 if several or one in ("fig4", "fig5", "fig6") else 4)
+        assert len(figure.axes) == rows * columns
+        assert all(len(ax.lines) == (7 if several else 2) for ax in figure.axes)
+        figure.savefig(BytesIO(), format="png")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ def run(
     begun = standing(store.place, experiment.name) == "experiment"
     if not begun:
         refuse_new(store, experiment.name, schema.metrics)
+        if memory is not None:  # before a plan is looked for, which takes time: every other takes as much at least
+            afford(Plan("reference", workers=workers or 0), experiment, live, schema, wishes)
     plan = None if begun else plan_for(experiment, live, wishes)
     if plan is not None:
         afford(plan, experiment, live, schema, wishes)

@@ -129,9 +129,10 @@ class Folder:
         return DurableStore(self.path, read_only=read_only, durable=durability == "segment")
 
     def check(self) -> None:
-        """Refuse a path at which something else is."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigurationError(f"{self} is a file; a store is a folder")
+        """Refuse a path at which something else is, or that leads through a file."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigurationError(f"{there} is a file; a store is a folder")
 
     def make(self) -> None:
         """Make the folder, and refuse where nothing can be written."""
