@@ -10,6 +10,7 @@ from trajstore.cli.console import counted, human_bytes, human_seconds, print_csv
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
 from trajstore.errors import ConfigurationError, DamageError, FormatError
+from trajstore.units import human_size
 
 if TYPE_CHECKING:
     import duckdb
@@ -46,6 +47,7 @@ def ls(store: StorePath, json: JSON = False) -> None:
                 "slabs": int(progress.complete.size),
                 "complete": int(progress.complete.sum()),
                 "bytes": experiment.bytes_on_disk(),
+                "disk_bytes": experiment.bytes_taken(),
             }
         )
     if json:
@@ -54,7 +56,8 @@ def ls(store: StorePath, json: JSON = False) -> None:
         say(f"{store}: no experiments yet")
     else:
         for row in rows:
-            row["orders"], row["bytes"] = ", ".join(row["orders"]), human_bytes(row["bytes"])
+            row["orders"] = ", ".join(row["orders"])
+            row["bytes"] = human_size(row["bytes"], row.pop("disk_bytes"))
         print_table(list(rows[0]), [list(row.values()) for row in rows])
     if damaged:
         raise DamageError("; ".join(map(str, damaged)))
@@ -82,6 +85,7 @@ def info(
                 "steps": progress.steps,
                 "slabs": [vars(s) for s in slabs],
                 "bytes": experiment.bytes_on_disk(),
+                "disk_bytes": experiment.bytes_taken(),
                 "raw_bytes": raw,
             }
         )
@@ -97,7 +101,8 @@ def info(
         *(("metric", f"{name}: {schema.about(name)}") for name in (*schema.metrics, *schema.late)),
         (
             "size",
-            f"{human_bytes(experiment.bytes_on_disk())} on disk, states {human_bytes(raw)} raw, codec {schema.codec}",
+            f"{human_size(experiment.bytes_on_disk(), experiment.bytes_taken())}, states {human_bytes(raw)} raw, "
+            f"codec {schema.codec}",
         ),
         *(("data", f"sha256:{data}") for data in dict.fromkeys(fill.get("data") for fill in fills) if data),
         *(("recorded", _fill_line(fill)) for fill in fills),

@@ -42,8 +42,8 @@ def test_an_experiment_shows_how_far_each_slab_is_and_what_it_takes(half):
     told = repr(half["net"])
     assert "parameters   97, states of 97 float32" in told
     assert "4 of 4 slabs complete" in told
-    on_disk = half["net"].bytes_on_disk()
-    assert f"{on_disk / 1000:.3g} kB on disk" in told
+    held, taken = half["net"].bytes_on_disk(), half["net"].bytes_taken()
+    assert f"{held / 1000:.3g} kB ({taken / 1000:.3g} kB on disk), of which states" in told
     raw = 4 * 13 * 97 * 4 / 1000
     states = sum(size for key, size in half.place.files("net") if "/params/c/" in key) / 1000
     assert f"for {raw:.3g} kB raw (ratio {raw / states:.1f})" in told

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import obstore
@@ -16,6 +20,7 @@ from trajstore.cli.inspection import info, ls
 import trajstore as ts
 from trajstore.storage import objects
 from trajstore.storage.place import place_of
+from trajstore.units import human_bytes
 
 AN_EXPERIMENT = 10
 """Requests that a listing makes at most for an experiment with one slab."""
@@ -112,6 +117,28 @@ def test_a_state_is_read_whatever_other_slabs_there_are(place: str, monkeypatch:
         loop(place, seed)
     assert asked() == alone
     assert torch.equal(*states)
+
+
+def test_what_the_disk_holds_is_told_beside_the_content(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "s.zarr")
+    loop(folder)
+    environment = {**os.environ, "BLOCKSIZE": "512"}
+    told = subprocess.run(["du", "-s", f"{folder}/e0"], env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    taken = 512 * int(told.stdout.split()[0])
+    held = sum(file.stat().st_size for file in Path(folder, "e0").rglob("*") if file.is_file())
+    assert taken > 2 * held, "of files that are smaller than a block"
+    ls(folder, json=True)
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["bytes"], row["disk_bytes"]) == (held, taken)
+    ls(folder)
+    assert f"{human_bytes(held)} ({human_bytes(taken)} on disk)" in capsys.readouterr().out
+    info(folder, "e0")
+    assert f"{human_bytes(held)} ({human_bytes(taken)} on disk), states" in capsys.readouterr().out
+
+
+def test_in_a_bucket_objects_take_what_they_hold(place: str) -> None:
+    loop(place)
+    assert ts.open(place)["e0"].bytes_taken() == ts.open(place)["e0"].bytes_on_disk() > 1_000
 
 
 def test_a_recording_costs_the_same_however_many_there_were(place: str, monkeypatch: pytest.MonkeyPatch) -> None:

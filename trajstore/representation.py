@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from trajstore.errors import FormatError
 from trajstore.printable import printable
-from trajstore.units import human_bytes
+from trajstore.units import human_bytes, human_size
 
 if TYPE_CHECKING:
     from trajstore.store import Store, StoredExperiment
@@ -64,7 +64,8 @@ class _Told:
             ),
             f"{progress.steps:,}",
             f"{complete.sum()} of {complete.size} slabs complete",
-            f"{human_bytes(sum(size for _, size in files))} on disk, of which states {human_bytes(states)} "
+            f"{human_size(sum(size for _, size in files), experiment.bytes_taken())}, of which states "
+            f"{human_bytes(states)} "
             f"for {human_bytes(raw)} raw{ratio}",
         )
 

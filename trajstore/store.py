@@ -490,8 +490,12 @@ class StoredExperiment:
         return state_dict(self.schema.layout, *self._state(order=order, seed=seed, step=step))
 
     def bytes_on_disk(self) -> int:
-        """Return the size of the experiment's files."""
+        """Return the size of the experiment's files: what they hold."""
         return sum(size for _, size in self.store.place.files(self.name))
+
+    def bytes_taken(self) -> int:
+        """Return what the disk takes for the experiment: small files and folders take whole blocks."""
+        return self.store.place.taken(self.name)
 
     def __repr__(self) -> str:
         from trajstore.representation import experiment_text

@@ -84,6 +84,10 @@ class Bucket:
             found = objects.below(self.objects, prefix)
         return sorted((meta["path"], meta["size"]) for meta in found)
 
+    def taken(self, prefix: str) -> int:
+        """Return how many bytes what lies below a prefix takes: what the objects hold."""
+        return sum(size for _, size in self.files(prefix))
+
     def links(self, prefix: str) -> list[str]:
         """Return none: here everything is an object."""
         return []

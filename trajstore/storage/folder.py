@@ -17,6 +17,9 @@ from trajstore.system import opening
 
 __all__ = ["Folder"]
 
+_BLOCK = 512
+"""What the system counts blocks in, whatever the file system's own are."""
+
 
 class Folder:
     """A folder. Beside it lies another with locks and the index; losing that loses nothing."""
@@ -57,6 +60,14 @@ class Folder:
                 if stat.S_ISREG(status.st_mode):
                     found.append((file.relative_to(self.path).as_posix(), status.st_size))
         return sorted(found, key=lambda one: one[0].split("/"))
+
+    def taken(self, prefix: str) -> int:
+        """Return how many bytes of the disk what lies at and below a prefix takes: whole blocks, and folders too."""
+        top, blocks = inside(self.path, prefix), 0
+        for path in (top, *_below(top)):
+            with suppress(FileNotFoundError):  # renamed since it was listed
+                blocks += path.lstat().st_blocks
+        return _BLOCK * blocks
 
     def links(self, prefix: str) -> list[str]:
         """Return the keys at and below a prefix where there is neither file nor folder: links, pipes, devices."""

@@ -115,6 +115,9 @@ class Place(Protocol):
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""
 
+    def taken(self, prefix: str) -> int:
+        """Return how many bytes of the disk what lies at and below a prefix takes: whole blocks, and folders too."""
+
     def links(self, prefix: str) -> list[str]:
         """Return the keys at and below a prefix where there is neither file nor folder: links, pipes, devices."""
 

@@ -21,7 +21,7 @@ from trajstore.storage.checking import refuse_beyond_memory
 from trajstore.storage.expected import Vouched, remedy
 from trajstore.storage.place import Keeper
 from trajstore.storage.schema import COMMIT_FIELDS, Schema
-from trajstore.storage.segment import array_of
+from trajstore.storage.segment import Corner, array_of
 
 __all__ = ["Commits", "blocks", "refuse_to_hold"]
 
@@ -63,8 +63,9 @@ class Commits:
             where = slice(i + first.start, i + first.stop), slice(k + then.start, k + then.stop), steps
             recorded[some] = _values(group, "leg", where) >= 0
         commits = cls(schema, records[..., :-1], max(0, int(records[..., -1].min(initial=2**62))), recorded)
+        together = next(spec.chunks[2] for spec in schema.arrays() if spec.name == "committed")
         for at in np.ndindex(*slabs) if whole else ():
-            _refuse_gone(group, commits, at, (i + at[0], k + at[1]))
+            _refuse_gone(group, commits, at, (i + at[0], k + at[1]), together)
         if isinstance(group.store, Keeper):
             known, name = group.store.expected.vouched, group.path
             known[name] = Vouched.of(name, schema, (commits.steps, commits.snapshots), slab, known.get(name))
@@ -127,8 +128,11 @@ def blocks(slabs: tuple[int, int], length: int) -> Iterator[tuple[slice, slice, 
         yield slice(i, i + 1), slice(k, min(k + together, slabs[1])), slice(0, length)
 
 
-def _refuse_gone(group: zarr.Group, commits: Commits, at: tuple[int, int], corner: tuple[int, int]) -> None:
-    """Raise where what is missing is what says that something is there: records, or which steps were recorded."""
+def _refuse_gone(group: zarr.Group, commits: Commits, at: Corner, corner: Corner, together: int) -> None:
+    """Raise where what is missing is what says that something is there: records, or which steps were recorded.
+
+    So many records lie `together` in a chunk.
+    """
     schema, counts, recorded = commits.schema, commits.records[at][:, 0], commits.recorded[at]
     slab = slab_named(group.basename, schema.orders[corner[0]], schema.seeds[corner[1]])
     found = np.add.reduceat(recorded, schema.segment_starts, dtype=np.int64)
@@ -139,12 +143,11 @@ def _refuse_gone(group: zarr.Group, commits: Commits, at: tuple[int, int], corne
             f"{slab}: steps {begin} to {end - 1} were committed, and a chunk below {group.path}/leg/c/{corner[0]}/"
             f"{corner[1]} is missing, which says which of them were recorded; {remedy(schema.again)}"
         )
-    length = next(spec.chunks[2] for spec in schema.arrays() if spec.name == "committed")
-    for begin in range(0, len(counts), length):
-        if (counts[begin : begin + length] >= 0).any() or not isinstance(group.store, Keeper):
+    for begin in range(0, len(counts), together):
+        if (counts[begin : begin + together] >= 0).any() or not isinstance(group.store, Keeper):
             continue
-        if (counts[begin + length :] >= 0).any() or (begin == 0 and _ended(group, commits, at, corner)):
-            key = f"{group.path}/committed/c/{corner[0]}/{corner[1]}/{begin // length}/0"
+        if (counts[begin + together :] >= 0).any() or (begin == 0 and _ended(group, commits, at, corner)):
+            key = f"{group.path}/committed/c/{corner[0]}/{corner[1]}/{begin // together}/0"
             if not group.store.place.exists(key):
                 what = f"it was recorded, and {key}, which says what counts, is missing"
                 raise DamageError(f"{slab}: {what}; {remedy(schema.again)}")
