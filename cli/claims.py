@@ -44,7 +44,9 @@ def claims(
     opened = ts.open(store, trust=trust)
     found = list(examine(opened, exp or None, claim or None))
     if sql is not None:
-        print_answer(opened.sql(sql, claims=frame(found)), json)
+        from trajstore.sql import answer
+
+        print_answer(*answer(opened, sql, {"claims": frame(found)}), json)
         return
     if json:
         print_json([vars(row) for row in found])

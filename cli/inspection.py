@@ -13,8 +13,6 @@ from trajstore.errors import ConfigurationError, DamageError, FormatError
 from trajstore.units import human_size
 
 if TYPE_CHECKING:
-    import duckdb
-
     from trajstore.storage.reader import Commits
     from trajstore.store import StoredExperiment
 
@@ -142,7 +140,7 @@ def sql(
     ('EXPERIMENT', 'METRIC', steps := 100).
     """
     import trajstore as ts
-    from trajstore.sql import definitions_file, write_answer
+    from trajstore.sql import answer, definitions_file, write_answer
 
     if init:
         if query is not None or json or csv or parquet:
@@ -160,14 +158,11 @@ def sql(
         write_answer(opened, query, parquet, force=force)
         say(str(parquet))
         return
-    print_answer(opened.sql(query), json, csv)
+    print_answer(*answer(opened, query), json, csv)
 
 
-def print_answer(relation: duckdb.DuckDBPyRelation, json: bool = False, csv: bool = False) -> None:
+def print_answer(columns: list[str], rows: list[tuple[Any, ...]], json: bool = False, csv: bool = False) -> None:
     """Print what a query gives as a table, or as JSON or CSV."""
-    from trajstore.sql import rows_of
-
-    columns, rows = list(relation.columns), rows_of(relation)
     if json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
     elif csv:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ import trajstore as ts
 from trajstore import analysis
 from trajstore.errors import ConflictError, QueryError, StatisticError
 from trajstore.sql import definitions_file, rows_of, write_answer
+from trajstore.sql.catalog import Catalog
 from trajstore.sql.index import refresh
 from trajstore.sql.query import _confined
 from trajstore.sql.reading import reading, reads
@@ -681,7 +681,7 @@ def test_small_files_are_merged_and_say_the_same(tmp_path, monkeypatch):
         curves.append(noisy(0, steps=5, seed=seed) | {3: np.nan, 4: None})
         store = loops(tmp_path, curves[-1], first=seed)
         rows = store.sql(query).fetchall()
-        counts.append(len(json.loads((store.place.beside / "index" / "catalog.json").read_text())["slabs"]))
+        counts.append(len(Catalog.of(store.place.beside / "index").slabs))
         assert [m for s, step, m, _ in rows if s == seed and step in (1, 2, 5)] == [curves[-1][n] for n in (1, 2, 5)]
         assert all(np.isnan(m) if step == 3 else m is None for _, step, m, _ in rows if step in (0, 3, 4))
     assert counts == [1, 2, 3, 4, 5, 6]

@@ -42,7 +42,7 @@ from trajstore.storage.reader import Commits, blocks, refuse_to_hold
 from trajstore.storage.schema import FORMAT, ArraySpec, Schema, check_format
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
-from trajstore.system import refuse_too_many
+from trajstore.system import refuse_too_many, system_told
 from trajstore.trust import allow
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ __all__ = [
     "refuse_foreign",
     "refuse_new",
     "standing",
+    "unreadable_told",
 ]
 
 
@@ -201,14 +202,22 @@ class Store:
         """Yield the experiments by name, each read once; of a damaged one, what is wrong with it."""
         _ = self.root
         for name in self.place.folders():
-            if self._is_one(name):
-                try:
-                    yield name, self._opened(name)
-                except FormatError as error:  # the others can be read all the same
-                    yield name, error
+            left_out, one = dict[str, str](), None
+            with unreadable_told(name, left_out):  # the others can be read all the same
+                one = self._opened(name) if self._is_one(name) else None
+            if left_out:
+                yield name, DamageError(left_out[name])
+            elif one is not None:
+                yield name, one
 
     def _is_one(self, name: str) -> bool:
-        return is_name(name) and standing(self.place, name) in ("experiment", "damaged")
+        try:
+            return is_name(name) and standing(self.place, name) in ("experiment", "damaged")
+        except TrajstoreError:
+            raise
+        except OSError as error:
+            refuse_too_many(error, name)
+            return True  # it may be one, and hides no other: whoever opens it is told
 
     def __contains__(self, name: object) -> bool:
         _ = self.root
@@ -510,6 +519,20 @@ class StoredExperiment:
 
 def _reading(where: str) -> AbstractContextManager[None]:
     return damage_told(where, "move its folder away, or restore it", FileNotFoundError)
+
+
+@contextmanager
+def unreadable_told(name: str, left_out: dict[str, str]) -> Iterator[None]:
+    """Go on where an experiment cannot be read, and put down why; not where nothing could be."""
+    try:
+        yield
+    except FormatError as error:
+        left_out[name] = str(error) if f"experiment {name!r}" in str(error) else f"experiment {name!r}: {error}"
+    except TrajstoreError:
+        raise
+    except OSError as error:
+        refuse_too_many(error, name)
+        left_out[name] = f"experiment {name!r} cannot be read: {system_told(error)}"
 
 
 def standing(place: Place, name: str) -> Standing:

@@ -98,6 +98,20 @@ def verify(store: Store, name: str | None = None, *, repair: bool = False) -> It
         yield from _beside_experiments(place, repair)
     for experiment in [name] if name is not None else names:
         yield from _Verifying(store, experiment, repair).everything()
+    if name is None:
+        yield from _index(store, repair)
+
+
+def _index(store: Store, repair: bool) -> Iterator[Finding]:
+    """Compare the index for SQL, if there is one, with the store."""
+    from trajstore.sql.comparing import differences, discard
+
+    if _read_document(store.place, DOCUMENT) is None:
+        return  # nothing can be asked
+    for found in [*differences(store)]:
+        if repair:
+            discard(store)
+        yield Finding(None, found.what, str(found.path), harmless=not found.wrong, repaired=repair)
 
 
 def _root(store: Store, repair: bool) -> Iterator[Finding]:

@@ -5,9 +5,9 @@ say what their rows are, `views` gives them names and macros, and `query` asks t
 and nothing else. Unmeasured is NULL, diverged is NaN.
 """
 
-from trajstore.sql.query import query_store, rows_of, write_answer
+from trajstore.sql.query import answer, query_store, rows_of, write_answer
 from trajstore.sql.slabs import write_slab
 from trajstore.sql.text import literal
 from trajstore.sql.views import definitions_file
 
-__all__ = ["definitions_file", "literal", "query_store", "rows_of", "write_answer", "write_slab"]
+__all__ = ["answer", "definitions_file", "literal", "query_store", "rows_of", "write_answer", "write_slab"]

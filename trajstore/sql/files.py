@@ -6,8 +6,8 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Container
-from contextlib import suppress
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import duckdb
@@ -34,9 +34,8 @@ def is_own(file: Path) -> bool:
 
 def copy(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> None:
     """Write a query's rows as Parquet."""
-    partial = _partial(file)
-    connection.execute(f"COPY ({query}) TO {literal(str(partial))} (FORMAT parquet)")
-    partial.replace(file)
+    with _appearing(file) as partial:
+        connection.execute(f"COPY ({query}) TO {literal(str(partial))} (FORMAT parquet)")
 
 
 def write_text(file: Path, text: str) -> None:
@@ -44,9 +43,8 @@ def write_text(file: Path, text: str) -> None:
     with suppress(OSError, UnicodeDecodeError):
         if is_own(file) and file.read_text(encoding="utf-8") == text:
             return
-    partial = _partial(file)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    with _appearing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def tidy(folder: Path, wanted: Container[Path], before: Container[Path]) -> None:
@@ -65,6 +63,14 @@ def tidy(folder: Path, wanted: Container[Path], before: Container[Path]) -> None
                 file.unlink()
 
 
-def _partial(file: Path) -> Path:
+@contextmanager
+def _appearing(file: Path) -> Iterator[Path]:
+    """Give a name that the file has until it is whole; leave nothing of it otherwise."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    return file.with_name(f".{uuid.uuid4().hex}.partial")
+    partial = file.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

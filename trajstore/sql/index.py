@@ -2,48 +2,48 @@
 
 A catalog tells which slab lies in which file, and the stamp of the commit records it was made from. A refresh reads
 the commit records of all slabs, and the data of those whose records are other ones now; the files of the others stay.
-Files are never changed, only replaced. Many small ones become a large one, since opening each costs as much as
-reading ten thousand rows.
+Files are never changed, only replaced; one that is not as it was written any more is left, and its rows are written
+anew. Many small ones become a large one, since opening each costs as much as reading ten thousand rows.
 
-The index lies in the folder beside the store, or in the user's cache where that cannot be written.
+The index lies in the folder beside the store, or in the user's cache where that cannot be written, is full, or holds
+the index of somebody else, which is not believed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import duckdb
 
-from trajstore.errors import FormatError, damage_told
-from trajstore.sql.files import copy, is_own, new_file, tidy, write_text
+from trajstore.errors import FormatError, WriteError, damage_told
+from trajstore.sql.catalog import CATALOG, VERSION, Catalog, Key, SlabEntry, is_of_another
+from trajstore.sql.files import copy, is_own, new_file, tidy
 from trajstore.sql.slabs import METRICS_COLUMNS, SlabRows, write_metrics, write_segments
 from trajstore.sql.tables import EXPERIMENTS_COLUMNS, RUNS_COLUMNS, experiment_row, run_rows, write_table
 from trajstore.sql.text import identifier, read_parquet
 from trajstore.storage.local import inside, user_cache
 from trajstore.storage.schema import late_records
 from trajstore.storage.segment import array_of
-from trajstore.store import Store, StoredExperiment
+from trajstore.store import Store, StoredExperiment, unreadable_told
+from trajstore.system import is_full, system_told
 
-__all__ = ["Index", "refresh"]
+__all__ = ["Index", "places_of", "refresh", "refreshed"]
 
-_VERSION = 2
-_CATALOG = "catalog.json"
 _FOLDERS = ("experiments", "runs", "metrics", "segments")
 _ROWS = 1_000_000
 """A file of so many rows is large: it is written as one, and merged with no others."""
 _SMALL_FILES = 16
 """More small files than these are merged."""
-
-Key = tuple[str, str, int]
-"""Experiment, order, seed."""
 
 
 @dataclass(frozen=True)
@@ -56,81 +56,53 @@ class Index:
     metrics: Sequence[Path]
     segments: Sequence[Path]
     names: Sequence[str]
-    """All metrics of all experiments, in the spelling of their columns."""
-
-
-@dataclass(frozen=True)
-class _Slab:
-    """What the catalog holds of a slab."""
-
-    experiment: str
-    order: str
-    seed: int
-    stamp: str
-    """Of what it was made from."""
-    file: str
-    """Its rows lie in metrics/FILE and segments/FILE."""
-    rows: int
-    last_step: int
-    unbroken: bool
-
-    @property
-    def key(self) -> Key:
-        return self.experiment, self.order, self.seed
-
-
-@dataclass
-class _Catalog:
-    """Which slab lies in which file."""
-
-    folder: Path
-    slabs: dict[Key, _Slab] = field(default_factory=dict)
-    tables: dict[str, str] = field(default_factory=dict)
-    """experiments and runs → file."""
-
-    @classmethod
-    def of(cls, folder: Path) -> _Catalog:
-        """Read the catalog; where there is none that can be understood, begin a new one."""
-        if not is_own(folder / _CATALOG):
-            return cls(folder)
-        try:
-            stored = json.loads((folder / _CATALOG).read_text(encoding="utf-8"))
-            if stored["version"] != _VERSION:
-                return cls(folder)
-            slabs = [_Slab(*fields) for fields in stored["slabs"]]
-            return cls(folder, {slab.key: slab for slab in slabs}, dict(stored["tables"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            return cls(folder)
-
-    def save(self) -> None:
-        slabs = [list(vars(slab).values()) for slab in self.slabs.values()]
-        told = {"version": _VERSION, "tables": self.tables, "slabs": slabs}
-        write_text(self.folder / _CATALOG, json.dumps(told))
-
-    def files(self) -> list[str]:
-        """Return the files of slabs, each once."""
-        return list(dict.fromkeys(slab.file for slab in self.slabs.values()))
-
-    def paths(self) -> set[Path]:
-        """Return all files that are told of."""
-        slabs = {self.folder / table / file for table in ("metrics", "segments") for file in self.files()}
-        return slabs | {self.folder / table / file for table, file in self.tables.items()}
+    """All metrics that there are rows of, in the spelling of their columns."""
+    left_out: Mapping[str, str]
+    """Experiments that cannot be read, and why."""
 
 
 def refresh(store: Store, *, anew: bool = False) -> Index:
     """Bring the index up to date; `anew` takes over nothing of what is there."""
-    folder = _folder_of(store)
+    beside, cached = _beside(store), _cached(store)
+    try:
+        return refreshed(store, beside or cached, anew)
+    except (OSError, duckdb.Error) as error:
+        if not _is_refused(error, beside or cached):
+            raise
+        refused = error
+    if beside is not None:
+        with suppress(OSError, duckdb.Error):
+            return refreshed(store, cached, anew)
+    told = system_told(refused) if isinstance(refused, OSError) else " ".join(str(refused).split())
+    raise WriteError(f"the index for SQL could not be written ({told}), nor in the user's cache {user_cache()}")
+
+
+def places_of(store: Store) -> list[Path]:
+    """Return the folders in which this user has an index of a store."""
+    return [folder for folder in (_beside(store), _cached(store)) if folder is not None and is_own(folder / CATALOG)]
+
+
+def refreshed(store: Store, folder: Path, anew: bool) -> Index:
+    """Bring the index in a folder up to date."""
     for table in _FOLDERS:
         (folder / table).mkdir(parents=True, exist_ok=True)
-    catalog, experiments = _Catalog.of(folder), _whole(store)
+    catalog, experiments, left_out = Catalog.of(folder), dict[str, StoredExperiment](), dict[str, str]()
+    for name, one in store.experiments():
+        if isinstance(one, FormatError):
+            left_out[name] = str(one)
+        else:
+            experiments[name] = one
     before = catalog.paths()
     if anew:
-        catalog = _Catalog(folder)
-    stamps = {key: stamp for e in experiments.values() for key, stamp in _stamps(e).items()}
-    there = {table: {f.name for f in (folder / table).iterdir() if is_own(f)} for table in ("metrics", "segments")}
+        catalog = Catalog(folder)
+    stamps = dict[Key, str]()
+    for name, experiment in experiments.items():
+        with unreadable_told(name, left_out):
+            stamps |= _stamps(experiment)
+    sound = catalog.sound(before)
 
-    def good(slab: _Slab) -> bool:
-        found = all(slab.file in files for files in there.values())
+    def good(slab: SlabEntry) -> bool:
+        found = all(folder / table / slab.file in sound for table in ("metrics", "segments"))
         return found and stamps.get(slab.key) == slab.stamp
 
     files = catalog.files()
@@ -138,7 +110,8 @@ def refresh(store: Store, *, anew: bool = False) -> Index:
     catalog.slabs = {key: slab for key, slab in catalog.slabs.items() if good(slab)}
     columns = _spelled(experiments.values())
     _merge(catalog, [file for file in files if file in mixed], columns)
-    for slabs in _written(folder, experiments, {key: s for key, s in stamps.items() if key not in catalog.slabs}):
+    new = {key: stamp for key, stamp in stamps.items() if key not in catalog.slabs}
+    for slabs in _written(catalog, experiments, new, left_out):
         catalog.slabs |= {slab.key: slab for slab in slabs}
         catalog.save()  # a first refresh is long, and may be interrupted
     rows = dict.fromkeys(catalog.files(), 0)
@@ -147,23 +120,15 @@ def refresh(store: Store, *, anew: bool = False) -> Index:
     small = [file for file, count in rows.items() if count < _ROWS]
     if len(small) > _SMALL_FILES:
         _merge(catalog, small, columns)
-    catalog.slabs = {key: catalog.slabs[key] for key in stamps}
-    _tables(catalog, experiments)
+    catalog.slabs = {key: catalog.slabs[key] for key in stamps if key in catalog.slabs}
+    _tables(catalog, {name: e for name, e in experiments.items() if name not in left_out}, sound)
     catalog.save()
     tidy(folder, catalog.paths(), before)
     metrics, segments = ([folder / table / file for file in catalog.files()] for table in ("metrics", "segments"))
     tables = {table: folder / table / file for table, file in catalog.tables.items()}
-    return Index(folder, tables["experiments"], tables["runs"], metrics, segments, columns)
-
-
-def _whole(store: Store) -> dict[str, StoredExperiment]:
-    """Return all experiments; where one is damaged an answer would lack something."""
-    found = {}
-    for name, experiment in store.experiments():
-        if isinstance(experiment, FormatError):
-            raise experiment
-        found[name] = experiment
-    return found
+    there = {slab.experiment for slab in catalog.slabs.values()}
+    names = _spelled(experiment for name, experiment in experiments.items() if name in there)
+    return Index(folder, tables["experiments"], tables["runs"], metrics, segments, names, left_out)
 
 
 def _stamps(experiment: StoredExperiment) -> dict[Key, str]:
@@ -173,7 +138,7 @@ def _stamps(experiment: StoredExperiment) -> dict[Key, str]:
     about ten times as fast as through Zarr.
     """
     schema, place = experiment.schema, experiment.store.place
-    names = json.dumps([_VERSION, list(schema.metrics), list(schema.late)])
+    names = json.dumps([VERSION, list(schema.metrics), list(schema.late)])
     with damage_told(f"experiment {experiment.name!r} in {experiment.store}"):
         arrays = [array_of(experiment.group, name) for name in ("committed", *map(late_records, schema.late))]
     grids = [
@@ -202,19 +167,21 @@ def _stamps(experiment: StoredExperiment) -> dict[Key, str]:
 
 
 def _written(
-    folder: Path, experiments: Mapping[str, StoredExperiment], stamps: Mapping[Key, str]
-) -> Iterator[list[_Slab]]:
-    """Write slabs that are new or have changed, file by file."""
-    waiting: list[tuple[Key, SlabRows]] = []
-    rows = 0
+    catalog: Catalog, experiments: Mapping[str, StoredExperiment], stamps: Mapping[Key, str], left_out: dict[str, str]
+) -> Iterator[list[SlabEntry]]:
+    """Write slabs that are new or have changed, file by file; put down which experiments cannot be read."""
+    waiting: list[tuple[Key, SlabRows, dict[str, Any], dict[str, Any]]] = []
 
-    def write() -> list[_Slab]:
-        file = new_file(folder / "metrics")
-        write_metrics(file, (slab.metrics() for _, slab in waiting))
-        write_segments(folder / "segments" / file.name, (slab.segments() for _, slab in waiting))
+    def write() -> list[SlabEntry]:
+        metrics = new_file(catalog.folder / "metrics")
+        segments = catalog.folder / "segments" / metrics.name
+        write_metrics(metrics, (rows for _, _, rows, _ in waiting))
+        write_segments(segments, (rows for *_, rows in waiting))
+        for file in (metrics, segments):
+            catalog.add(file)
         slabs = [
-            _Slab(*key, stamps[key], file.name, int(slab.steps.sum()), slab.last_step, slab.unbroken)
-            for key, slab in waiting
+            SlabEntry(*key, stamps[key], metrics.name, int(slab.steps.sum()), slab.last_step, slab.unbroken)
+            for key, slab, _, _ in waiting
         ]
         waiting.clear()
         return slabs
@@ -222,17 +189,16 @@ def _written(
     for key in stamps:
         name, order, seed = key
         schema = experiments[name].schema
-        slab = SlabRows.of(experiments[name], schema.orders.index(order), schema.seeds.index(seed))
-        waiting.append((key, slab))
-        rows += int(slab.steps.sum())
-        if rows >= _ROWS:
-            rows = 0
+        with unreadable_told(name, left_out):
+            slab = SlabRows.of(experiments[name], schema.orders.index(order), schema.seeds.index(seed))
+            waiting.append((key, slab, slab.metrics(), slab.segments()))
+        if sum(int(slab.steps.sum()) for _, slab, _, _ in waiting) >= _ROWS:
             yield write()
     if waiting:
         yield write()
 
 
-def _merge(catalog: _Catalog, files: Sequence[str], columns: Sequence[str]) -> None:
+def _merge(catalog: Catalog, files: Sequence[str], columns: Sequence[str]) -> None:
     """Write what is true of some files anew, as one."""
     kept = [slab for slab in catalog.slabs.values() if slab.file in files]
     if not kept:
@@ -252,6 +218,7 @@ def _merge(catalog: _Catalog, files: Sequence[str], columns: Sequence[str]) -> N
             query = f'SELECT *{gone} FROM {source} SEMI JOIN kept USING (experiment, "order", seed)'
             by = 'experiment, "order", seed, ' + ("step" if table == "metrics" else "segment")
             copy(connection, f"{query} ORDER BY {by}", catalog.folder / table / merged)
+            catalog.add(catalog.folder / table / merged)
     catalog.slabs |= {slab.key: replace(slab, file=merged) for slab in kept}
 
 
@@ -262,26 +229,26 @@ def _gone(connection: duckdb.DuckDBPyConnection, source: str, columns: Sequence[
     return f" EXCLUDE ({', '.join(map(identifier, gone))})" if gone else ""
 
 
-def _tables(catalog: _Catalog, experiments: Mapping[str, StoredExperiment]) -> None:
-    """Write experiments and runs, where they are others now."""
-    last: dict[str, list[int]] = {name: [] for name in experiments}
-    for slab in catalog.slabs.values():
-        last[slab.experiment].append(slab.last_step)
-    ends = {name: experiment.ends_at(last[name]) for name, experiment in experiments.items()}
+def _tables(catalog: Catalog, experiments: Mapping[str, StoredExperiment], sound: Container[Path]) -> None:
+    """Write experiments and runs, where they are others now, or not `sound` any more."""
+    ends = {
+        name: experiment.ends_at([slab.last_step for slab in catalog.slabs.values() if slab.experiment == name])
+        for name, experiment in experiments.items()
+    }
     runs = [row for name, e in experiments.items() for row in run_rows(e, ends[name], _runs(catalog, e))]
-    made = set(catalog.tables.values())
     for table, rows, columns in (
         ("experiments", [experiment_row(e, ends[name]) for name, e in experiments.items()], EXPERIMENTS_COLUMNS),
         ("runs", runs, RUNS_COLUMNS),
     ):
-        stamp = hashlib.sha256(json.dumps([_VERSION, rows]).encode()).hexdigest()[:32]
+        stamp = hashlib.sha256(json.dumps([VERSION, rows]).encode()).hexdigest()[:32]
         file = catalog.folder / table / f"{stamp}.parquet"
-        if file.name not in made or not is_own(file):
+        if file not in sound:
             write_table(file, rows, columns)
+            catalog.add(file)
         catalog.tables[table] = file.name
 
 
-def _runs(catalog: _Catalog, experiment: StoredExperiment) -> Iterator[dict[str, Any]]:
+def _runs(catalog: Catalog, experiment: StoredExperiment) -> Iterator[dict[str, Any]]:
     schema, ended = experiment.schema, experiment.ended()
     for order, (k, seed) in product(schema.orders, enumerate(schema.seeds)):
         slab = catalog.slabs[experiment.name, order, seed]
@@ -305,21 +272,33 @@ def _spelled(experiments: Iterable[StoredExperiment]) -> list[str]:
     return list(spelled.values())
 
 
-def _folder_of(store: Store) -> Path:
-    place = store.place
-    if place.beside is None:
-        return _cached(place.address)
-    beside = place.beside
+def _beside(store: Store) -> Path | None:
+    """Return the folder beside the store, if the index can be there."""
+    beside = store.place.beside
+    if beside is None:
+        return None
     try:
         # It may have come with the store: nothing is written where a link in it leads.
         own, *_ = (inside(beside.parent, f"{beside.name}/index{below}") for below in ("", *(f"/{t}" for t in _FOLDERS)))
         own.mkdir(parents=True, exist_ok=True)
-        if os.access(own, os.W_OK):
-            return own
     except (OSError, FormatError):
-        pass  # a read-only place: the user's cache serves as well
-    return _cached(str(Path(place.address).resolve()))
+        return None
+    return own if os.access(own, os.W_OK) and not is_of_another(own) else None
 
 
-def _cached(address: str) -> Path:
+def _cached(store: Store) -> Path:
+    """Return a folder in the user's cache."""
+    address = store.place.address
+    if store.place.beside is not None:
+        address = str(Path(address).resolve())
     return user_cache() / "index" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _is_refused(error: OSError | duckdb.Error, folder: Path) -> bool:
+    """Tell whether an error says that nothing may be written to the folder of an index, or nothing more fits."""
+    if isinstance(error, OSError):
+        return is_full(error) or (error.errno in _REFUSED and str(error.filename).startswith(str(folder)))
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, *_REFUSED))

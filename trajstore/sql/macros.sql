@@ -1,4 +1,5 @@
--- Table macros over the views experiments, runs and metrics. Those that begin with _ are parts of the others.
+-- Table macros over the views experiments, runs and metrics. Those that begin with _ are parts of the others; _known are
+-- the experiments that can be read.
 --
 -- A macro answers for a slab with numbers, or with NULL and the reason in the column why; what makes no sense for any
 -- slab (a name that is not there, a window that is too short) is an error. Parameters stand unqualified, columns
@@ -24,7 +25,7 @@ WITH
 SELECT CASE
     WHEN found.metrics IS NULL
     THEN 'no experiment ''' || coalesce(named.experiment, 'NULL') || '''; ' || _nearest(
-        named.experiment, (SELECT coalesce(list(e.experiment ORDER BY e.experiment), []) FROM experiments e))
+        named.experiment, (SELECT coalesce(list(k.experiment ORDER BY k.experiment), []) FROM _known k))
     WHEN NOT coalesce(list_contains(found.metrics, named.metric), false)
     THEN 'experiment ''' || named.experiment || ''' has no metric ''' || coalesce(named.metric, 'NULL') || '''; '
         || _nearest(named.metric, list_sort(found.metrics))

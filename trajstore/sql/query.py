@@ -10,15 +10,16 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 
 from trajstore.appearing import whole_file
 from trajstore.errors import QueryError
+from trajstore.sql.catalog import is_damaged
 from trajstore.sql.index import Index, refresh
 from trajstore.sql.reading import reading
 from trajstore.sql.text import literal
@@ -30,13 +31,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Tables = Mapping[str, "pd.DataFrame"]
+T = TypeVar("T")
 
-__all__ = ["query_store", "rows_of", "write_answer"]
+__all__ = ["answer", "query_store", "rows_of", "write_answer"]
 
 
 def query_store(store: Store, query: str, tables: Tables | None = None) -> duckdb.DuckDBPyRelation:
     """Run one SELECT on a store's tables, and on others that are given by name."""
-    return _asked(store, query, tables=tables)
+    return _fetched(store, query, lambda relation: relation, tables=tables)
+
+
+def answer(store: Store, query: str, tables: Tables | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Return the names of the columns that a SELECT gives, and its rows."""
+    return _fetched(store, query, lambda relation: (list(relation.columns), _rows(relation)), tables=tables)
 
 
 def write_answer(store: Store, query: str, file: Path, *, force: bool = False) -> None:
@@ -47,39 +54,58 @@ def write_answer(store: Store, query: str, file: Path, *, force: bool = False) -
         TemporaryDirectory(prefix=".", suffix=".partial", dir=file.parent) as folder,
     ):
         written = Path(folder, "answer.parquet")
-        relation = _asked(store, query, Path(folder))
-        try:
-            relation.write_parquet(str(written))
-        except duckdb.Error as error:
-            raise _wrong(error, query) from None
+        _fetched(store, query, lambda relation: relation.write_parquet(str(written)), Path(folder))
         written.replace(partial)
 
 
 def rows_of(relation: duckdb.DuckDBPyRelation) -> list[tuple[Any, ...]]:
     """Fetch a relation's rows, times with a zone as text; what goes wrong only then is a QueryError too."""
     try:
-        zoned = [str(kind) == "TIMESTAMP WITH TIME ZONE" for kind in relation.types]
-        if any(zoned):  # some DuckDB would need another package for them
-            columns = [f"CAST(#{n} AS VARCHAR)" if is_zoned else f"#{n}" for n, is_zoned in enumerate(zoned, start=1)]
-            relation = relation.project(", ".join(columns))
-        return [tuple(row) for row in relation.fetchall()]
+        return _rows(relation)
     except duckdb.Error as error:
         raise _wrong(error, "") from None
 
 
-def _asked(store: Store, query: str, *writable: Path, tables: Tables | None = None) -> duckdb.DuckDBPyRelation:
+def _rows(relation: duckdb.DuckDBPyRelation) -> list[tuple[Any, ...]]:
+    zoned = [str(kind) == "TIMESTAMP WITH TIME ZONE" for kind in relation.types]
+    if any(zoned):  # some DuckDB would need another package for them
+        columns = [f"CAST(#{n} AS VARCHAR)" if is_zoned else f"#{n}" for n, is_zoned in enumerate(zoned, start=1)]
+        relation = relation.project(", ".join(columns))
+    return [tuple(row) for row in relation.fetchall()]
+
+
+def _fetched(
+    store: Store, query: str, fetch: Callable[[duckdb.DuckDBPyRelation], T], *writable: Path,
+    tables: Tables | None = None,
+) -> T:  # fmt: skip
+    """Ask and fetch; once more where a file of the index was damaged after it had been looked at."""
     _ = store.root  # a clear error, if this is no store
+    index, connection = _connected(store, writable, tables or {})
     try:
-        connection = _confined(refresh(store), writable)
-    except duckdb.Error as error:  # a file of the index is damaged, and it is only a cache
-        _refuse_too_many(error)
-        connection = _confined(refresh(store, anew=True), writable)
-    for name, frame in (tables or {}).items():
-        connection.register(name, frame)
+        return fetch(_asked(connection, query))
+    except duckdb.Error as error:
+        if not is_damaged(index.folder):
+            raise _wrong(error, query) from None
+    _, connection = _connected(store, writable, tables or {})
     try:
-        relation = connection.sql(reading(connection, query))
+        return fetch(_asked(connection, query))
     except duckdb.Error as error:
         raise _wrong(error, query) from None
+
+
+def _connected(store: Store, writable: Iterable[Path], tables: Tables) -> tuple[Index, duckdb.DuckDBPyConnection]:
+    try:
+        connection = _confined(index := refresh(store), writable)
+    except duckdb.Error as error:  # a file of the index is damaged, and it is only a cache
+        _refuse_too_many(error)
+        connection = _confined(index := refresh(store, anew=True), writable)
+    for name, frame in tables.items():
+        connection.register(name, frame)
+    return index, connection
+
+
+def _asked(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
+    relation = connection.sql(reading(connection, query))
     if relation is None:
         raise QueryError("the statement returns no rows; use SELECT")
     return relation

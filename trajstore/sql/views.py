@@ -11,6 +11,8 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+import duckdb
+
 from trajstore.sql.files import write_text
 from trajstore.sql.index import Index, refresh
 from trajstore.sql.slabs import METRICS_COLUMNS, SEGMENTS_COLUMNS
@@ -24,10 +26,11 @@ def definitions(index: Index) -> str:
     """Return the statements that make views and macros of an index."""
     return "\n".join(
         [
-            _view("experiments", [index.experiments]),
-            _view("runs", [index.runs]),
-            _view("metrics", index.metrics, METRICS_COLUMNS),
-            _view("segments", index.segments, SEGMENTS_COLUMNS),
+            _view("_known", [index.experiments], {}),
+            _view("experiments", [index.experiments], index.left_out),
+            _view("runs", [index.runs], index.left_out),
+            _view("metrics", index.metrics, index.left_out, METRICS_COLUMNS),
+            _view("segments", index.segments, index.left_out, SEGMENTS_COLUMNS),
             _series(index.names),
             _macros(),
         ]
@@ -43,13 +46,29 @@ def definitions_file(store: Store) -> Path:
     return file
 
 
-def _view(name: str, parquet: Sequence[Path], empty: Mapping[str, str] | None = None) -> str:
+def _view(
+    name: str, parquet: Sequence[Path], left_out: Mapping[str, str], empty: Mapping[str, str] | None = None
+) -> str:
+    """Return a view; whoever asks it for an experiment that cannot be read, or for all, is told why.
+
+    Asking for others is no error: DuckDB sees that their names are other ones before it looks at the row that says so.
+    Of that row nothing else is known to it, so that no other condition lets it be skipped.
+    """
     if parquet:
         rows = f"SELECT * FROM {read_parquet(file.absolute() for file in parquet)}"
     else:  # nothing is recorded yet
         rows = (
             f"SELECT {', '.join(f'NULL::{kind} AS {identifier(c)}' for c, kind in (empty or {}).items())} WHERE false"
         )
+    if left_out:
+        with duckdb.connect() as connection:
+            others = [column for column in connection.sql(rows).columns if column != "experiment"]
+        for experiment, why in left_out.items():
+            told = f"error({literal(why)})"
+            unknown = ", ".join(f"{told} AS {identifier(column)}" for column in others)
+            rows += (
+                f" UNION ALL BY NAME SELECT {literal(experiment)} AS experiment, {unknown} FROM range(1) WHERE {told}"
+            )
     return f"CREATE OR REPLACE VIEW {name} AS {rows};"
 
 
