@@ -31,6 +31,7 @@ import trajstore as ts
 from trajstore.experiment import Experiment
 from trajstore.sql.index import refresh
 from trajstore.storage.declaring import declare
+from trajstore.storage.schema import Schema
 from trajstore.storage.segment import array_of
 from trajstore.store import open_root
 
@@ -60,12 +61,12 @@ def write(group: zarr.Group, order: int, seed: int) -> None:
     """Write a slab: its series, then its record."""
     there = array_of(group, "leg").shape[2]
     rng = np.random.default_rng()
-    with zarr.config.set({"array.write_empty_chunks": True}):  # all that is committed must be there
-        for name, values in {"leg": 0, "measured": 3, "train_loss": None, "test_loss": None}.items():
-            array_of(group, name)[order, seed] = rng.normal(size=there) if values is None else np.full(there, values)
+    for name, values in {"leg": 0, "measured": 3, "train_loss": None, "test_loss": None}.items():
+        array_of(group, name)[order, seed] = rng.normal(size=there) if values is None else np.full(there, values)
     records = array_of(group, "committed")
     words = rng.integers(-(2**62), 2**62, records.shape[2:])
-    words[:, 0], words[:, 1], words[:, -1] = there, 1, 0
+    steps = np.diff(Schema.of(group).segment_starts, append=there)
+    words[:, 0], words[:, 1], words[:, -1] = steps, 1, 0
     records[order, seed] = words
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
-from trajstore.errors import QueryError, WriteError
+from trajstore.errors import DamageError, QueryError, WriteError
 from trajstore.sql import answer, query, write_answer
 from trajstore.sql.catalog import Catalog
 from trajstore.sql.index import places_of
@@ -258,7 +258,7 @@ def test_an_experiment_that_cannot_be_read_hides_no_other_and_is_no_number(
         "SELECT 1 FROM metrics m JOIN runs r ON m.seed = r.seed WHERE r.experiment = 'other'",
         "FROM level_variance('net', 'train_loss', steps := 3)",
     ):  # fmt: skip
-        with pytest.raises(QueryError, match=r"^experiment 'net'"):
+        with pytest.raises(DamageError, match=r"^experiment 'net'"):
             asked(store, what)
 
 
@@ -266,5 +266,7 @@ def test_a_store_of_which_nothing_can_be_read_says_so(store: ts.Store) -> None:
     for name in ("net", "other"):
         (store.place.path / name / "train_loss" / "c" / "0" / "0" / "0").unlink()  # type: ignore[attr-defined]
     for table in ("runs", "metrics", "segments", "experiments"):
-        with pytest.raises(QueryError, match=r"^experiment '(net|other)'.* is missing"):
+        with pytest.raises(DamageError, match=r"^experiment '(net|other)'.* is missing"):
             asked(store, f"FROM {table}")
+        with pytest.raises(DamageError, match=" is missing"):
+            store.sql(f"FROM {table}")

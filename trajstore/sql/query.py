@@ -13,12 +13,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 
 from trajstore.appearing import whole_file
-from trajstore.errors import QueryError
+from trajstore.errors import DamageError, QueryError, TrajstoreError
 from trajstore.sql.catalog import is_damaged
 from trajstore.sql.index import Index, refresh
 from trajstore.sql.reading import reading
@@ -80,17 +81,17 @@ def _fetched(
 ) -> T:  # fmt: skip
     """Ask and fetch; once more where a file of the index was damaged after it had been looked at."""
     _ = store.root  # a clear error, if this is no store
-    index, connection = _connected(store, writable, tables or {})
-    try:
-        return fetch(_asked(connection, query))
-    except duckdb.Error as error:
-        if not is_damaged(index.folder):
-            raise _wrong(error, query) from None
-    _, connection = _connected(store, writable, tables or {})
-    try:
-        return fetch(_asked(connection, query))
-    except duckdb.Error as error:
-        raise _wrong(error, query) from None
+    for last in (False, True):
+        index, connection = _connected(store, writable, tables or {})
+        try:
+            relation = _asked(connection, query)
+            if index.left_out:  # whether it asks for those is known when the rows are
+                relation = relation.materialize()
+            return fetch(relation)
+        except duckdb.Error as error:
+            if last or not is_damaged(index.folder):
+                raise _wrong(error, query, index.left_out) from None
+    raise AssertionError
 
 
 def _connected(store: Store, writable: Iterable[Path], tables: Tables) -> tuple[Index, duckdb.DuckDBPyConnection]:
@@ -118,8 +119,11 @@ def _refuse_too_many(error: duckdb.Error) -> None:
         refuse_too_many(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), file[1] if file else "a file of the index")
 
 
-def _wrong(error: duckdb.Error, query: str) -> QueryError:
+def _wrong(error: duckdb.Error, query: str, left_out: Mapping[str, str] = MappingProxyType({})) -> TrajstoreError:
     _refuse_too_many(error)
+    for why in left_out.values():
+        if why in str(error):
+            return DamageError(why)
     text = " ".join(str(error).split("\n\nLINE")[0].split())
     if "pytz" in text:  # deeper in a value, they are not seen by `rows_of`
         return QueryError("a column holds TIMESTAMP WITH TIME ZONE; cast these to TIMESTAMP or VARCHAR")
