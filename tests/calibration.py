@@ -1,7 +1,7 @@
 """How often the intervals, verdicts and tests of the analysis are right, on processes whose answer is known.
 
-    python -m tests.calibration [ratios] [local] [rates] [verdicts] [intervals] [resets] [exponents] [law] [theorem]
-                                [compare] [loss-metric] [averages]
+    python -m tests.calibration [ratios] [local] [local-weights] [rates] [verdicts] [intervals] [resets] [exponents]
+                                [law] [theorem] [compare] [loss-metric] [averages]
 
 The tests assert bounds on a part of these; here are the numbers that `docs/analysis.md` has.
 """
@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 from scipy.signal import lfilter
 from scipy.special import digamma
-from trajstore.analysis import local_variance_ratio, resets, time_average, variance, variance_ratio
+from trajstore.analysis import local, local_variance_ratio, resets, time_average, variance, variance_ratio
 from trajstore.analysis.convergence import judge
 from trajstore.analysis.examining.maps import loss_contracts
 from trajstore.analysis.law import adjusted, disjoint_test, swap_test
@@ -87,6 +89,26 @@ def local_ratios(runs: int) -> None:
             found = local_variance_ratio(runs_of(3 * made[0], made[1]), "loss", steps)
             held = (found["low"] <= 9) & (found["high"] >= 9)
             print(f"{name:40} {phi:6} {steps:6} {float(held.mean()):6.0%}", flush=True)
+
+
+def local_weights(runs: int) -> None:
+    """Local variance ratios, by how likely it is beforehand that blocks are independent: how many hold 9, how wide."""
+    cases = [("AR(1)", 0.9, lambda x, noise: x)]
+    cases += [("weak bursts", phi, lambda x, noise: np.exp(x / 3) * noise) for phi in (0.98, 0.99, 0.995)]
+    print(f"{'process':40} {'φ':>6} {'steps':>6} {'now':>12} {'0.85':>12} {'0.95':>12}")
+    for name, phi, process in cases:
+        for steps in (200, 700):
+            x = [ar1(phi, steps, runs, 140 + k) * np.sqrt(1 - phi**2) for k in range(2)]
+            made = [process(x[k], ar1(0.0, steps, runs, 150 + k)) for k in range(2)]
+            cells = f"{name:40} {phi:6} {steps:6}"
+            for weight in (None, 0.85, 0.95):
+                weights = {} if weight is None else dict.fromkeys(("_INDEPENDENT", "_FEW_INDEPENDENT"), weight)
+                with patch.multiple(local, **weights) if weights else nullcontext():
+                    found = local_variance_ratio(runs_of(3 * made[0], made[1]), "loss", steps)
+                held = float(((found["low"] <= 9) & (found["high"] >= 9)).mean())
+                reach = float(np.log(found["high"] / found["low"]).median()) / 2
+                cells += f" {held:6.0%} {reach / (1.96 * float(np.log(found['ratio']).std())):5.1f}"
+            print(cells, flush=True)
 
 
 def rates(runs: int) -> None:
@@ -464,6 +486,7 @@ def averages(runs: int) -> None:
 PARTS: Mapping[str, tuple[Callable[[int], None], int]] = {
     "ratios": (ratios, 500),
     "local": (local_ratios, 500),
+    "local-weights": (local_weights, 500),
     "rates": (rates, 200),
     "verdicts": (verdicts, 60),
     "intervals": (intervals, 200),
