@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -93,17 +92,18 @@ def local_ratios(runs: int) -> None:
 
 def local_weights(runs: int) -> None:
     """Local variance ratios, by how likely it is beforehand that blocks are independent: how many hold 9, how wide."""
-    cases = [("AR(1)", 0.9, lambda x, noise: x)]
-    cases += [("weak bursts", phi, lambda x, noise: np.exp(x / 3) * noise) for phi in (0.98, 0.99, 0.995)]
+    cases: Sequence[tuple[str, float, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = [
+        ("AR(1)", 0.9, lambda x, noise: x),
+        *(("weak bursts of exp(x/3)", phi, lambda x, noise: np.exp(x / 3) * noise) for phi in (0.98, 0.99, 0.995)),
+    ]
     print(f"{'process':40} {'φ':>6} {'steps':>6} {'now':>12} {'0.85':>12} {'0.95':>12}")
     for name, phi, process in cases:
         for steps in (200, 700):
             x = [ar1(phi, steps, runs, 140 + k) * np.sqrt(1 - phi**2) for k in range(2)]
             made = [process(x[k], ar1(0.0, steps, runs, 150 + k)) for k in range(2)]
             cells = f"{name:40} {phi:6} {steps:6}"
-            for weight in (None, 0.85, 0.95):
-                weights = {} if weight is None else dict.fromkeys(("_INDEPENDENT", "_FEW_INDEPENDENT"), weight)
-                with patch.multiple(local, **weights) if weights else nullcontext():
+            for plain, few in ((local._INDEPENDENT, local._FEW_INDEPENDENT), (0.85, 0.85), (0.95, 0.95)):
+                with patch.multiple(local, _INDEPENDENT=plain, _FEW_INDEPENDENT=few):
                     found = local_variance_ratio(runs_of(3 * made[0], made[1]), "loss", steps)
                 held = float(((found["low"] <= 9) & (found["high"] >= 9)).mean())
                 reach = float(np.log(found["high"] / found["low"]).median()) / 2
