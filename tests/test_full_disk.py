@@ -16,7 +16,7 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.waiting import HANGS
-from trajstore.errors import WriteError
+from trajstore.errors import ConfigurationError, WriteError
 from trajstore.merging import remove
 from trajstore.storage.place import place_of
 from trajstore.verifying import verify
@@ -117,45 +117,104 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "runs.zarr"
 
 
-def refusing(code: int, matching: str) -> Any:
-    """A `Path.mkdir` that fails where a path says so."""
-    make = Path.mkdir
-
-    def mkdir(path: Path, *arguments: Any, **named: Any) -> None:
-        if matching in str(path) and not path.is_dir():
-            raise OSError(code, os.strerror(code), str(path))
-        make(path, *arguments, **named)
-
-    return mkdir
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EXDEV])
-def test_what_cannot_be_renamed_out_of_the_store_is_renamed_within_it(
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EACCES])
+def test_an_experiment_that_cannot_be_renamed_stays_as_it_was(
     code: int, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a full disk there is no room for a folder; and a store may be a disk of its own."""
-    monkeypatch.setattr(Path, "mkdir", refusing(code, ".traj/removed"))
+    """It may be a mount point: nothing of it is touched before it is sure that it can be removed."""
+    rename = Path.rename
+
+    def refused(path: Path, target: Any) -> Path:
+        if path.name == "net":
+            raise OSError(code, os.strerror(code), str(path))
+        return rename(path, target)
+
+    before = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ConfigurationError, match=f"{os.strerror(code)}.*; it is as it was"):
+        remove(ts.open(store), "net")
+    assert {file: file.read_bytes() for file in store.rglob("*") if file.is_file()} == before
+    monkeypatch.undo()
     remove(ts.open(store), "net")
     assert [file.name for file in store.iterdir()] == ["zarr.json"]
-    assert list(verify(ts.Store(store))) == []
 
 
-def test_what_a_removal_that_died_left_is_named_and_taken_out(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "mkdir", refusing(errno.ENOSPC, ".traj/removed"))
+def ended(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Remove an experiment, die when the first file was deleted, and return what is left."""
+    unlink, deleted = os.unlink, []
 
-    def killed(folder: Path) -> None:
-        raise KeyboardInterrupt
+    def killed(path: Any, **named: Any) -> None:
+        if deleted:
+            raise KeyboardInterrupt
+        deleted.append(path)
+        unlink(path, **named)
 
-    monkeypatch.setattr("shutil.rmtree", killed)
+    monkeypatch.setattr("os.unlink", killed)
     with pytest.raises(KeyboardInterrupt):
         remove(ts.open(store), "net")
     monkeypatch.undo()
+    (left,) = store.glob(".removed-*")
+    assert [file for file in left.rglob("*") if file.is_file()]
+    return left
+
+
+def test_what_a_removal_that_died_left_is_named_and_deleted(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = ended(store, monkeypatch)
     assert list(ts.open(store)) == []
-    (left,) = verify(ts.Store(store))
-    assert left.harmless
-    assert "left of an experiment that was removed" in str(left)
+    (found,) = verify(ts.Store(store))
+    assert found.harmless
+    assert "left of an experiment that was removed" in str(found)
+    assert left.name in str(found)
     assert [found.repaired for found in verify(ts.Store(store), repair=True)] == [True]
     assert list(verify(ts.Store(store))) == []
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_next_writer_deletes_it(earlier: bool, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = ended(store, monkeypatch)
+    if earlier:  # releases before renamed them out of the store
+        grave = store.parent / "runs.zarr.traj" / "removed" / "0123"
+        grave.parent.mkdir()
+        left = left.rename(grave)
+        assert "0123" in str(*verify(ts.Store(store)))
+    ts.run(ts.Experiment.of({**SMALL_NET, "name": "other", "steps": 3}), store, engine="reference")
+    assert not left.exists()
+    assert list(verify(ts.Store(store))) == []
+
+
+def test_files_that_cannot_be_deleted_are_told_of_and_nothing_else(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = os.unlink
+
+    def refused(path: Any, **named: Any) -> None:
+        if path == "zarr.json":
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        unlink(path, **named)
+
+    monkeypatch.setattr("os.unlink", refused)
+    with pytest.raises(WriteError, match="is removed, but some of its files cannot be deleted"):
+        remove(ts.open(store), "net")
+    assert list(ts.open(store)) == []
+    ts.run(ts.Experiment.of({**SMALL_NET, "steps": 3}), store, engine="reference")  # it waits for nothing
+    (found,) = verify(ts.Store(store), repair=True)
+    assert (found.harmless, found.repaired) == (True, False)
+    monkeypatch.undo()
+    assert [found.repaired for found in verify(ts.Store(store), repair=True)] == [True]
+
+
+def test_what_is_declared_or_removed_half_is_named_and_deleted(store: Path) -> None:
+    document = store / "net" / "zarr.json"
+    told = json.loads(document.read_text())
+    told["attributes"]["trajstore"] = {"declaring": True}
+    document.write_text(json.dumps(told))
+    (found,) = verify(ts.Store(store))
+    assert found.harmless
+    assert "declared half, or removed half" in str(found)
+    assert [found.repaired for found in verify(ts.Store(store), repair=True)] == [True]
+    assert list(verify(ts.Store(store))) == []
+    assert not (store / "net").exists()
 
 
 def test_a_slab_without_room_for_its_lock_is_removed_only_if_nothing_is_stored_of_it(

@@ -117,7 +117,7 @@ def test_remove(tmp_path):
     remove(a, "net")
     assert list(ts.open(a.place)) == ["other"]
     assert not (a.place.path / "net").exists()
-    assert not list((a.place.beside / "removed").iterdir())
+    assert sorted(file.name for file in a.place.path.iterdir()) == ["other", "zarr.json"]
     with pytest.raises(NotFoundError):
         remove(a, "net")
 

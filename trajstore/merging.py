@@ -19,7 +19,7 @@ import zarr
 from zarr.buffer.cpu import Buffer
 
 from trajstore.configuration import differences
-from trajstore.errors import ConflictError, DamageError
+from trajstore.errors import ConfigurationError, ConflictError, DamageError, TrajstoreError, WriteError
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes, stored_batches
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import keeper_of
@@ -27,7 +27,7 @@ from trajstore.storage.schema import Schema, late_records
 from trajstore.storage.segment import Corner
 from trajstore.storage.writer import Ledger
 from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_alike, refuse_foreign
-from trajstore.system import is_full
+from trajstore.system import is_full, system_told
 
 __all__ = ["Merged", "merge", "remove"]
 
@@ -55,7 +55,16 @@ def remove(store: Store, name: str) -> None:
         if store.place.beside is None:  # it cannot be gone at once: from now on it is no experiment any more
             group = zarr.open_group(store.place.keeper(read_only=False), path=name, mode="r+", zarr_format=3)
             group.attrs[ATTRIBUTE] = {"declaring": True}
-        store.place.remove(name)
+        try:
+            store.place.remove(name)
+        except TrajstoreError:
+            raise
+        except OSError as error:
+            if name in store:
+                told = f"experiment {name!r} cannot be removed from {store} ({system_told(error)}); it is as it was"
+                raise ConfigurationError(told) from None
+            told = f"experiment {name!r} is removed, but some of its files cannot be deleted ({system_told(error)})"
+            raise WriteError(f"{told}; `trajstore verify {store}` names the folder") from None
 
 
 def merge(source: Store, target: Store, names: Sequence[str] | None = None) -> list[Merged]:

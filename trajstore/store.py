@@ -55,6 +55,7 @@ __all__ = [
     "DECLARED",
     "Progress",
     "SlabStatus",
+    "Standing",
     "Store",
     "StoredExperiment",
     "check_place",
@@ -160,6 +161,7 @@ class Store:
     @contextmanager
     def declaring(self) -> Iterator[None]:
         """Hold the lock of whoever changes shapes or attributes."""
+        self.place.sweep()  # first of all: what is to be written may need the room
         with self.place.lock(DECLARING, f"store {self}", patience=60):
             yield
 

@@ -38,13 +38,13 @@ from trajstore.errors import (
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.declaring import ATTRIBUTE, declare, sound_attributes, stored_batches
 from trajstore.storage.late import LateSeries
-from trajstore.storage.place import DOCUMENT, PARTIAL, REMOVED, TAKEN_OUT, Place, Stray, keeper_of
+from trajstore.storage.place import DOCUMENT, PARTIAL, TAKEN_OUT, Place, Stray, keeper_of
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
 from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema, late_records
 from trajstore.storage.segment import Corner, array_of
 from trajstore.storage.states import States
 from trajstore.storage.writer import Ledger, discard_slab
-from trajstore.store import Store, StoredExperiment, open_root, standing
+from trajstore.store import Standing, Store, StoredExperiment, open_root, standing
 from trajstore.system import refuse_too_many, system_told
 
 __all__ = ["Finding", "verify"]
@@ -95,7 +95,7 @@ def verify(store: Store, name: str | None = None, *, repair: bool = False) -> It
         place.make()  # refuses where nothing can be repaired
     yield from _root(store, repair)
     if name is None:
-        yield from _beside_experiments(place, repair)
+        yield from _beside_experiments(store, repair)
     for experiment in [name] if name is not None else names:
         yield from _Verifying(store, experiment, repair).everything()
     if name is None:
@@ -136,17 +136,28 @@ _STRAYS: Mapping[Stray, tuple[str, bool]] = {
 """What else lies where experiments do → what to say of it, and whether that is harmless."""
 
 
-def _beside_experiments(place: Place, repair: bool) -> Iterator[Finding]:
+def _beside_experiments(store: Store, repair: bool) -> Iterator[Finding]:
     """Name what lies where experiments do, and is none."""
+    place = store.place
+    for folder in (left := place.leftovers()):
+        if repair:
+            place.sweep()
+        told = "left of an experiment that was removed; the next recording, or `verify --repair`, deletes it"
+        gone = repair and folder not in place.leftovers()
+        yield Finding(None, told, folder.removeprefix(f"{place.address}/"), harmless=True, repaired=gone)
     for folder in place.folders():
-        if folder.startswith(REMOVED):
-            if repair:
-                place.remove(folder)
-            told = "left of an experiment that was removed; `verify --repair` takes it out"
-            yield Finding(None, told, folder, harmless=True, repaired=repair)
-        elif not is_name(folder) or standing(place, folder) == "foreign":
+        if f"{place.address}/{folder}" in left:
+            continue
+        if not is_name(folder) or _stands(place, folder) == "foreign":
             told = "this is no experiment, or its document is damaged; restore that, or move the folder away"
             yield Finding(None, told, folder)
+        elif _stands(place, folder) == "half declared":
+            if repair:
+                with store.declaring():  # whoever declares it is waited for
+                    if _stands(place, folder) == "half declared":
+                        place.remove(folder)
+            told = "it is declared half, or removed half, and nothing of it counts; `verify --repair` deletes it"
+            yield Finding(None, told, folder, harmless=True, repaired=repair)
     for name, kind in place.strays():
         if name.endswith(PARTIAL) and kind == "file":
             if repair:
@@ -155,6 +166,16 @@ def _beside_experiments(place: Place, repair: bool) -> Iterator[Finding]:
             continue
         told, harmless = _STRAYS[kind]
         yield Finding(None, told, name, harmless=harmless)
+
+
+def _stands(place: Place, folder: str) -> Standing | None:
+    """Tell what is in a folder; None where that cannot be read, which is told with what is in it."""
+    try:
+        return standing(place, folder)
+    except TrajstoreError:
+        raise
+    except OSError:
+        return None
 
 
 class _Verifying:

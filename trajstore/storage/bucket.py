@@ -122,6 +122,13 @@ class Bucket:
             if not keep:
                 self.delete(key)
 
+    def leftovers(self) -> list[str]:
+        """Return nothing: without renaming, what is being removed stays where it was."""
+        return []
+
+    def sweep(self) -> None:
+        """Do nothing."""
+
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix, the document at its top last."""
         top = f"{prefix}/{DOCUMENT}"

@@ -13,6 +13,7 @@ from trajstore.errors import ConfigurationError
 from trajstore.storage.local import DurableStore, contents, inside
 from trajstore.storage.locks import lock
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray, aside
+from trajstore.storage.removing import delete, leftovers
 from trajstore.system import opening
 
 __all__ = ["Folder"]
@@ -105,6 +106,16 @@ class Folder:
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix."""
         DurableStore(self.path).remove(prefix)
+
+    def leftovers(self) -> list[str]:
+        """Return the folders of what was removed and not deleted to the end."""
+        return [str(folder) for folder in leftovers(self.path, self.beside)]
+
+    def sweep(self) -> None:
+        """Delete what was removed and not deleted to the end, as far as that is possible."""
+        for folder in leftovers(self.path, self.beside):
+            with suppress(OSError):
+                delete(folder)
 
     @contextmanager
     def lock(self, name: str, what: str, patience: float = 0.0) -> Iterator[Callable[[str], None]]:

@@ -11,9 +11,7 @@ began, nor over a commit record that another writer has replaced.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import shutil
 import stat
 import threading
 import uuid
@@ -34,7 +32,6 @@ from trajstore.storage.expected import Expected
 from trajstore.storage.locks import descriptor_of
 from trajstore.storage.place import (
     DOCUMENT,
-    REMOVED,
     Place,
     ReplacedError,
     array_path,
@@ -42,7 +39,8 @@ from trajstore.storage.place import (
     check_writable,
     place_of,
 )
-from trajstore.system import allow_more_files, is_full, opening, refuse_too_many
+from trajstore.storage.removing import delete, take_away
+from trajstore.system import allow_more_files, opening, refuse_too_many
 
 __all__ = ["DurableStore", "contents", "inside", "user_cache"]
 
@@ -269,19 +267,7 @@ class DurableStore(LocalStore):
         """Take out all keys below a prefix. They are gone at once; deleting many files may take a while."""
         folder = inside(self.root, prefix)
         if folder.exists():
-            shutil.rmtree(self._taken_away(folder))
-
-    def _taken_away(self, folder: Path) -> Path:
-        """Rename a folder out of the store, or within it where beside it is no room or another disk."""
-        root, name = self.root.resolve(), uuid.uuid4().hex
-        grave = inside(root.parent, f"{root.name}.traj/removed/{name}")
-        try:
-            grave.parent.mkdir(parents=True, exist_ok=True)
-            return folder.rename(grave)
-        except OSError as error:
-            if not (is_full(error) or error.errno == errno.EXDEV):
-                raise
-        return folder.rename(inside(root, f"{REMOVED}{name}"))
+            delete(take_away(self.root, folder))
 
     def flush(self) -> None:
         """Make every rename since the last flush durable."""

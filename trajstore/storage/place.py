@@ -44,7 +44,7 @@ DOCUMENT = "zarr.json"
 PARTIAL = ".partial"
 """How the names of files end that are being written."""
 REMOVED = ".removed-"
-"""How the names of folders begin that are being removed, where they cannot be renamed out of the store."""
+"""How the names of folders begin that are being removed."""
 Stray = Literal["file", "link to a file", "link to nothing", "device"]
 """What else can lie where experiments do; the last are pipes and sockets as well."""
 TAKEN_OUT = "taken-out"
@@ -135,6 +135,12 @@ class Place(Protocol):
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix: at once where that is possible, its document last where it is not."""
+
+    def leftovers(self) -> list[str]:
+        """Return the folders of what was removed and not deleted to the end; nothing reads them."""
+
+    def sweep(self) -> None:
+        """Delete these, as far as that is possible."""
 
     def lock(self, name: str, what: str, patience: float = 0.0) -> AbstractContextManager[Callable[[str], None]]:
         """Hold a lock, waiting up to `patience` seconds; a BusyError names the holder.
