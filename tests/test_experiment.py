@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -169,10 +172,29 @@ def test_functions_are_told_apart_by_what_they_close_over():
 
 
 def test_functions_typed_at_a_prompt_are_told_apart():
-    made = [eval(text) for text in ("lambda x: x + 1", "lambda x: x + 1", "lambda x: x + 2", "lambda x: x * 1")]
-    first, same, *others = map(describe, made)
-    assert first == same
-    assert all(other != first for other in others)
+    texts = [
+        "x + 1",
+        "x + 2",
+        "x * 1",
+        "x.sin()",
+        "x.cos()",
+        "[y + 1 for y in x]",
+        "(lambda y: y)(x)",
+        "(lambda y: x)(x)",
+    ]
+    made, again = ([describe(eval(f"lambda x: {text}")) for text in texts] for _ in range(2))
+    assert made == again
+    assert len({repr(one) for one in made}) == len(texts)
+
+
+def test_functions_of_a_command_line_are_told_apart():
+    """From Python 3.13 on the whole line would count as the source of each."""
+    program = (
+        "from trajstore.configuration import describe; print(*(describe(eval(t)) for t in ('lambda: 1', 'lambda: 2')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    one, other = re.findall(r"(?<=.source.: .)\w+", done.stdout)
+    assert one != other
 
 
 @pytest.mark.parametrize(

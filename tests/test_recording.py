@@ -338,7 +338,7 @@ def test_places_that_are_no_store_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="is a file"):
         ts.run(experiment, tmp_path / "file")
-    with pytest.raises(ConfigurationError, match="cannot write to"):
+    with pytest.raises(ConfigurationError, match="file is a file; a store is a folder"):
         ts.run(experiment, tmp_path / "file" / "store")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder"]
 

@@ -13,6 +13,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from types import CodeType
 from typing import Any, cast, get_type_hints
 
 from trajstore.errors import ConfigurationError, ConflictError, choices
@@ -164,13 +165,22 @@ def _describe_function(function: Any) -> dict[str, Any]:  # noqa: ANN401
     """Name a function, and fingerprint its source and what it closes over."""
     plain = inspect.unwrap(getattr(function, "__func__", function))
     try:
+        if plain.__code__.co_filename == "<string>":  # Python takes the command line for the source of whatever is so
+            raise OSError("made by eval or exec")
         code = inspect.getsource(plain).encode()
     except (OSError, TypeError):  # typed at a prompt
-        code = plain.__code__.co_code + repr(plain.__code__.co_consts).encode()
+        code = _compiled(plain.__code__)
     cells = [cell.cell_contents for cell in plain.__closure__ or ()]
     bound = [*([function.__self__] if inspect.ismethod(function) else []), *cells, *(plain.__defaults__ or ())]
     bound += (plain.__kwdefaults__ or {}).values()
     return {"callable": _reference(plain), "source": _sha256(code)} | ({"bound": describe(bound)} if bound else {})
+
+
+def _compiled(code: CodeType) -> bytes:
+    """Return what a function does where its source is not known: its bytecode, and what that names and contains."""
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    constants = [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]
+    return code.co_code + repr((code.co_names, constants)).encode() + b"".join(map(_compiled, inner))
 
 
 def _describe_tensor(tensor: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -519,7 +519,7 @@ def test_the_factors_of_pairs_are_counted(stored, runs):
         counted = [((factors >= low - 1e-12) & (factors < high - 1e-12)).sum() for low, high, _ in bars]
         assert [height for *_, height in bars] == counted
         assert sum(counted) == np.isfinite(factors).sum()
-        assert "of 80 pairs contract, median 0.9" in ax.get_title("left")
+        assert f"of 80 pairs contract, median {np.median(factors):.4g}" in ax.get_title("left")
     own = Figure()
     assert draw("contraction", stored, order="forward", axes=own.subplots()) is own
     with pytest.raises(ConfigurationError, match="the figure 'contraction' computes with the experiment"):

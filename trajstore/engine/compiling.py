@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -151,6 +152,7 @@ def _replayed(step: Callable[..., None], *tensors: Any, keyed: bool) -> Callable
             tensor.copy_(value)
 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
+    warnings.filterwarnings("ignore", message="Guards may run slower")  # on Python 3.13.0; none runs here
     try:
         # A small program to try each of the processor's instruction sets would take eight seconds.
         compile_step(patches | {"cpp.vec_isa_ok": True})
