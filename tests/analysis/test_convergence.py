@@ -183,14 +183,15 @@ def test_a_spike_hides_neither_drift_nor_walk():
     rng = np.random.default_rng(4)
     drift = rng.standard_normal(4_000) + 0.02 * np.arange(4_000)
     plain = judge(last_half(drift))
-    for size in (1e2, 1e6, 1e12):
+    for size, verdict in ((1e2, "drifting"), (1e6, "undecided"), (1e12, "undecided")):
         spiked = drift.copy()
         spiked[3_000] = size
         found = judge(last_half(spiked))
         assert found.drift == pytest.approx(plain.drift, rel=0.25)
         assert found.effective == pytest.approx(plain.effective, rel=0.5)
         assert plain.verdict == "drifting"
-        assert found.verdict in ("drifting", "undecided")
+        assert found.verdict == verdict
+        assert verdict == "drifting" or found.why.startswith("moves grow")  # two moves so long may be part of a change
 
 
 def test_what_slows_down_is_not_drifting():
@@ -242,7 +243,7 @@ def recorded(tmp_path_factory):
 
 def test_a_recorded_experiment_is_judged_in_parameters_and_in_losses(recorded):
     jumps, stays = convergence(recorded["jumps"]), convergence(recorded["stays"])
-    assert jumps["verdict"].values.tolist() in ([["distribution"] * 2], [["distribution", "undecided"]])
+    assert jumps["verdict"].values.tolist() == [["distribution"] * 2]
     assert stays["verdict"].values.tolist() == [["point"] * 2]
     assert jumps.attrs["metric"] == "parameters"
     assert jumps["diameter"].values.tolist() == [[2, 2]]
