@@ -184,6 +184,10 @@ def intervals(runs: int) -> None:
             print(cells, flush=True)
 
 
+_SOME = ((0.02, 0.0), (0.3, 0.5))
+"""Standard deviation and φ of noise."""
+
+
 def leg_changes(runs: int) -> None:
     """A reset that changes nothing: how many are told `elsewhere` by what is beside; and how many that change by 1."""
     columns = ("forward", "without", "alone")
@@ -191,9 +195,9 @@ def leg_changes(runs: int) -> None:
         f"{'curve, AR(1) of 0.02 or 0.3':44} {'steps':>6} "
         + " ".join(f"{c:>8}" for c in (*columns, "undecided", "of 1"))
     )
-    for steps in (800,):
+    for steps, noises in ((800, ((0.0, 0.0), (0.02, 0.0), (0.3, 0.5), (0.3, 0.9))), (400, _SOME), (2_000, _SOME)):
         for name, curve in nothing_changes(steps).items():
-            for size, phi in ((0.0, 0.0), (0.02, 0.0), (0.3, 0.5), (0.3, 0.9)):
+            for size, phi in noises:
                 told = {beside: Counter(told_of(curve, runs, size, phi, 0.0, beside)) for beside in columns}
                 changed = Counter(told_of(curve, runs, size, phi, 1.0, "forward"))
                 shares = [told[beside]["elsewhere"] / runs for beside in columns]
@@ -201,7 +205,7 @@ def leg_changes(runs: int) -> None:
                 name_of = f"{name}, {size}, φ = {phi}"
                 print(f"{name_of:44} {steps:6} " + " ".join(f"{share:8.1%}" for share in shares), flush=True)
         for name, (curve, forward) in other_forwards(steps).items():
-            for size, phi in ((0.0, 0.0), (0.02, 0.0), (0.3, 0.5)):
+            for size, phi in noises[:3]:
                 found = Counter(told_of(curve, runs, size, phi, 0.0, "forward", forward))
                 print(f"{f'{name}, {size}, φ = {phi}':44} {steps:6} " + _shares(found), flush=True)
 
