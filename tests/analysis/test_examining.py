@@ -93,7 +93,7 @@ def test_what_theory_says_holds_of_sparse_grids_and_of_float32(tmp_path):
 
 
 def test_what_is_half_recorded_is_examined_as_far_as_it_goes(tmp_path):
-    table = {"name": "q", "problem": {"family": "quadratic"}, "operator": {"family": "sgd", "lr": 0.1}, "steps": 400}
+    table = {"name": "q", "problem": {"family": "quadratic"}, "operator": {"family": "sgd", "lr": 0.1}, "steps": 240}
     both = ["forward", "backward", "bracket"]
     place = tmp_path / "s.zarr"
     ts.run(ts.Experiment.of({**table, "orders": ["forward"], "seeds": [0, 1]}), place, workers=0)
