@@ -89,9 +89,9 @@ def info(
         )
         return
 
-    config, layout, fills = experiment.config, schema.layout, experiment.attributes["fills"]
+    config, layout, fills = experiment.config, schema.layout, experiment.fills
     lines = [
-        ("experiment", f"{experiment.name}   {experiment.attributes['config_digest']}"),
+        ("experiment", f"{experiment.name}   {experiment.document['config_digest']}"),
         ("problem", _one_line(config["problem"])),
         ("operator", _one_line(config["operator"])),
         ("steps", f"{progress.steps}, states stored at {_stored_where(experiment, commits)}"),

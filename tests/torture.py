@@ -38,6 +38,7 @@ import trajstore.storage.writer
 from tests.conftest import SMALL_NET
 from tests.waiting import HANGS
 from trajstore.errors import TrajstoreError
+from trajstore.storage.fills import FOLDER
 from trajstore.storage.folder import Folder
 from trajstore.storage.writer import Ledger
 from trajstore.store import standing
@@ -152,11 +153,12 @@ def _announce(log: Path) -> None:
 
 
 def files(place: Path) -> dict[str, bytes]:
-    """Return every file but resume states, what killed writers left, and the document with the dates of the fills."""
+    """Return every file but resume states, what killed writers left, and the documents with the dates of the fills."""
+    found = {file.relative_to(place): file for file in sorted(place.rglob("*")) if file.is_file()}
     return {
         str(path): file.read_bytes()
-        for file in sorted(place.rglob("*"))
-        if file.is_file() and file.suffix != ".partial" and (path := file.relative_to(place)).parts[1:2] != ("resume",)
+        for path, file in found.items()
+        if file.suffix != ".partial" and path.parts[1:2] not in [("resume",), (FOLDER,)]
         if path != Path(NAME, "zarr.json")
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import zarr
 
 from trajstore.provenance import now
-from trajstore.storage.declaring import ATTRIBUTE, set_attributes
+from trajstore.storage.fills import add_fills, replace_fill
 from trajstore.storage.place import keeper_of
 from trajstore.store import StoredExperiment
 from trajstore.trust import remember
@@ -29,7 +29,7 @@ def noted(
     """
     named, before = [[order, seed] for order, seed in slabs], dict(where)
     fill = {"id": uuid.uuid4().hex, "slabs": named, "began": now(), "ended": None}
-    _note(stored, fill | where)
+    _note(stored, fill | where, begins=True)
     spent: dict[str, float] = {}
     try:
         yield spent
@@ -41,11 +41,10 @@ def noted(
     _note(stored, fill | where | {"ended": now(), "seconds": {what: round(s, 3) for what, s in spent.items()}})
 
 
-def _note(stored: StoredExperiment, fill: dict[str, Any]) -> None:
-    keeper_of(stored.group).check(stored.name)
+def _note(stored: StoredExperiment, fill: dict[str, Any], *, begins: bool = False) -> None:
+    keeper_of(stored.group).check()
     with stored.store.declaring():
         group = zarr.open_group(stored.group.store, path=stored.name, mode="r+", zarr_format=3)
-        attributes: Any = group.attrs[ATTRIBUTE]
-        others = [other for other in attributes["fills"] if other["id"] != fill["id"]]
-        set_attributes(group, attributes | {"fills": [*others, fill]})
-    remember(stored.config["problem"], [fill["id"], *(other["id"] for other in others)])
+        beside = add_fills(group, [fill]) if begins else replace_fill(group, fill)
+    others = (other["id"] for other in beside if other["id"] != fill["id"])
+    remember(stored.config["problem"], [fill["id"], *others])

@@ -20,7 +20,8 @@ from zarr.buffer.cpu import Buffer
 
 from trajstore.configuration import differences
 from trajstore.errors import ConfigurationError, ConflictError, DamageError, TrajstoreError, WriteError
-from trajstore.storage.declaring import ATTRIBUTE, declare, grow, set_attributes, stored_batches
+from trajstore.storage.declaring import ATTRIBUTE, declare, grow, stored_batches
+from trajstore.storage.fills import add_fills, stored_fills
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import Schema, late_records
@@ -104,11 +105,10 @@ def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
             for order, seed in product(experiment.schema.orders, experiment.schema.seeds)
         ]
         with target.declaring():
-            attributes: Any = zarr.open_group(root.store, path=name, mode="r", zarr_format=3).attrs[ATTRIBUTE]
-            known = {fill["id"] for fill in attributes["fills"]}
-            new = [fill for fill in experiment.attributes["fills"] if fill["id"] not in known]
-            if new:
-                set_attributes(group, attributes | {"fills": [*attributes["fills"], *new]})
+            group = zarr.open_group(root.store, path=name, mode="r+", zarr_format=3)
+            known = {fill["id"] for fill in stored_fills(group)}
+            if new := [fill for fill in experiment.fills if fill["id"] not in known]:
+                add_fills(group, new)
     return done
 
 

@@ -103,7 +103,7 @@ def run(
     group = zarr.open_group(root.store, path=experiment.name, mode="r+", zarr_format=3)
     stored = StoredExperiment(store, group)
     # The user has asked for this very problem.
-    remember(stored.config["problem"], [fill["id"] for fill in stored.attributes["fills"]])
+    remember(stored.config["problem"], [fill["id"] for fill in stored.fills])
     complete = Commits.of(group, schema).complete
     missing = [
         [Slab(order, k) for i, order in enumerate(experiment.orders) if order in asked.orders and not complete[i, k]]
@@ -182,7 +182,7 @@ def _batch_index(experiment: Experiment, live: LiveProblem, schema: Schema) -> l
 
 def _stored_plan(stored: StoredExperiment, wishes: Wishes) -> Plan | None:
     """Return the plan that the recording began with, unless another engine is asked for."""
-    fills = stored.attributes["fills"]
+    fills = stored.fills
     if not fills or "plan" not in fills[0]:
         return None
     plan = Plan.from_json(fills[0]["plan"])

@@ -98,7 +98,7 @@ def _compare(told: Replayed, stored: Observation, again: Observation) -> None:
 
 
 def _plan(stored: StoredExperiment) -> Plan:
-    fills = [fill for fill in stored.attributes["fills"] if "plan" in fill]
+    fills = [fill for fill in stored.fills if "plan" in fill]
     if not fills:
         raise ConfigurationError(f"experiment {stored.name!r} has no record of the plan it was computed with")
     plan = replace(Plan.from_json(fills[0]["plan"]), workers=0)

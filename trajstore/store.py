@@ -36,10 +36,11 @@ from trajstore.errors import (
 from trajstore.grids import planned
 from trajstore.measures import maker_of
 from trajstore.storage.checking import checked, is_name
+from trajstore.storage.fills import stored_fills
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_folder, slab_lock
 from trajstore.storage.reader import Commits, blocks, refuse_to_hold
-from trajstore.storage.schema import FORMAT, ArraySpec, Schema, check_format
+from trajstore.storage.schema import APART, FORMAT, ArraySpec, Schema, check_format
 from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
 from trajstore.system import refuse_too_many, system_told
@@ -240,12 +241,12 @@ class Store:
                 raise DamageError(lost) from None
             assert isinstance(group, zarr.Group)
             attributes: Any = group.attrs["trajstore"]
-            check_format(attributes, where)
+            check_format(attributes, where, APART)
             checked(attributes)
             experiment = StoredExperiment(self, group)
             _ = experiment.schema  # refuses what could not be read
         if self.trusted:
-            ids = [fill["id"] for fill in attributes["fills"]]
+            ids = [fill["id"] for fill in experiment.fills]
             allow(attributes["config"]["problem"], ids, self.place.address)
         return experiment
 
@@ -297,13 +298,24 @@ class StoredExperiment:
     @property
     def attributes(self) -> dict[str, Any]:
         """What is stored beside the arrays: configuration, schema, provenance of every fill."""
+        return {**self.document, "fills": self.fills}
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What is stored beside the arrays, but for fills that lie apart; in attributes they are, too."""
         stored: Any = self.group.attrs["trajstore"]
         return dict(stored)
+
+    @cached_property
+    def fills(self) -> list[dict[str, Any]]:
+        """Who recorded which slabs, where and with what: as it was noted when this was opened, or asked for first."""
+        with _reading(f"experiment {self.name!r} in {self.store}"):
+            return stored_fills(self.group)
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration."""
-        return dict(self.attributes["config"])
+        return dict(self.document["config"])
 
     @property
     def variant_of(self) -> str | None:
@@ -333,6 +345,8 @@ class StoredExperiment:
 
     def commits(self, slab: tuple[int, int] | None = None) -> Commits:
         """Read the commit records as they are now, all or those of a slab, by the positions of its order and seed."""
+        if slab is None and self.schema.made_by != "problem":
+            _ = self.fills  # before the records: of what ended by then, they tell all
         with _reading(f"experiment {self.name!r} in {self.store}"):
             return Commits.of(self.group, self.schema, slab)
 
@@ -379,7 +393,7 @@ class StoredExperiment:
         """Return the slabs whose loop or import came to its end; None where a number of steps decides instead."""
         if self.schema.made_by == "problem":
             return None
-        latest = {(order, seed): fill["ended"] for fill in self.attributes["fills"] for order, seed in fill["slabs"]}
+        latest = {(order, seed): fill["ended"] for fill in self.fills for order, seed in fill["slabs"]}
         return {slab for slab, ended in latest.items() if ended is not None}
 
     def slabs(self, commits: Commits | None = None) -> list[SlabStatus]:

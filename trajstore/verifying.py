@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +35,7 @@ from trajstore.errors import (
     UnreachableError,
     choices,
 )
+from trajstore.storage import fills
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.declaring import ATTRIBUTE, declare, sound_attributes, stored_batches
 from trajstore.storage.late import LateSeries
@@ -184,6 +185,8 @@ class _Verifying:
     def __init__(self, store: Store, name: str, repair: bool) -> None:
         self.store, self.place, self.name, self.repair = store, store.place, name, repair
         self._told: set[str] = set()
+        self._ended: dict[tuple[str, int], bool] = {}
+        """Slab that a fill names → whether one of them came to its end."""
         self._mark = f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-{uuid4().hex[:6]}"
         """Where what this repair takes out is kept."""
 
@@ -223,6 +226,7 @@ class _Verifying:
             yield Finding(self.name, "its document is damaged; restore it from a copy", f"{self.name}/{DOCUMENT}")
             return
         checked(attributes)
+        self._note(attributes.get("fills", ()))
         with ExitStack() as locks:
             if self.repair:
                 locks.enter_context(self.store.declaring())
@@ -230,6 +234,7 @@ class _Verifying:
                     locks.enter_context(self.stored.locked(order, seed))
             yield from self._documents()
             yield from self._labels()
+            yield from self._noted()
             for i, k in product(range(len(self.schema.orders)), range(len(self.schema.seeds))):
                 yield from self._slab(i, k)
             yield from self._chunks()
@@ -316,6 +321,38 @@ class _Verifying:
                 yield self._found("the record of its batches is damaged; restore it", f"{self.name}/batch_index",
                                   repaired=False, seed=seed)  # fmt: skip
 
+    def _noted(self) -> Iterator[Finding]:
+        """Read who recorded what, where that lies apart from the document."""
+        if self._apart:
+            for number in fills.block_numbers(self.group):
+                file = fills.block_of(self.group, number)
+                try:
+                    found, wrong = _twice(partial(fills.read_block, self.group, number))
+                except OSError as error:
+                    yield self._unread(error, file)
+                    continue
+                if found is None:
+                    if self.repair:
+                        self._set_aside(file)
+                        fills.put_block(self.group, number, [])
+                    yield self._found(f"who recorded some of the slabs cannot be read any more ({wrong})", file)
+                self._note(found or [])
+
+    def _note(self, fills: Iterable[Mapping[str, Any]]) -> None:
+        for fill in fills:
+            for order, seed in fill["slabs"]:
+                self._ended[order, seed] = self._ended.get((order, seed), False) or fill["ended"] is not None
+
+    def _unnoted(self, ledger: Ledger, slab: Mapping[str, Any]) -> Iterator[Finding]:
+        """Tell of a slab that is recorded, and of which nothing says by whom."""
+        if self._apart and ledger.last_step >= 0 and (slab["order"], slab["seed"]) not in self._ended:
+            what = "nothing says who recorded it: its merge was stopped, then merge again, or a block is lost"
+            yield self._found(what, f"{self.name}/{fills.FOLDER}", **slab, harmless=True, repaired=False)
+
+    @property
+    def _apart(self) -> bool:
+        return bool(self.stored.document["format"] != FORMAT)
+
     def _reads_as(self, name: str, values: np.ndarray[Any, Any]) -> bool:
         try:
             return np.array_equal(np.asarray(array_of(self.group, name)[: len(values)]), values)
@@ -334,6 +371,7 @@ class _Verifying:
                 yield from self._records_lost((order, seed), slab, wrong)
                 return
             yield from self._records_missing(ledger, slab)
+            yield from self._unnoted(ledger, slab)
             yield from self._late(ledger, slab)
         except OSError as error:
             yield self._unread(error, f"{self.name}/committed", **slab)
@@ -375,9 +413,7 @@ class _Verifying:
 
     def _records_missing(self, ledger: Ledger, slab: Mapping[str, Any]) -> Iterator[Finding]:
         """Tell of a slab that came to its end, and of which nothing says so."""
-        attributes: Any = self.group.attrs[ATTRIBUTE]
-        at = [slab["order"], slab["seed"]]
-        ended = any(fill["ended"] and at in fill["slabs"] for fill in attributes["fills"])
+        ended = self._ended.get((slab["order"], slab["seed"]))
         for file in self._bad("committed", ledger.corner) if ended else ():
             if self.repair:
                 ledger.discard(range(self.schema.segments))
@@ -481,12 +517,15 @@ class _Verifying:
     def _files(self) -> Iterator[Finding]:
         """Name the files that belong to nothing."""
         known, kept = {f"{self.name}/{path}" for path in (*self.expected, DOCUMENT)}, set[str]()
+        if self._apart:
+            known |= {f"{self.name}/{fills.FOLDER}/{DOCUMENT}"}
+            known |= {fills.block_of(self.group, number) for number in fills.block_numbers(self.group)}
         for file in (f for f, _ in self.place.files(self.name) if f not in known):
             parts = file.split("/")[1:]
             if parts[1:2] == [TAKEN_OUT]:
                 if parts[2] != self._mark:
                     kept.add(f"{self.name}/{parts[0]}/{TAKEN_OUT}")
-            elif file.endswith(PARTIAL):
+            elif file.endswith(PARTIAL) or (parts[0] == fills.FOLDER and not self._apart):
                 if self.repair:
                     self.place.delete(file)
                 yield self._found("left by a writer that was killed", file, harmless=True)

@@ -1,7 +1,8 @@
 """Make the golden store of the present format: `python -m tests.golden.make`. Earlier ones stay as they are.
 
 It is small and has one of everything: shared legs, a reset, a switch, a metric that is not finite, Adam's memory, an
-experiment that was extended, a training loop with BatchNorm in bfloat16, tied weights, late metrics, both codecs.
+experiment that was extended, a training loop with BatchNorm in bfloat16, tied weights, late metrics, both codecs, and
+a loop that was gone on with so often that its fills lie apart from its document: the later of the formats.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import xarray as xr
 from torch import nn
 
 import trajstore as ts
-from trajstore.storage.schema import FORMAT
+from trajstore.storage.schema import APART
 
 HERE = Path(__file__).parent
+_OFTEN = 36
 TINY = {
     "name": "engine",
     "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5},
@@ -87,11 +89,15 @@ def make(place: Path) -> None:
                     p += torch.randn_like(p) / 10
             rec.step(loss=1 / n)
             rec.log(n // 2, sharpness=float(n)) if n % 2 else None
+    line = nn.Linear(1, 1)
+    for last in range(1, _OFTEN):
+        with ts.record(place, "often", line, seed=2, sketch=2, snapshots=ts.every(8), resume=last > 1) as rec:
+            rec.step(loss=1 / last)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "golden.zarr"
         make(made)
-        shutil.make_archive(str(HERE / f"v{FORMAT}"), "zip", folder, made.name)
-        (HERE / f"v{FORMAT}.json").write_text(json.dumps(summary(ts.open(made)), indent=1) + "\n")
+        shutil.make_archive(str(HERE / f"v{APART}"), "zip", folder, made.name)
+        (HERE / f"v{APART}.json").write_text(json.dumps(summary(ts.open(made)), indent=1) + "\n")

@@ -12,11 +12,11 @@ import torch
 import trajstore as ts
 from tests.golden.make import HERE, TINY, Tied, summary
 from trajstore.replaying import replay
-from trajstore.storage.schema import FORMAT
+from trajstore.storage.schema import APART
 from trajstore.verifying import verify
 
 
-@pytest.fixture(params=range(1, FORMAT + 1))
+@pytest.fixture(params=range(1, APART + 1))
 def golden(request, tmp_path) -> tuple[ts.Store, dict]:
     shutil.unpack_archive(HERE / f"v{request.param}.zip", tmp_path)
     return ts.open(tmp_path / "golden.zarr"), json.loads((HERE / f"v{request.param}.json").read_text())
@@ -56,3 +56,16 @@ def test_it_goes_on(golden, tmp_path: Path):
     assert len(told) == 6
     # On the machine that made it, nothing differs; elsewhere the last bits may.
     assert max(slab.off for slab in told) < 1e-4
+
+
+def test_who_recorded_it_is_told_wherever_that_lies(golden):
+    store, expected = golden
+    for name in expected:
+        stored = store[name]
+        assert stored.document["format"] == (APART if name == "often" else 1)
+        assert [fill["ended"] is not None for fill in stored.fills] == [True] * (
+            35 if name == "often" else len(stored.fills)
+        )
+        assert {(order, seed) for fill in stored.fills for order, seed in fill["slabs"]} == {
+            (order, seed) for order, seed, *_ in expected[name]["slabs"]
+        }

@@ -56,7 +56,7 @@ def fill(asked: Import, stored: StoredExperiment, slab: Slab, sketch: Sketch, pr
 
 def not_noted(asked: Import, stored: StoredExperiment, slab: Slab) -> list[int] | None:
     """Return the steps whose files an import that was stopped did not note; None if each came to its end, with all."""
-    fills = [fill for fill in stored.attributes["fills"] if [*slab] in fill["slabs"]]
+    fills = [fill for fill in stored.fills if [*slab] in fill["slabs"]]
     named = [pair for fill in fills for pair in fill["files"].items()]
     noted = {name for name, digest in named if digest is not None}
     ended = not fills or fills[-1]["ended"] is not None

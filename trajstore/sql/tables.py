@@ -44,7 +44,7 @@ def experiment_row(experiment: StoredExperiment, steps: int) -> dict[str, Any]:
         "seeds": config["seeds"],
         "metrics": [*schema.metrics, *schema.late],
         "parameters": schema.layout.parameters,
-        "config_digest": experiment.attributes["config_digest"],
+        "config_digest": experiment.document["config_digest"],
         "config": json.dumps(config),
     }
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 __all__ = [
     "checked",
+    "checked_fills",
     "checked_layout",
     "checked_schema",
     "is_label",
@@ -46,6 +47,8 @@ def checked(attributes: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return the attributes of an experiment, if they are as a recording writes them."""
     _refuse_strange_form(attributes)
     _ATTRIBUTES(attributes, "")
+    if (attributes["format"] == 1) != ("fills" in attributes):
+        _wrong("fills", attributes.get("fills"), "be there in format 1, and nowhere else")
     record = attributes["config"]["record"]
     if record.get("adaptive") is not None and record.get("tolerance") is None:
         _wrong("config.record.tolerance", None, "be a number where adaptive is given")
@@ -54,6 +57,13 @@ def checked(attributes: Any) -> dict[str, Any]:  # noqa: ANN401
         if attributes["config"][name] != schema[name]:
             _wrong(f"config.{name}", attributes["config"][name], f"be what schema.{name} is")
     return dict(attributes)
+
+
+def checked_fills(fills: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    """Return fills, if they are as a recording notes them."""
+    _refuse_strange_form(fills)
+    _FILLS(fills, "fills")
+    return list(fills)
 
 
 def checked_schema(schema: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -307,6 +317,8 @@ _FILL = _table(
     },
 )  # fmt: skip
 
+_FILLS = _list(_FILL)
+
 _RECORD = _table(
     {},
     {
@@ -327,7 +339,8 @@ _CONFIG = _table(
 
 _ATTRIBUTES = _table(
     {
-        "format": _whole(1, 1), "config": _CONFIG, "config_digest": _TEXT, "schema": _TABLE,
-        "batch_digests": _list(_TEXT), "digest": _TEXT, "fills": _list(_FILL),
-    }
+        "format": _whole(1, 2), "config": _CONFIG, "config_digest": _TEXT, "schema": _TABLE,
+        "batch_digests": _list(_TEXT), "digest": _TEXT,
+    },
+    {"fills": _FILLS},
 )  # fmt: skip

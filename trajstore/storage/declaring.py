@@ -60,7 +60,7 @@ def declare(
             array_of(group, "batch_index")[position] = indices
     group.attrs["coordinates"] = "init_seed data_seed"  # CF: xarray shows them as coordinates of `seed`
     _flush(group)
-    set_attributes(group, {**_declared(schema, config, batch_index), "fills": []})
+    set_attributes(group, {"format": FORMAT, **_declared(schema, config, batch_index), "fills": []})
     return group
 
 
@@ -134,7 +134,6 @@ def stored_batches(group: zarr.Group, schema: Schema, position: int) -> NDArray[
 
 def _declared(schema: Schema, config: Mapping[str, Any], batch_index: Sequence[NDArray[np.int64]]) -> dict[str, Any]:
     return {
-        "format": FORMAT,
         "config": config,
         "config_digest": config_digest(config),
         "schema": schema.to_json(),

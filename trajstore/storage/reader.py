@@ -6,9 +6,9 @@ to a person goes through here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from trajstore.errors import DamageError, FormatError, TrajstoreError, slab_named
 from trajstore.storage.checking import refuse_beyond_memory
 from trajstore.storage.expected import Vouched, remedy
+from trajstore.storage.fills import stored_fills
 from trajstore.storage.place import Keeper
 from trajstore.storage.schema import COMMIT_FIELDS, Schema
 from trajstore.storage.segment import Corner, array_of
@@ -64,8 +65,9 @@ class Commits:
             recorded[some] = _values(group, "leg", where) >= 0
         commits = cls(schema, records[..., :-1], max(0, int(records[..., -1].min(initial=2**62))), recorded)
         together = next(spec.chunks[2] for spec in schema.arrays() if spec.name == "committed")
+        ended = cache(lambda: _ended(group))
         for at in np.ndindex(*slabs) if whole else ():
-            _refuse_gone(group, commits, at, (i + at[0], k + at[1]), together)
+            _refuse_gone(group, commits, at, (i + at[0], k + at[1]), together, ended)
         if isinstance(group.store, Keeper):
             known, name = group.store.expected.vouched, group.path
             known[name] = Vouched.of(name, schema, (commits.steps, commits.snapshots), slab, known.get(name))
@@ -128,10 +130,17 @@ def blocks(slabs: tuple[int, int], length: int) -> Iterator[tuple[slice, slice, 
         yield slice(i, i + 1), slice(k, min(k + together, slabs[1])), slice(0, length)
 
 
-def _refuse_gone(group: zarr.Group, commits: Commits, at: Corner, corner: Corner, together: int) -> None:
+def _refuse_gone(
+    group: zarr.Group,
+    commits: Commits,
+    at: Corner,
+    corner: Corner,
+    together: int,
+    ended: Callable[[], set[tuple[str, int]]],
+) -> None:
     """Raise where what is missing is what says that something is there: records, or which steps were recorded.
 
-    So many records lie `together` in a chunk.
+    So many records lie `together` in a chunk; `ended` returns the slabs that came to their end once.
     """
     schema, counts, recorded = commits.schema, commits.records[at][:, 0], commits.recorded[at]
     slab = slab_named(group.basename, schema.orders[corner[0]], schema.seeds[corner[1]])
@@ -146,20 +155,18 @@ def _refuse_gone(group: zarr.Group, commits: Commits, at: Corner, corner: Corner
     for begin in range(0, len(counts), together):
         if (counts[begin : begin + together] >= 0).any() or not isinstance(group.store, Keeper):
             continue
-        if (counts[begin + together :] >= 0).any() or (begin == 0 and _ended(group, commits, at, corner)):
+        something = schema.made_by == "problem" or bool(recorded.any())  # a loop may end before it recorded anything
+        came = begin == 0 and something and (schema.orders[corner[0]], schema.seeds[corner[1]]) in ended()
+        if came or (counts[begin + together :] >= 0).any():
             key = f"{group.path}/committed/c/{corner[0]}/{corner[1]}/{begin // together}/0"
             if not group.store.place.exists(key):
                 what = f"it was recorded, and {key}, which says what counts, is missing"
                 raise DamageError(f"{slab}: {what}; {remedy(schema.again)}")
 
 
-def _ended(group: zarr.Group, commits: Commits, at: tuple[int, int], corner: tuple[int, int]) -> bool:
-    """Tell whether a slab came to its end once, with something recorded."""
-    attributes: Any = group.attrs["trajstore"]
-    schema = commits.schema
-    slab = [schema.orders[corner[0]], schema.seeds[corner[1]]]
-    ended = any(fill["ended"] and slab in map(list, fill["slabs"]) for fill in attributes["fills"])
-    return ended and (schema.made_by == "problem" or bool(commits.recorded[at].any()))
+def _ended(group: zarr.Group) -> set[tuple[str, int]]:
+    """Return the slabs that came to their end once, as order and seed."""
+    return {(order, seed) for fill in stored_fills(group) if fill["ended"] for order, seed in fill["slabs"]}
 
 
 def _values(group: zarr.Group, name: str, where: tuple[slice, ...]) -> NDArray[Any]:

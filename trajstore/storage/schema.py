@@ -20,6 +20,7 @@ from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.layout import Layout
 
 __all__ = [
+    "APART",
     "COMMIT_FIELDS",
     "FORMAT",
     "LATE_SPAN",
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 FORMAT = 1
+"""Of a store, and of an experiment as it is declared."""
+APART = 2
+"""Of an experiment whose fills lie apart from its document, because there are many; see `storage.fills`."""
 COMMIT_FIELDS = ("steps", "snapshots", *(f"digest_{k}" for k in range(SegmentDigest.WORDS)), "fence")
 
 LATE_SPAN = 4_096
@@ -304,12 +308,13 @@ def check_metric_names(schema: Schema) -> None:
         seen |= {name.casefold(), late_records(name).casefold()}
 
 
-def check_format(attributes: Mapping[str, Any], where: str) -> None:
-    """Refuse a format that this version does not know."""
+def check_format(attributes: Mapping[str, Any], where: str, latest: int = FORMAT) -> None:
+    """Refuse a format that is later than the `latest` that this version knows."""
     if not isinstance(attributes, Mapping):
         raise FormatError(f"{where} is not a trajstore, or damaged: its attributes are no table")
     found = attributes.get("format")
-    if found != FORMAT:
+    if not isinstance(found, int) or not FORMAT <= found <= latest:
+        reads = " and ".join(map(str, range(FORMAT, latest + 1)))
         raise FormatError(
-            f"{where} has store format {found!r}, this trajstore reads format {FORMAT}; install a newer trajstore"
+            f"{where} has store format {found!r}, this trajstore reads format {reads}; install a newer trajstore"
         )
