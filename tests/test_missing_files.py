@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore import analysis
 from trajstore.dumping import export_arrays
-from trajstore.errors import DamageError, FormatError, TrajstoreError
+from trajstore.errors import DamageError, FormatError, ResumedWarning, TrajstoreError
 from trajstore.exporting import export_metrics
 from trajstore.merging import merge
 from trajstore.verifying import verify
@@ -213,6 +215,40 @@ def test_another_process_misses_it_too(whole: Path, tmp_path: Path) -> None:
             ds[name].compute()
 
 
+def _copied_first(store: Path, copy: Path, records: list[Path]) -> None:
+    """Copy the document of the experiment, and then its records."""
+    (copy / "net").mkdir(parents=True)
+    shutil.copy2(store / "net" / "zarr.json", copy / "net" / "zarr.json")
+    for folder in records:
+        shutil.copytree(store / folder, copy / folder)
+
+
+def test_a_loop_that_ended_while_it_was_copied_is_not_complete_in_the_copy(tmp_path: Path) -> None:
+    """Else the last of the steps that are in the copy would pass for the last that there were."""
+    store, copy = tmp_path / "s.zarr", tmp_path / "copy.zarr"
+    how = {"snapshots": 1, "sketch": 4}
+    with suppress(InterruptedError), ts.record(store, "net", torch.nn.Linear(2, 2), **how) as rec:
+        rec.step(loss=1.0)
+        raise InterruptedError
+    first = [Path("net", "committed", "c")]
+    _copied_first(store, copy, first)
+    with (
+        pytest.warns(ResumedWarning),
+        ts.record(store, "net", torch.nn.Linear(2, 2), resume=True, **how) as rec,
+    ):
+        rec.step(loss=0.5)
+    later = [Path("net", "zarr.json"), *first]
+    for file in store.rglob("*"):
+        at = file.relative_to(store)
+        if file.is_file() and not any(at == part or part in at.parents for part in later):
+            (copy / at).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy / at)
+    (whole,), (copied,) = ts.open(store)["net"].slabs(), ts.open(copy)["net"].slabs()
+    assert (whole.last_step, whole.complete) == (2, True)
+    assert (copied.last_step, copied.complete) == (1, False)
+    assert not [found for found in verify(ts.Store(copy)) if not found.harmless]
+
+
 def test_a_copy_whose_commit_records_were_taken_first_is_sound(tmp_path: Path) -> None:
     """As docs/places.md says: the records of an earlier moment speak of chunks that are there, and of no others."""
     from tests.conftest import stop_after
@@ -220,18 +256,18 @@ def test_a_copy_whose_commit_records_were_taken_first_is_sound(tmp_path: Path) -
     store, copy = tmp_path / "s.zarr", tmp_path / "copy.zarr"
     with pytest.raises(KeyboardInterrupt):
         ts.run(ts.Experiment.of(TINY), store, progress=stop_after(20), **HOW)
-    records = [folder.relative_to(store) for folder in (store / "net").glob("*committed/c")]
-    for folder in records:
-        shutil.copytree(store / folder, copy / folder)
+    first = [folder.relative_to(store) for folder in (store / "net").glob("*committed/c")]
+    _copied_first(store, copy, first)
     ts.run(ts.Experiment.of(TINY), store, resume=True, **HOW)
     ts.run(ts.Experiment.of({**TINY, "steps": 11}), store, extend=True, **HOW)
 
     def left_out(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if Path(folder, name).relative_to(store) in records]
+        return [name for name in names if Path(folder, name).relative_to(store) in [Path("net", "zarr.json"), *first]]
 
     shutil.copytree(store, copy, dirs_exist_ok=True, ignore=left_out)
     assert not [found for found in verify(ts.Store(copy)) if not found.harmless]
     ds, whole = ts.open(copy)["net"].dataset().load(), ts.open(store)["net"].dataset().load()
+    whole = whole.sel(step=ds["step"])
     there = ds["recorded"].values
     assert 0 < there.sum() < there.size
     assert np.array_equal(ds["test_loss"].values[there], whole["test_loss"].values[there])
