@@ -35,7 +35,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to draw.")] = Path("demo.png"),
 ) -> None:
     """Record forward and backward SGD on a small network, draw both, compare their variance."""
-    check_output(output)
+    check_output(output, force=True)
     from trajstore.analysis.figures.learning_curves import draw
 
     from trajstore.experiment import Experiment
@@ -48,7 +48,7 @@ def demo(
         stored = record_with_progress(experiment, store, resume=True)
     except ConflictError:
         raise ConflictError(f"{store} holds another experiment named 'demo'; choose another --store") from None
-    save(draw(stored.dataset()), output)
+    save(draw(stored.dataset()), output, force=True)
     verdict = stored.store.sql(VERDICT)
     say(f"Variance of the test loss over the last {WINDOW} steps, forward over backward:\n")
     print_table(list(verdict.columns), verdict.fetchall())

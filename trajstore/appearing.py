@@ -6,6 +6,7 @@ there before stays until then.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import uuid
@@ -44,6 +45,8 @@ def whole_folder(folder: Path, *, force: bool, ours: Callable[[Path], bool]) -> 
         if not place.exists():
             partial.rename(place)
             return
+        if _exchanged(partial, place):  # there is no moment at which neither is there
+            return  # what was there before is deleted with the temporary folder
         before = _temporary(place)
         place.rename(before)
         try:
@@ -103,6 +106,20 @@ def _check_folder(folder: Path, force: bool, ours: Callable[[Path], bool]) -> No
         raise ConfigurationError(f"{folder} contains other things than exported arrays; choose another folder")
     if not force:
         raise ConflictError(f"{folder} exists already; give --force to replace it")
+
+
+_EXCHANGE = 2
+"""Of Linux's renameat2."""
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names at once; tell whether this system and its file system can."""
+    try:
+        libc, here = ctypes.CDLL(None, use_errno=True), -100  # AT_FDCWD: paths begin where this process is
+        done = libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), _EXCHANGE)
+    except (AttributeError, OSError):
+        return False
+    return bool(done == 0)
 
 
 def _temporary(place: Path) -> Path:

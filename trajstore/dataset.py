@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import dask.array
+import dask.threaded
 import numpy as np
 import xarray as xr
 import zarr
@@ -33,6 +36,16 @@ __all__ = ["dataset", "datatree", "opened"]
 _TASK_BYTES = 16 * 2**20
 _BITS = 63
 """Of `measured`, besides the sign."""
+
+
+def _forget_threads() -> None:
+    """Have dask begin threads of its own in a fork: those of its parent are not there, and would be waited for."""
+    dask.threaded.default_pool = None
+    dask.threaded.pools.clear()
+    dask.threaded.pools_lock = Lock()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 def dataset(experiment: StoredExperiment) -> xr.Dataset:

@@ -256,9 +256,10 @@ class Recorder:
             raise ConfigurationError(
                 f"metric {taken[0]!r}: every experiment has one of that name ({MEASURES[taken[0]]})"
             )
-        known = {*schema.metrics, *schema.late, *self._late}
+        begun = {**schema.metrics, **dict.fromkeys(self._pending.metrics if self._pending else ())}
+        known = {*begun, *schema.late, *self._late}
         if new := [name for name in metrics if name not in known]:
-            check_metric_names(replace(schema, metrics={**schema.metrics, **dict.fromkeys(new)}))
+            check_metric_names(replace(schema, metrics={**begun, **dict.fromkeys(new)}))
             for name in new:
                 check_portable("metric", name)
         return {name: _scalar(name, value) for name, value in metrics.items()}

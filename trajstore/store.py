@@ -598,7 +598,9 @@ def check_portable(what: str, name: str) -> None:
 
 
 def refuse_alike(store: Store, name: str) -> None:
-    """Refuse a name that differs from another one in the store only by upper and lower case."""
+    """Refuse a name that differs from another one in the store, or from a lock's, only by upper and lower case."""
+    if name.casefold() == DECLARING:
+        raise ConfigurationError(f"experiment name {name!r}: a lock of the store has that name; choose another name")
     there = [DOCUMENT, *([] if store.is_missing() else store.place.folders())]
     for other in there:
         if other != name and other.casefold() == name.casefold():

@@ -79,7 +79,16 @@ def _drawing(name: str) -> Drawing:
 
 
 def _dataset(of: xr.Dataset | StoredExperiment) -> xr.Dataset:
-    return of.dataset() if isinstance(of, StoredExperiment) else of
+    """Return the dataset, with labels as figures write them."""
+    ds = of.dataset() if isinstance(of, StoredExperiment) else of
+    if "order" not in ds.coords or not any("$" in str(label) for label in ds["order"].values.ravel()):
+        return ds
+    return ds.assign_coords(order=[_plain(str(label)) for label in ds["order"].values]) if ds["order"].ndim else ds
+
+
+def _plain(label: str) -> str:
+    """Return a label so that what is between two dollars is no formula."""
+    return label.replace("$", r"\$")
 
 
 def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,6 +100,8 @@ def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, An
         if option not in taken:
             known = ", ".join(parameter for parameter in taken if parameter not in ("ds", "stored", "variants", "axes"))
             raise ConfigurationError(f"the figure {name!r} takes no option {option!r}; it takes {known}")
+        if option == "order":
+            value = _plain(value) if isinstance(value, str) else [_plain(label) for label in value]
         several = isinstance(value, Sequence) and not isinstance(value, str)
         if several and taken[option].annotation in ("str", "str | None", "int | None"):
             if len(value) > 1:

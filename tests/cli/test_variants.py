@@ -41,19 +41,19 @@ def test_a_preset_of_several_experiments(trajstore, tmp_path):
             "fig14.large-slow: operator is 'adam', and this variant divides it by",
         ),
         (
-            ("plot", "s.zarr", "mine", "learning-curves", "-o", "f.png"),
+            ("plot", "s.zarr", "mine", "learning-curves", "-o", "g.png"),
             "is of one experiment; choose a variant: lambda",
         ),
         (
-            ("plot", "s.zarr", "mine.large", "fig14", "-o", "f.png"),
+            ("plot", "s.zarr", "mine.large", "fig14", "-o", "g.png"),
             "compares the variants of an experiment; this is one",
         ),
-        (("plot", "s.zarr", "mine", "fig99", "-o", "f.png"), "no figure 'fig99'; did you mean 'fig9'?"),
+        (("plot", "s.zarr", "mine", "fig99", "-o", "g.png"), "no figure 'fig99'; did you mean 'fig9'?"),
         (
-            ("plot", "s.zarr", "mine.large", "fig4", "-o", "f.png", "--metric", "loss"),
+            ("plot", "s.zarr", "mine.large", "fig4", "-o", "g.png", "--metric", "loss"),
             "takes no option 'metric'; it takes",
         ),
-        (("plot", "s.zarr", "yours", "fig14", "-o", "f.png"), "no experiment 'yours'"),
+        (("plot", "s.zarr", "yours", "fig14", "-o", "g.png"), "no experiment 'yours'"),
         (("record", "fig14.larg", "--store", "s.zarr"), "unknown preset 'fig14.larg'; did you mean 'fig14.large'?"),
         (
             ("record", "mine.toml", "--scale", "small", "--store", "s.zarr"),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 __all__ = [
+    "MOST_METRICS",
     "checked",
     "checked_fills",
     "checked_layout",
@@ -37,7 +38,7 @@ _A_STEP = 32
 """Bytes that it takes for each step of a slab to find out which of them count."""
 _DEEPEST = 32
 """Tables and lists in one another."""
-_METRICS = 63
+MOST_METRICS = 63
 """Bits of `measured`, but for the sign."""
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
@@ -72,8 +73,8 @@ def checked_schema(schema: Any) -> dict[str, Any]:  # noqa: ANN401
     for name in ("orders", "seeds", "late"):
         if len(set(schema[name])) != len(schema[name]):
             _wrong(f"schema.{name}", schema[name], "hold each once")
-    if len(schema["metrics"]) > _METRICS:
-        _wrong("schema.metrics", f"of {len(schema['metrics'])} metrics", f"have at most {_METRICS}")
+    if len(schema["metrics"]) > MOST_METRICS:
+        _wrong("schema.metrics", f"of {len(schema['metrics'])} metrics", f"have at most {MOST_METRICS}")
     for name in ("init_seeds", "data_seeds"):
         if len(schema[name]) != len(schema["seeds"]):
             _wrong(f"schema.{name}", schema[name], "have one for each seed")

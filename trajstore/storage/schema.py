@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError, FormatError
 from trajstore.measures import MadeBy, about, maker_of, start_of
-from trajstore.storage.checking import checked_schema, is_metric
+from trajstore.storage.checking import MOST_METRICS, checked_schema, is_metric
 from trajstore.storage.codecs import Codec, refuse_large_chunks
 from trajstore.storage.digest import SegmentDigest
 from trajstore.storage.layout import Layout
@@ -296,14 +296,23 @@ def segment_length(layout: Layout) -> int:
     return max(1, min(wanted, _SEGMENT_BYTES // max(1, layout.row_bytes)))
 
 
+_NAMES_TAKEN = ("experiment", "recorded", "stored", "resume", "batch_index")
+"""By columns of tables and datasets, the group of resume states, and an array that not every experiment has."""
+
+
 def check_metric_names(schema: Schema) -> None:
-    """Refuse names that could not be an array, a flag and a column."""
+    """Refuse names that could not be an array, a flag and a column, and more than there are flags."""
     own = [spec.name for spec in replace(schema, metrics={}, late=()).arrays()]
-    seen = {*own, *schema.coordinates(), *schema.lengths(), "experiment", "recorded", "stored"}
+    seen = {*own, *schema.coordinates(), *schema.lengths(), *_NAMES_TAKEN}
+    if len(schema.metrics) > MOST_METRICS:
+        raise ConfigurationError(
+            f"{len(schema.metrics)} metrics, the last of them {[*schema.metrics][-1]!r}: an experiment has at most "
+            f"{MOST_METRICS}, a bit of a number each; record fewer, or put some into an experiment of their own"
+        )
     for name in (*schema.metrics, *schema.late):
         if not is_metric(name):
             raise ConfigurationError(f"metric {name!r}: use letters, digits and '_', beginning with a letter")
-        if name.casefold() in seen:
+        if {name.casefold(), late_records(name).casefold()} & seen:
             raise ConfigurationError(f"metric {name!r}: an array or column has that name, upper case or lower")
         seen |= {name.casefold(), late_records(name).casefold()}
 
