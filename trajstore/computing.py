@@ -18,6 +18,7 @@ from trajstore.errors import ConfigurationError, StatisticError
 from trajstore.storage.declaring import grow, stored_batches
 from trajstore.storage.late import LateSeries
 from trajstore.storage.schema import Schema, check_metric_names
+from trajstore.storage.writer import Ledger
 from trajstore.store import StoredExperiment, open_root
 
 __all__ = ["compute_late"]
@@ -51,6 +52,7 @@ def compute_late(
         for (i, k), steps in wanted.items():
             order, seed = schema.orders[i], schema.seeds[k]
             with stored.locked(order, seed):
+                Ledger(group, schema, i, k)  # which keeps out whoever held the lock before
                 series = {name: LateSeries(group, schema, (i, k), name) for name in names}
                 known = series[names[-1]].read()[0]  # what is written last
                 missing = [step for step in steps if not known[step]]

@@ -18,7 +18,7 @@ from trajstore.spending import Spent
 from trajstore.storage.place import Durability, keeper_of, place_of
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
-from trajstore.storage.segment import Observation, Segment, Written
+from trajstore.storage.segment import Observation, Segment, Written, array_of
 from trajstore.storage.writer import guarded
 
 __all__ = ["Brought", "Gathered", "Job", "Shape"]
@@ -88,14 +88,15 @@ class Shape:
         """Write the states of a whole segment."""
         corner = self._order(slab), slab.seed
         guarded(self.group, self.schema, corner)
-        before = self.records[(*corner, number)].tolist()
+        # Another worker may have written it meanwhile, where the scheduler took this one for dead.
+        before = np.asarray(array_of(self.group, "committed")[(*corner, number)]).tolist()[:-1]
         segment = Segment(self.group, self.schema, corner, number, counted=max(0, before[0]))
         for observation in sorted(observations, key=lambda o: o.step):
             segment.append(observation)
         cut = segment.cut()
         written = cut.written()
         written.refuse_other(before, self._named(slab, number))
-        for block in cut.blocks():
+        for block in cut.blocks() if written.record != before else ():
             block()
         keeper_of(self.group).flush()
         return written

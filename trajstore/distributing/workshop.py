@@ -21,7 +21,7 @@ from trajstore.observing import Observer, parameters_of
 from trajstore.planning import run_seeds
 from trajstore.spending import Clock
 from trajstore.state import State
-from trajstore.storage.place import place_of
+from trajstore.storage.place import keeper_of
 from trajstore.storage.segment import Observation
 
 __all__ = ["compute", "described", "get_ready", "itself", "scout"]
@@ -63,8 +63,9 @@ class _Workshop:
     def observe(self) -> Observer:
         return Observer(self._job.experiment, self.shape.schema)
 
-    def gather(self, stretches: Sequence[Stretch], parts: Sequence[Part]) -> Brought:
+    def gather(self, stretches: Sequence[Stretch], parts: Sequence[Part], lent: Sequence[object]) -> Brought:
         """Compute parts; write the segments that are whole."""
+        keeper_of(self.shape.group).lend(lent)
         clock = Clock(self.engine)
         works, roles = [], []
         for k, part in enumerate(parts):
@@ -160,6 +161,5 @@ def described(stretches: Sequence[Stretch]) -> list[Stretch]:
 
 def compute(job: Job, stretches: Sequence[Stretch], parts: Sequence[Part], lent: Sequence[object]) -> Brought:
     """Compute parts, under the locks that the client lends."""
-    place_of(job.store).lend(lent)
     with _one_at_a_time:
-        return _workshop(job).gather(stretches, parts)
+        return _workshop(job).gather(stretches, parts, lent)

@@ -161,12 +161,7 @@ class Bucket:
 
     def held(self, names: Sequence[str]) -> list[object]:
         """Return what another process needs to write under locks that this one holds."""
-        return [(name, self._leases[name]) for name in (*names, DECLARING) if name in self._leases]
-
-    def lend(self, held: Sequence[object]) -> None:
-        """Write under locks that another process holds."""
-        lent: Any = held
-        self._leases |= dict(lent)
+        return [(name, self._leases[name]) for name in names if name in self._leases]
 
     def unlock(self) -> list[str]:
         """Take all locks away from their holders, which can write no more; return who held them."""

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trajstore.errors import ConfigurationError
+from trajstore.storage.holders import held_here, holding
 from trajstore.storage.local import DurableStore, contents, inside
 from trajstore.storage.locks import lock
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray, aside
@@ -130,17 +131,16 @@ class Folder:
                 path = inside(self.path, folder)
                 path.mkdir(parents=True, exist_ok=True)
                 also(path)
+                if folder:
+                    held.enter_context(holding(self.path, folder, name))
 
             if name == DECLARING and self.path.is_dir():
                 within("")
             yield within
 
     def held(self, names: Sequence[str]) -> list[object]:
-        """Return nothing: the kernel knows who holds what."""
-        return []
-
-    def lend(self, held: Sequence[object]) -> None:
-        """Do nothing: whoever can write here may."""
+        """Return what another process needs to write under locks that this one holds."""
+        return [holder.lend(self.path) for name in names if (holder := held_here(self.path, name)) is not None]
 
     def unlock(self) -> list[str]:
         """Do nothing: the kernel frees the locks of processes that die."""

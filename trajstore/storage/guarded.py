@@ -42,6 +42,8 @@ class Guarded(ZarrStore):
         """Key → the version that this process put there, or, of records, read there; None: that there was none."""
         self._guards: dict[str, Lease | None] = {}
         """Prefix → the lock under which to write below it."""
+        self._lent: dict[str, Lease] = {}
+        """Locks that another process holds, and lets this one write under."""
         self._records: set[str] = set()
         """Prefixes of records, which are replaced only as they were seen."""
         self.expected = Expected()
@@ -79,9 +81,14 @@ class Guarded(ZarrStore):
     def check(self, records: str = "") -> None:
         """Do nothing: whoever lost its lock is told when it puts something."""
 
+    def lend(self, held: Sequence[object]) -> None:
+        """Write under locks that another process holds, and under none that this one takes meanwhile."""
+        lent: Any = held
+        self._lent |= dict(lent)
+
     def guard(self, lock: str, prefixes: Sequence[str], records: Sequence[str]) -> int:
         """Let writes below these keys through only while a lock is held; return its fence."""
-        lease = self._bucket.lease(lock)
+        lease = self._lent.get(lock) or self._bucket.lease(lock)
         self._guards |= dict.fromkeys((*prefixes, *records), lease)
         self._records.update(records)
         return 0 if lease is None else lease.fence

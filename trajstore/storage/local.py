@@ -25,13 +25,15 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
 from zarr.storage import LocalStore
 
-from trajstore.errors import FormatError, WriteError
+from trajstore.errors import BusyError, FormatError, WriteError
 from trajstore.storage.codecs import refuse_bomb
 from trajstore.storage.elsewhere import refuse_second_writer, refuse_unseen
 from trajstore.storage.expected import Expected
+from trajstore.storage.holders import Holder, Lent, held_here
 from trajstore.storage.locks import descriptor_of
 from trajstore.storage.place import (
     DOCUMENT,
+    PARTIAL,
     Place,
     ReplacedError,
     array_path,
@@ -94,6 +96,10 @@ class DurableStore(LocalStore):
         self.expected = Expected()
         self._anchors: dict[str, _Anchor] = {}
         """Experiment, or prefix of records → the folder in which its writer began."""
+        self._lent: dict[str, Lent] = {}
+        """Locks that another process holds, and lets this one write under."""
+        self._holders: dict[str, Holder | Lent] = {}
+        """Prefix → whose folder all that is written below it comes from."""
         self._records: set[str] = set()
         """Prefixes of records, which are replaced only as they were seen."""
         self._seen: dict[str, bytes | None] = {}
@@ -136,7 +142,7 @@ class DurableStore(LocalStore):
                 "kept; --resume continues"
             )
         self._make_room(path, key)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        partial = self._through(key, path.parent) / f"{path.name}.{uuid.uuid4().hex}{PARTIAL}"
         try:
             with opening(lambda: partial.open("wb"), path) as file:
                 file.write(content)
@@ -147,6 +153,8 @@ class DurableStore(LocalStore):
         except BaseException as error:
             partial.unlink(missing_ok=True)
             self._refuse_elsewhere(key)  # it may have been moved just now
+            if isinstance(error, FileNotFoundError):
+                self._refuse_taken(key)
             if isinstance(error, OSError) and error.errno is not None:  # a full disk does not say which file it was
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise
@@ -163,17 +171,38 @@ class DurableStore(LocalStore):
                 folder = folder.parent
                 self._touched.add(folder)
 
+    def lend(self, held: Sequence[object]) -> None:
+        """Write under locks that another process holds, and under none that this one takes meanwhile."""
+        lent: Any = held
+        self._lent |= {one.lock: one for one in lent}
+
     def guard(self, lock: str, prefixes: Sequence[str], records: Sequence[str]) -> int:
         """Write below these keys only while their experiment is where it is now, and records only as they were seen.
 
-        No writer outlives the kernel's lock, so the fence is 0.
+        What was written under a lock that another process has taken since takes no name any more, so the fence is 0.
         """
+        if (holder := self._lent.get(lock) or held_here(self.root, lock)) is not None:
+            self._holders |= dict.fromkeys((*prefixes, *records), holder)
         experiments = {prefix.partition("/")[0] for prefix in (*prefixes, *records)}
         for folder in (experiments | set(records)) - self._anchors.keys():
             with suppress(FileNotFoundError):  # there are no records yet
                 self._anchors[folder] = _Anchor(inside(self.root, folder))
         self._records.update(records)
         return 0
+
+    def _through(self, key: str, own: Path) -> Path:
+        """Return the folder in which to begin a file: the holder's of its slab, or its own."""
+        at = below(key, self._holders)
+        return own if at is None else self._holders[at].within(self.root)
+
+    def _refuse_taken(self, key: str) -> None:
+        """Refuse what was to be done to a slab under a lock that is another's now."""
+        at = below(f"{key}/", self._holders)
+        if at is not None and not self._holders[at].within(self.root).is_dir():
+            raise BusyError(
+                f"{self.root}: the lock {self._holders[at].lock!r} was freed, or taken over by another process; "
+                "nothing more is written here, what was committed is kept; --resume continues"
+            ) from None
 
     def check(self, records: str = "") -> None:
         """Raise where what is written is moved or removed: an experiment, what some records belong to, or anything."""
@@ -250,11 +279,13 @@ class DurableStore(LocalStore):
     async def delete(self, key: str) -> None:
         """Take out what is there."""
         inside(self.root, key)
+        self._refuse_taken(key)
         await super().delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
         """Take out what is below a prefix."""
         inside(self.root, prefix)
+        self._refuse_taken(prefix)
         await super().delete_dir(prefix)
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 from urllib.parse import quote, unquote
 
@@ -76,6 +76,9 @@ class Keeper(Protocol):
         run. The `records`, which are written last and make the rest count, have to carry it; they are replaced only
         as they were read or written here before, and else it is a ReplacedError.
         """
+
+    def lend(self, held: Sequence[object]) -> None:
+        """Write under locks that another process holds: `held` is what its `Place.held` returned there."""
 
     @property
     def expected(self) -> Expected:
@@ -151,9 +154,6 @@ class Place(Protocol):
 
     def held(self, names: Sequence[str]) -> list[object]:
         """Return what another process needs to write under locks that this one holds."""
-
-    def lend(self, held: Sequence[object]) -> None:
-        """Write under locks that another process holds."""
 
     def unlock(self) -> list[str]:
         """Take locks away from holders that died without a word; return who held them."""
@@ -231,7 +231,11 @@ def aside(key: str, mark: str) -> str:
 
 def below(key: str, prefixes: Container[str]) -> str | None:
     """Return which of some prefixes a key lies below."""
-    return next((str(parent) for parent in PurePosixPath(key).parents if str(parent) in prefixes), None)
+    while (at := key.rfind("/")) >= 0:
+        key = key[:at]
+        if key in prefixes:
+            return key
+    return None
 
 
 def slab_folder(experiment: str, corner: tuple[int, int]) -> str:
