@@ -15,6 +15,7 @@
     ├── QueryError (ValueError)             an SQL statement that is wrong or not allowed
     ├── WriteError (OSError) *              the disk is full, or fails: what was committed stays
     ├── OpenFilesError (OSError) *          this process has as many files open as the system lets it have
+    ├── OutdatedError (RuntimeError) *      an open experiment was removed, or another one has its name now
     ├── UnreachableError (OSError) *        an object store does not answer, or refuses
     ├── WorkerError (RuntimeError) *        processes that compute died again and again
     └── StatisticError (ValueError)         too little data for the number that was asked for
@@ -49,6 +50,7 @@ __all__ = [
     "NotFoundError",
     "OpenFilesError",
     "OrderError",
+    "OutdatedError",
     "QueryError",
     "RefusedWarning",
     "ResumedWarning",
@@ -133,6 +135,12 @@ class WriteError(TrajstoreError, OSError):
 
 class OpenFilesError(TrajstoreError, OSError):
     """A file could not be opened because too many are."""
+
+    exit_code = 1
+
+
+class OutdatedError(TrajstoreError, RuntimeError):
+    """What was opened is not there any more; what has its name now is something else."""
 
     exit_code = 1
 

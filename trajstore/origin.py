@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trajstore.errors import OpenFilesError, TrajstoreError
-from trajstore.storage.digest import config_digest
+from trajstore.storage.identity import unchanging
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -30,8 +30,6 @@ UNKNOWN_ORIGIN = (
 )
 """Why a dataset may not know its origin, for messages."""
 _WRITTEN = re.compile(r"(\S+) of (.+) \(identity ([0-9a-f]{16})\)")
-_GROWING = ("name", "orders", "seeds", "steps", "stops", "declared_steps", "variant_of")
-"""What of a configuration may change while the experiment stays what it is."""
 
 
 class Origin(str):
@@ -97,6 +95,5 @@ def _looked_up(text: str) -> Mapping[str, Any]:
 
 
 def _identity(attributes: Mapping[str, Any]) -> str:
-    """Return a digest of what makes an experiment this one: all but what may grow."""
-    config = {key: value for key, value in attributes["config"].items() if key not in _GROWING}
-    return config_digest({"config": config, "layout": attributes["schema"]["layout"]}).removeprefix("sha256:")[:16]
+    """Return in short what makes an experiment this one."""
+    return unchanging(attributes).removeprefix("sha256:")[:16]

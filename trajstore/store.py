@@ -37,6 +37,7 @@ from trajstore.grids import planned
 from trajstore.measures import maker_of
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.fills import stored_fills
+from trajstore.storage.identity import Identity
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_folder, slab_lock
 from trajstore.storage.reader import Commits, blocks, refuse_to_hold
@@ -234,15 +235,16 @@ class Store:
     def _opened(self, name: str) -> StoredExperiment:
         where = f"experiment {name!r} in {self}"
         with _reading(where):
+            keeper: Any = self.place.keeper(read_only=True)  # its own, which knows what was opened
             try:
-                group = self.root[name]
-            except KeyError:
+                group = zarr.open_group(keeper, path=name, mode="r", zarr_format=3)
+            except GroupNotFoundError:
                 lost = f"{where} has lost its zarr.json; restore it from a copy, or move the folder away"
                 raise DamageError(lost) from None
-            assert isinstance(group, zarr.Group)
             attributes: Any = group.attrs["trajstore"]
             check_format(attributes, where, APART)
             checked(attributes)
+            keeper.expected.identities[name] = Identity.of(attributes)
             experiment = StoredExperiment(self, group)
             _ = experiment.schema  # refuses what could not be read
         if self.trusted:

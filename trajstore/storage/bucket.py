@@ -42,6 +42,7 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         self.address, self.only_here = url, url.startswith("memory://")
+        self.asks = not self.only_here
         self.objects, self._locks = objects.opened(url), objects.opened(f"{url}.traj")
         self._leases: dict[str, Lease] = {}
         self.given_up: set[str] = set()
@@ -77,6 +78,11 @@ class Bucket:
         """Tell whether there is something."""
         with self.told():
             return objects.head(self.objects, key) is not None
+
+    def version(self, key: str) -> object | None:
+        """Return what changes whenever something else is put there, None where there is nothing."""
+        with self.told():
+            return objects.version(self.objects, key)
 
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""

@@ -343,5 +343,5 @@ _ATTRIBUTES = _table(
         "format": _whole(1, 2), "config": _CONFIG, "config_digest": _TEXT, "schema": _TABLE,
         "batch_digests": _list(_TEXT), "digest": _TEXT,
     },
-    {"fills": _FILLS},
+    {"fills": _FILLS, "id": _TEXT},
 )  # fmt: skip

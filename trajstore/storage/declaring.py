@@ -9,6 +9,7 @@ longer than it says are the work of a declaration that died.
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,9 @@ def declare(
             array_of(group, "batch_index")[position] = indices
     group.attrs["coordinates"] = "init_seed data_seed"  # CF: xarray shows them as coordinates of `seed`
     _flush(group)
-    set_attributes(group, {"format": FORMAT, **_declared(schema, config, batch_index), "fills": []})
+    set_attributes(
+        group, {"format": FORMAT, **_declared(schema, config, batch_index), "id": uuid.uuid4().hex, "fills": []}
+    )
     return group
 
 

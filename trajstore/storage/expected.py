@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numcodecs import Zstd  # type: ignore[import-untyped]
@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 
 from trajstore.errors import DamageError, slab_named
 from trajstore.storage.codecs import refuse_bomb
+from trajstore.storage.identity import Identity, refuse_another
 from trajstore.storage.schema import Schema
+
+if TYPE_CHECKING:
+    from trajstore.storage.place import Place
 
 __all__ = ["Expected", "Vouched", "remedy"]
 
@@ -153,6 +157,14 @@ class Expected:
     """Path of an array → what its chunks decode to, at most."""
     vouched: dict[str, Vouched] = field(default_factory=dict)
     """Path of an experiment → what its commit records vouch for, as they were read last."""
+    identities: dict[str, Identity] = field(default_factory=dict)
+    """Path of an experiment → which one was opened there."""
+
+    def refuse_another(self, key: str, place: Place) -> None:
+        """Raise where what was just read at a key is not of the experiment that was opened."""
+        name = key.partition("/")[0]
+        if (opened := self.identities.get(name)) is not None:
+            refuse_another(place, name, opened)
 
     def lost(self, key: str, read: Read) -> str | None:
         """Tell what is lost if a file is not there, None where nothing is; `read` returns what is at other keys."""

@@ -33,7 +33,7 @@ class Folder:
             raise ConfigurationError(f"{path}: its symbolic links lead nowhere") from None
         self._given, self.path, self.address = path, whole, str(whole)
         self.beside = _beside(whole)
-        self.only_here = False
+        self.only_here = self.asks = False
 
     def __str__(self) -> str:
         return str(self._given)
@@ -51,6 +51,14 @@ class Folder:
     def exists(self, key: str) -> bool:
         """Tell whether there is something."""
         return inside(self.path, key).is_file()
+
+    def version(self, key: str) -> object | None:
+        """Return what changes whenever something else is put there, None where there is nothing."""
+        try:
+            status = os.lstat(f"{self.path}/{key}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""

@@ -113,6 +113,7 @@ class Guarded(ZarrStore):
             return self._get_record(key)
         with self._bucket.told():
             found = objects.get(self._bucket.objects, key, byte_range)
+        self.expected.refuse_another(key, self._bucket)
         return None if found is None else found[0]
 
     def _get_record(self, key: str) -> bytes | None:

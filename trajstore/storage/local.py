@@ -17,6 +17,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -105,7 +106,7 @@ class DurableStore(LocalStore):
         self._seen: dict[str, bytes | None] = {}
         """Key of a record → what was read or written there last; None: that there was none."""
 
-    @property
+    @cached_property
     def place(self) -> Place:
         """Where it lies."""
         return place_of(self.root)
@@ -240,6 +241,7 @@ class DurableStore(LocalStore):
         most = self.expected.most.get(array_path(key))
         _refuse_large(inside(self.root, key), most)
         found = await self._got(key, prototype, byte_range)
+        self.expected.refuse_another(key, self.place)
         if found is None:
             self.expected.refuse_missing(key, self.place.read)
         elif most is not None:

@@ -106,6 +106,10 @@ class Place(Protocol):
         """The folder for what may be lost, if it lies in a file system."""
 
     @property
+    def asks(self) -> bool:
+        """Whether looking at something is a request to another machine."""
+
+    @property
     def only_here(self) -> bool:
         """Whether no other process sees it."""
 
@@ -114,6 +118,9 @@ class Place(Protocol):
 
     def exists(self, key: str) -> bool:
         """Tell whether there is something."""
+
+    def version(self, key: str) -> object | None:
+        """Return what changes whenever something else is put there, None where there is nothing."""
 
     def files(self, prefix: str) -> list[tuple[str, int]]:
         """Return the keys below a prefix, in order, and their sizes."""

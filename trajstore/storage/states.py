@@ -129,6 +129,7 @@ class States:
         key = f"{self.path}/c/{'/'.join(map(str, index))}"
         place = self.place or place_of(self.address)
         content = place.read(key, out.nbytes)
+        self.expected.refuse_another(key, place)
         if content is None:
             self.expected.refuse_missing(key, place.read)
             out.fill(np.nan)
