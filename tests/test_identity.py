@@ -20,7 +20,7 @@ from tests.conftest import SMALL_NET, Record
 from trajstore import origin
 from trajstore.errors import OutdatedError
 from trajstore.merging import merge, remove
-from trajstore.storage import bucket, expected, identity, objects
+from trajstore.storage import expected, identity, objects
 from trajstore.storage.declaring import set_attributes
 from trajstore.store import Store, open_root
 from trajstore.verifying import verify
@@ -196,8 +196,8 @@ def in_a_bucket(record: Record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     """An experiment in an object store, as one that is elsewhere."""
     address = f"memory://{tmp_path.name}/s.zarr"
     merge(record(NET).store, Store(address))
-    monkeypatch.setattr(bucket.Bucket, "asks", True, raising=False)
     monkeypatch.setattr(Store(address).place, "asks", True)
+    monkeypatch.setattr(Store(address).place, "only_here", False)
     return Store(address)["net"]
 
 

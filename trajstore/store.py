@@ -37,7 +37,7 @@ from trajstore.grids import planned
 from trajstore.measures import maker_of
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.fills import stored_fills
-from trajstore.storage.identity import Identity
+from trajstore.storage.identity import opened, version_of
 from trajstore.storage.late import LateSeries
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_folder, slab_lock
 from trajstore.storage.reader import Commits, blocks, refuse_to_hold
@@ -236,6 +236,7 @@ class Store:
         where = f"experiment {name!r} in {self}"
         with _reading(where):
             keeper: Any = self.place.keeper(read_only=True)  # its own, which knows what was opened
+            version = version_of(self.place, name)
             try:
                 group = zarr.open_group(keeper, path=name, mode="r", zarr_format=3)
             except GroupNotFoundError:
@@ -244,7 +245,7 @@ class Store:
             attributes: Any = group.attrs["trajstore"]
             check_format(attributes, where, APART)
             checked(attributes)
-            keeper.expected.identities[name] = Identity.of(attributes)
+            keeper.expected.identities[name] = opened(self.place, name, attributes, version)
             experiment = StoredExperiment(self, group)
             _ = experiment.schema  # refuses what could not be read
         if self.trusted:

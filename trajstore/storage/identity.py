@@ -20,8 +20,10 @@ from trajstore.storage.digest import config_digest
 if TYPE_CHECKING:
     from trajstore.storage.place import Place
 
-__all__ = ["Identity", "refuse_another", "unchanging"]
+__all__ = ["DOCUMENT", "Identity", "opened", "refuse_another", "unchanging", "version_of"]
 
+DOCUMENT = "zarr.json"
+"""What Zarr calls the document of a group or an array."""
 _GROWING = ("name", "orders", "seeds", "steps", "stops", "declared_steps", "variant_of")
 """What of a configuration may change while the experiment stays what it is."""
 _SURE = 1.0
@@ -63,16 +65,28 @@ class Identity:
         return self.digest == other.digest
 
 
-_confirmed: dict[tuple[str, str, Identity], tuple[object, float]] = {}
-"""Store, experiment, and which one → the version of its document that says so, and when this was seen."""
+_confirmed: dict[tuple[str, str, Identity], tuple[object | None, float]] = {}
+"""Store, experiment, and which one → the version of its document that says so, if known, and when this was seen."""
 
 
-def refuse_another(place: Place, name: str, opened: Identity) -> None:
+def version_of(place: Place, name: str) -> object | None:
+    """Return the version of an experiment's document, if that costs no request. Call before reading it."""
+    return None if place.asks else place.version(f"{name}/{DOCUMENT}")
+
+
+def opened(place: Place, name: str, attributes: Mapping[str, Any], version: object | None) -> Identity:
+    """Return which experiment was opened, by what is stored beside its arrays, at a version of its document."""
+    one = Identity.of(attributes)
+    _confirmed[place.address, name, one] = version, time.monotonic()
+    return one
+
+
+def refuse_another(place: Place, name: str, one: Identity) -> None:
     """Raise where an experiment is not any more the one that was opened. Call after reading something of it."""
-    key, document = (place.address, name, opened), f"{name}/zarr.json"
-    known, seen = _confirmed.get(key, (None, 0.0))
+    key, document = (place.address, name, one), f"{name}/{DOCUMENT}"
+    known, seen = _confirmed.get(key, (None, None))
     now = time.monotonic()
-    if known is not None and place.asks and now - seen < _SURE:
+    if place.asks and seen is not None and now - seen < _SURE:
         return
     version = place.version(document)
     if version is None:
@@ -80,7 +94,7 @@ def refuse_another(place: Place, name: str, opened: Identity) -> None:
             f"experiment {name!r} is not in {place.address} any more, where it was opened: it was removed or moved; "
             "open it where it is now"
         )
-    if version != known and not _is_still(place.read(document), opened):
+    if version != known and not _is_still(place.read(document), one):
         raise OutdatedError(
             f"experiment {name!r} in {place.address} is another one than was opened: it was removed, and recorded or "
             f"copied there anew; open it again, with trajstore.open({place.address!r})[{name!r}]"
@@ -88,8 +102,8 @@ def refuse_another(place: Place, name: str, opened: Identity) -> None:
     _confirmed[key] = version, now
 
 
-def _is_still(document: bytes | None, opened: Identity) -> bool:
+def _is_still(document: bytes | None, one: Identity) -> bool:
     try:
-        return opened.is_of(Identity.of(json.loads(document or b"")["attributes"]["trajstore"]))
+        return one.is_of(Identity.of(json.loads(document or b"")["attributes"]["trajstore"]))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False  # it is being declared, or damaged

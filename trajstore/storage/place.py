@@ -15,6 +15,7 @@ from zarr.abc.store import Store as ZarrStore
 
 from trajstore.errors import BusyError, ConfigurationError, choices
 from trajstore.storage.expected import Expected
+from trajstore.storage.identity import DOCUMENT
 
 __all__ = [
     "DECLARING",
@@ -39,8 +40,6 @@ __all__ = [
 
 Durability = Literal["segment", "none"]
 """Whether what is committed is made to survive a power cut first."""
-DOCUMENT = "zarr.json"
-"""What Zarr calls the document of a group or an array."""
 PARTIAL = ".partial"
 """How the names of files end that are being written."""
 REMOVED = ".removed-"
