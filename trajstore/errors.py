@@ -17,11 +17,12 @@
     ├── OpenFilesError (OSError) *          this process has as many files open as the system lets it have
     ├── OutdatedError (RuntimeError) *      an open experiment was removed, or another one has its name now
     ├── UnreachableError (OSError) *        an object store does not answer, or refuses
-    ├── WorkerError (RuntimeError) *        processes that compute died again and again
+    ├── WorkerError (RuntimeError) *        processes that compute died again and again, or are not there
     └── StatisticError (ValueError)         too little data for the number that was asked for
 
     SlowPlanWarning (UserWarning)           a recording runs slower than it could, and why
     └── RefusedWarning                      a fast way gave something else than its definition, and is not used
+    SilentWorkersWarning (UserWarning)      no worker has brought anything for long, and what they have
     ResumedWarning (UserWarning)            a training loop goes on, and its batches are its own affair
 
 Those with a star may come after some of the work was done, and end the program with exit code 1. The others refuse a
@@ -54,6 +55,7 @@ __all__ = [
     "QueryError",
     "RefusedWarning",
     "ResumedWarning",
+    "SilentWorkersWarning",
     "SlowPlanWarning",
     "StatisticError",
     "TrajstoreError",
@@ -163,6 +165,10 @@ class StatisticError(TrajstoreError, ValueError):
 
 class ResumedWarning(UserWarning):
     """A training loop goes on from where it was; the message says what it has to see to itself."""
+
+
+class SilentWorkersWarning(UserWarning):
+    """Nothing has come back from workers for long; the message says what they have."""
 
 
 class SlowPlanWarning(UserWarning):

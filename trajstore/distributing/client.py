@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trajstore.distributing import workshop
 from trajstore.distributing.job import Gathered, Job, Shape
+from trajstore.distributing.patience import Patience
 from trajstore.engine.parts import bundles, parts_of
 from trajstore.engine.plan import Plan
 from trajstore.engine.walk import Slab, Stretch
@@ -43,7 +45,7 @@ def fill(
     a worker follows a slower plan, and whether it refused a fast way because it gave something else than its
     definition.
     """
-    from distributed import KilledWorker
+    from distributed import CancelledError, KilledWorker
 
     with ExitStack() as held:
         filling = _Filling(client, job, ledgers, held, follow)
@@ -60,6 +62,11 @@ def fill(
             raise WorkerError(
                 f"experiment {job.experiment.name!r}: workers died again and again at the same task ({error}); "
                 "they may lack memory: use fewer, or none (--workers 0)"
+            ) from None
+        except CancelledError as error:
+            raise WorkerError(
+                f"experiment {job.experiment.name!r}: the scheduler has ended, or its tasks were cancelled ({error}); "
+                "what was committed is kept; --resume continues with another"
             ) from None
         except BaseException:
             filling.give_up()  # a client that goes on would have tasks go on, and the locks are about to be freed
@@ -80,21 +87,21 @@ class _Filling:
     def __init__(
         self, client: Client, job: Job, ledgers: Ledgers, held: ExitStack, follow: Callable[[Plan, bool], None]
     ) -> None:
-        from distributed import as_completed
-
         self._follow, self._followed = follow, job.plan
         self._client, self._job, self._ledgers, self._held = client, job, ledgers, held
-        self._known = client.submit(workshop.itself, job, pure=False)
+        self._known: Any = client.submit(workshop.itself, job, pure=False)
         # All get ready at once, not each when its first task comes.
         addresses = list(client.nthreads())  # type: ignore[no-untyped-call]
-        self._ready = [
+        self._ready: list[Any] = [
             client.submit(workshop.get_ready, self._known, pure=False, workers=[a], priority=1) for a in addresses
         ]
         self._shape = Shape.of(job)
         self._packs = 0
+        self._getting_ready = {future.key for future in (self._known, *self._ready)}
         self.spent = Spent()
-        self._done: Any = as_completed(loop=client.loop)  # type: ignore[no-untyped-call]
+        self._done: SimpleQueue[Any] = SimpleQueue()
         self.tasks: dict[Any, _Task] = {}
+        self._patience = Patience(client, job.experiment.name, self._named)
         self.workers = max(1, sum(client.nthreads().values()))  # type: ignore[no-untyped-call]
 
     def hand_out(self, slabs: Sequence[Slab], packs: int) -> None:
@@ -106,24 +113,26 @@ class _Filling:
         locked = [slab_lock(name, str(slab.order), labels[slab.seed]) for slab in slabs]
         lent = place_of(self._job.store).held(locked)
         scouted = self._client.submit(workshop.scout, self._known, tuple(slabs), **first)
-        stretches: list[Stretch] = self._client.submit(workshop.described, scouted, **first).result()
+        described = self._client.submit(workshop.described, scouted, **first)
+        self._getting_ready |= {scouted.key, described.key}
+        stretches: list[Stretch] = self._patience.result(described)
         experiment, segment_of = self._job.experiment, self._shape.schema.segment_of
         whole = parts_of(stretches, experiment.asked, segment_of, sys.maxsize, pack.missing)
         share = max(1, sum(part.cost for part in whole) * packs // (_TASKS_A_WORKER * self.workers))
         parts = parts_of(stretches, experiment.asked, segment_of, 4 * share, pack.missing)
         for bundle in bundles(parts, share, 4 * self._job.plan.lanes if self._job.plan.lanes > 1 else 1):
-            future = self._client.submit(workshop.compute, self._known, scouted, bundle, lent, **first)
+            future: Any = self._client.submit(workshop.compute, self._known, scouted, bundle, lent, **first)
             seeds = sorted({self._shape.schema.seeds[stretches[p.stretch].slabs[0].seed] for p in bundle})
             where = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
             self.tasks[future.key] = _Task(future, pack, sum(part.applications for part in bundle), where)
             pack.tasks += 1
-            self._done.add(future)
+            future.add_done_callback(self._done.put)
         self._packs += 1
 
     def take(self) -> tuple[int, str]:
         """Wait for a task and commit what it brings; return its operator applications, and where they were."""
-        future = next(self._done)
-        gathered, spent, really, refused = future.result()
+        future = self._patience.take(self._done)
+        gathered, spent, really, refused = self._patience.result(future)
         self.spent = self.spent.plus(spent)
         slower = not self._followed.slowed or (self._followed.compiled and not really.compiled)
         if really.slowed and slower:
@@ -137,6 +146,12 @@ class _Filling:
             pack.finish()
             pack.locks.close()
         return applications, where
+
+    def _named(self, key: str) -> str | None:
+        """Say what a task is."""
+        if key in self.tasks:
+            return self.tasks[key].where
+        return "to get ready" if key in self._getting_ready else None
 
     def give_up(self) -> None:
         """Take back what was handed out and has not begun."""

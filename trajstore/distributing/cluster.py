@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from trajstore.errors import ConfigurationError
+from trajstore.errors import ConfigurationError, WorkerError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -26,6 +26,8 @@ Scheduler: TypeAlias = "str | Client | Cluster"
 
 _PATIENCE = 20
 """Seconds to wait for a scheduler to answer."""
+_STARTING = 120
+"""Seconds to wait for workers that are started here."""
 
 
 @contextmanager
@@ -44,7 +46,12 @@ def connected(workers: int) -> Iterator[Client]:
         SpecCluster(dict.fromkeys(range(workers), worker), scheduler=own, silence_logs=False) as cluster,  # type: ignore[no-untyped-call]
         Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
     ):
-        client.wait_for_workers(workers, timeout=120)
+        try:
+            client.wait_for_workers(workers, timeout=_STARTING)
+        except TimeoutError:
+            raise WorkerError(
+                f"{workers} workers did not start within {_STARTING} s; use fewer, or none (--workers 0)"
+            ) from None
         yield client
 
 
