@@ -1,6 +1,6 @@
 """What many experiments and many slabs cost: `ls`, `info`, `sql`, `state_dict`, `record`, timed and counted.
 
-    python benchmarks/scale.py [--against PYTHON] [--experiments 10 100 400] [--slabs 10 100 1000] [--json FILE]
+    python benchmarks/scale.py [--against PYTHON] [--experiments '[10, 100, 400]'] [--slabs '[10, 100, 1000]']
 
 Times are of a folder, the median of a few turns, without starting Python; requests are counted at a bucket in memory,
 to which the folder was copied. A store of many experiments has copies of one small loop; one of many slabs has one
@@ -28,18 +28,17 @@ from typing import Any
 
 Measured = dict[str, dict[str, float]]
 """What was done and to how many → seconds and requests."""
-_TURNS = 3
 _LAST = 5
 """So many of the last recordings are timed."""
 
 
-def measure(experiments: list[int], slabs: list[int], scratch: Path) -> Measured:
+def measure(experiments: list[int], slabs: list[int], turns: int, scratch: Path) -> Measured:
     """Measure the trajstore of this process."""
     found: Measured = {}
     for number in experiments:
         folder = scratch / f"experiments-{number}.zarr"
         _many_experiments(folder, number)
-        found |= {f"{what}, {number} experiments": cost for what, cost in _read(folder, "e0").items()}
+        found |= {f"{what}, {number} experiments": cost for what, cost in _read(folder, "e0", turns).items()}
     folder, recorded = scratch / "slabs.zarr", 0
     for number in slabs:
         times = [_record(str(folder), seed) for seed in range(recorded, number)]
@@ -49,11 +48,11 @@ def measure(experiments: list[int], slabs: list[int], scratch: Path) -> Measured
             _record(uploaded, number)
         told = {"seconds": statistics.median(times[-_LAST:]), "requests": float(requests[0])}
         found[f"record, {number} slabs"] = told
-        found |= {f"{what}, {number} slabs": cost for what, cost in _read(folder, "loop").items()}
+        found |= {f"{what}, {number} slabs": cost for what, cost in _read(folder, "loop", turns).items()}
     return found
 
 
-def _read(folder: Path, name: str) -> Measured:
+def _read(folder: Path, name: str, turns: int) -> Measured:
     """Time and count what only reads."""
     from trajstore.cli.inspection import info, ls
 
@@ -89,7 +88,7 @@ def _read(folder: Path, name: str) -> Measured:
     found: Measured = {}
     for what, command in kinds.items():
         times = []
-        for _ in range(_TURNS):
+        for _ in range(turns):
             begin = time.perf_counter()
             command(str(folder))
             times.append(time.perf_counter() - begin)
@@ -168,7 +167,7 @@ def _counted() -> Iterator[list[int]]:
 def _measured_by(python: str, given: argparse.Namespace) -> Measured:
     """Measure the trajstore of an environment, in a process of its own."""
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
-        sizes = [f"--{name}={json.dumps(getattr(given, name))}" for name in ("experiments", "slabs")]
+        sizes = [f"--{name}={json.dumps(getattr(given, name))}" for name in ("experiments", "slabs", "turns")]
         environment = {**os.environ, "XDG_CACHE_HOME": f"{scratch}/cache"}
         command = [python, __file__, "--measure", scratch, *sizes]
         told = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -186,10 +185,11 @@ def main() -> None:
         "--scratch", type=Path, default=tempfile.gettempdir(), help="a folder on the disk to measure"
     )
     arguments.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    arguments.add_argument("--turns", type=int, default=3, help="of reading, of which the median is taken")
     arguments.add_argument("--json", type=Path)
     given = arguments.parse_args()
     if given.measure:
-        print(json.dumps(measure(given.experiments, given.slabs, given.measure)))
+        print(json.dumps(measure(given.experiments, given.slabs, given.turns, given.measure)))
         return
     told = {"now": _measured_by(sys.executable, given)}
     if given.against:
