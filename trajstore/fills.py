@@ -42,7 +42,7 @@ def noted(
 
 
 def _note(stored: StoredExperiment, fill: dict[str, Any], *, begins: bool = False) -> None:
-    keeper_of(stored.group).check()
+    keeper_of(stored.group).check(stored.name)
     with stored.store.declaring():
         group = zarr.open_group(stored.group.store, path=stored.name, mode="r+", zarr_format=3)
         beside = add_fills(group, [fill]) if begins else replace_fill(group, fill)
