@@ -78,6 +78,17 @@ def test_the_result_does_not_depend_on_the_width():
         torch.testing.assert_close(other, finals[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_problem_may_measure_nothing(lanes):
+    live = PROBLEMS["normed"].build(CPU)
+    live.evaluate = lambda params, buffers: {}
+    engine = WavefrontEngine(live, SGD(0.05), [(0, 0)], lanes, Eager(step_of(live, SGD(0.05), lanes)))
+    assert engine.start(0).metrics == {}
+    assert [sorted(it.metrics) for _, it in engine.run([Work(0, Leg("backward"), engine.start(0), [1, 2, 3])])] == [
+        ["batch_loss"]
+    ] * 3
+
+
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_a_chain_that_diverges_leaves_the_others_alone(lanes):
     live = Quadratic(dtype="float32").build(CPU)

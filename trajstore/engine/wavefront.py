@@ -231,6 +231,8 @@ class WavefrontEngine:
         A few lanes are compared at a time, since an evaluation goes through all of the data: those that were least
         often, until all were often enough.
         """
+        if not values:
+            return values
         lanes = range(len(next(iter(values.values()))))
         kind = len(given)  # with the loss on a batch, or without
         seen = self._measured
