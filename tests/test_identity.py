@@ -103,7 +103,7 @@ def test_workers_of_dask_see_it_too(record: Record) -> None:
     opened = Open(stored := record(NET))
     again(stored, **OTHER)
     with (
-        dask.config.set(scheduler="processes", num_workers=1),  # type: ignore[no-untyped-call]
+        dask.config.set(scheduler="processes", num_workers=1),
         pytest.raises(OutdatedError, match="another one"),
     ):
         opened.ds.params.compute()

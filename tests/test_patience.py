@@ -102,7 +102,7 @@ def test_workers_that_take_their_time_are_waited_for(tmp_path: Path, monkeypatch
     def counted(self: patience.Patience) -> object:
         asked.append(1)
         if len(asked) == 3:
-            late.scale(1)  # type: ignore[no-untyped-call]
+            late.scale(1)
         return original(self)
 
     monkeypatch.setattr(patience.Patience, "_workers", counted)
@@ -124,7 +124,7 @@ def test_a_scheduler_that_ends_is_told_of(tmp_path: Path) -> None:
     ending = LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0")  # type: ignore[no-untyped-call]
 
     def end(*_: object) -> None:
-        ending.close()  # type: ignore[no-untyped-call]
+        ending.close()
 
     with pytest.raises(WorkerError, match="experiment 'net': the scheduler has ended, or its tasks were cancelled"):
         ts.run(NET, tmp_path / "s.zarr", engine="reference", scheduler=ending, progress=end)
