@@ -141,7 +141,7 @@ def test_an_experiment_that_cannot_be_renamed_stays_as_it_was(
 
 def ended(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Remove an experiment, die when the first file was deleted, and return what is left."""
-    unlink, deleted = os.unlink, []
+    unlink, deleted = os.unlink, list[Any]()
 
     def killed(path: Any, **named: Any) -> None:
         if deleted:

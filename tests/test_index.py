@@ -95,7 +95,7 @@ def test_the_flips_are_in_what_is_read(store: ts.Store, monkeypatch: pytest.Monk
 def test_a_file_that_is_damaged_after_it_was_looked_at_is_written_anew(
     written: bool, store: ts.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    what, times = "SELECT * FROM metrics ORDER BY ALL", []
+    what, times = "SELECT * FROM metrics ORDER BY ALL", list[int]()
     right = asked(store, what)
     real = query._confined
 
@@ -112,7 +112,7 @@ def test_a_file_that_is_damaged_after_it_was_looked_at_is_written_anew(
     monkeypatch.setattr(query, "_confined", damaging)
     if written:
         write_answer(store, what, tmp_path / "a.parquet")
-        assert repr(duckdb.sql(f"FROM '{tmp_path}/a.parquet'").fetchall()) in right
+        assert repr(duckdb.execute(f"FROM '{tmp_path}/a.parquet'").fetchall()) in right
     else:
         assert asked(store, what) == right
     assert len(times) == 2  # it did end in an error at first
@@ -123,8 +123,8 @@ def lie(store: ts.Store) -> None:
     catalog = Catalog.of(index_of(store))
     for file in catalog.files():
         path = catalog.folder / "metrics" / file
-        rows = duckdb.sql(f"SELECT * REPLACE (7::DOUBLE AS train_loss) FROM '{path}'")
-        rows.write_parquet(f"{path}.new")
+        rows = f"SELECT * REPLACE (7::DOUBLE AS train_loss) FROM '{path}'"
+        duckdb.execute(f"COPY ({rows}) TO '{path}.new' (FORMAT parquet)")
         Path(f"{path}.new").replace(path)
         catalog.add(path)
     catalog.save()
@@ -195,7 +195,7 @@ def test_verify_compares_the_index_with_the_store(store: ts.Store) -> None:
 
 def test_an_index_that_lags_behind_is_no_finding(store: ts.Store) -> None:
     asked(store)
-    ts.run(ts.Experiment.of({**TINY, "seeds": [0, 1]}), store.place, extend=True, engine="reference")
+    ts.run(ts.Experiment.of({**TINY, "seeds": [0, 1]}), store.place.address, extend=True, engine="reference")
     assert list(verify(store)) == []
 
 

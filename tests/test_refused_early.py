@@ -21,7 +21,7 @@ from trajstore.verifying import verify
 QUADRATIC = {"steps": 3, "seeds": [0], "orders": ["forward"]}
 
 
-def trained(store: Path, steps: int = 2, order: str = "forward", **metrics: float) -> ts.StoredExperiment:
+def trained(store: Path, steps: int = 2, order: str = "forward", **metrics: Any) -> ts.StoredExperiment:
     torch.manual_seed(0)
     module = torch.nn.Linear(1, 1)
     with ts.record(store, "mine", module, seed=0, order=order) as rec:
@@ -34,7 +34,7 @@ def trained(store: Path, steps: int = 2, order: str = "forward", **metrics: floa
 
 def test_a_metric_beyond_those_that_have_a_bit_is_refused_when_it_is_first_given(tmp_path: Path) -> None:
     own = len(trained(tmp_path / "own.zarr").schema.metrics)
-    most = {f"m{k}": float(k) for k in range(63 - own)}
+    most: dict[str, Any] = {f"m{k}": float(k) for k in range(63 - own)}
     ds = trained(tmp_path / "most.zarr", **most).dataset().load()
     assert all(float(ds[name][0, 0, 1]) == value for name, value in most.items())
     with pytest.raises(ConfigurationError, match="64 metrics, the last of them 'beyond': an experiment has at most 63"):
@@ -45,12 +45,12 @@ def test_a_metric_beyond_those_that_have_a_bit_is_refused_when_it_is_first_given
 @pytest.mark.parametrize("name", ["resume", "Resume", "batch_index", "committed", "zarr_committed"])
 def test_a_metric_with_the_name_of_something_else_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"metric '({name}|zarr)': an array or column has that name"):
-        trained(tmp_path / "s.zarr", **{name: 1.0, "zarr": 2.0})
+        trained(tmp_path / "s.zarr", **dict[str, Any]({name: 1.0, "zarr": 2.0}))
     module = torch.nn.Linear(1, 1)
     with ts.record(tmp_path / "late.zarr", "mine", module, seed=0) as rec:
         rec.step(zarr=2.0)
         with pytest.raises(ConfigurationError, match=f"metric '{name}': an array or column has that name"):
-            rec.step(**{name: 1.0})
+            rec.step(**dict[str, Any]({name: 1.0}))
 
 
 @pytest.mark.parametrize("name", ["declare.lock", "Declare.Lock"])
