@@ -12,6 +12,8 @@ from trajstore.cli.console import print_json, print_table, say
 from trajstore.cli.inspection import print_answer
 from trajstore.cli.options import JSON, StorePath, Trust, complete_experiment
 
+from trajstore.errors import DamageError, FormatError
+
 if TYPE_CHECKING:
     from trajstore.analysis.examining import Examined
 
@@ -37,20 +39,33 @@ def claims(
     json: JSON = False,
 ) -> None:
     """Examine the paper's claims in what is recorded: evidence, statistic with its interval, verdict."""
-    from trajstore.analysis.examining import CLAIMS, examine, frame
+    from trajstore.analysis.examining import examine, frame
 
     import trajstore as ts
 
     opened = ts.open(store, trust=trust)
-    found = list(examine(opened, exp or None, claim or None))
+    there = {} if exp else dict(opened.experiments())
+    damaged = [str(one) for one in there.values() if isinstance(one, FormatError)]
+    sound = [name for name, one in there.items() if not isinstance(one, FormatError)]
+    if damaged and not sound:
+        raise DamageError("; ".join(damaged))
+    found = list(examine(opened, exp or sound or None, claim or None))
     if sql is not None:
         from trajstore.sql import answer
 
         print_answer(*answer(opened, sql, {"claims": frame(found)}), json)
-        return
-    if json:
+    elif json:
         print_json([vars(row) for row in found])
-        return
+    else:
+        _print(found)
+    if damaged:
+        raise DamageError("; ".join(damaged))
+
+
+def _print(found: list[Examined]) -> None:
+    """Print the findings, claim by claim."""
+    from trajstore.analysis.examining import CLAIMS
+
     for name in dict.fromkeys(row.claim for row in found):
         mine = [row for row in found if row.claim == name]
         say(f"{name}: {CLAIMS[name].says} ({CLAIMS[name].source})")
