@@ -291,6 +291,8 @@ class Journal:
         inside = PurePath(path.relative_to(self.root))
         if not moves:
             return Change({"mkdir": "mkdir", "rmdir": "rmdir"}.get(name, "remove"), inside)
+        if Path(args[0]).is_dir():  # what is removed goes by another name, which nothing reads
+            return Change("rmdir", PurePath(Path(args[0]).relative_to(self.root)))
         content = Path(args[0]).read_bytes()
         return Change("put", inside, content, Path(args[0]).stat().st_ino in self._synced)
 

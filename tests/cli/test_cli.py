@@ -199,7 +199,7 @@ BAD = [
     (["record"], "Missing argument"),
     (["record", "fig4", "--store", "a-file"], "is a file"),
     (["record", "fig4", "--store", "a-file/below"], "a-file is a file; a store is a folder"),
-    (["record", "fig4", "--store", "/proc/store"], "cannot write to"),
+    (["record", "quadratic", "--store", "/proc/store"], "cannot write to"),
     (["record", "fig4", "--store", "."], "a folder with other contents"),
     (["ls", "nowhere"], "there is no store at nowhere"),
     (["ls", "a-file"], "not a trajstore"),

@@ -13,7 +13,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,8 +61,10 @@ class Holder:
         return self._lent
 
     def release(self, root: Path) -> None:
-        """Have nothing be written any more."""
-        _take_away(self._lent.within(root))
+        """Have nothing be written any more. Where that cannot be done the next holder does it, or takes nothing."""
+        if self._made:
+            with suppress(OSError):
+                _take_away(self._lent.within(root))
 
 
 _held: dict[tuple[str, str], Holder] = {}
@@ -101,6 +103,7 @@ def _take_away(folder: Path) -> None:
     except FileNotFoundError:
         return
     except OSError:  # some file systems rename no folders that they have from below
-        shutil.rmtree(folder)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
         return
     shutil.rmtree(gone, ignore_errors=True)
