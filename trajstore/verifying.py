@@ -140,12 +140,14 @@ _STRAYS: Mapping[Stray, tuple[str, bool]] = {
 def _beside_experiments(store: Store, repair: bool) -> Iterator[Finding]:
     """Name what lies where experiments do, and is none."""
     place = store.place
-    for folder in (left := place.leftovers()):
-        if repair:
-            place.sweep()
+    left = place.leftovers()
+    if left and repair:
+        place.sweep()
+    still = place.leftovers() if repair else left
+    for folder in left:
         told = "left of an experiment that was removed; the next recording, or `verify --repair`, deletes it"
-        gone = repair and folder not in place.leftovers()
-        yield Finding(None, told, folder.removeprefix(f"{place.address}/"), harmless=True, repaired=gone)
+        name = folder.removeprefix(f"{place.address}/")
+        yield Finding(None, told, name, harmless=True, repaired=folder not in still)
     for folder in place.folders():
         if f"{place.address}/{folder}" in left:
             continue

@@ -51,6 +51,7 @@ def test_what_a_shell_put_into_the_background_goes_on_ignoring_it() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         heed()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         signal.raise_signal(signal.SIGINT)
         stop_if_asked()
     finally:

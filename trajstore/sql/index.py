@@ -171,6 +171,7 @@ def _written(
 ) -> Iterator[list[SlabEntry]]:
     """Write slabs that are new or have changed, file by file; put down which experiments cannot be read."""
     waiting: list[tuple[Key, SlabRows, dict[str, Any], dict[str, Any]]] = []
+    rows = 0
 
     def write() -> list[SlabEntry]:
         metrics = new_file(catalog.folder / "metrics")
@@ -192,7 +193,9 @@ def _written(
         with unreadable_told(name, left_out):
             slab = SlabRows.of(experiments[name], schema.orders.index(order), schema.seeds.index(seed))
             waiting.append((key, slab, slab.metrics(), slab.segments()))
-        if sum(int(slab.steps.sum()) for _, slab, _, _ in waiting) >= _ROWS:
+            rows += int(slab.steps.sum())
+        if rows >= _ROWS:
+            rows = 0
             yield write()
     if waiting:
         yield write()
@@ -231,10 +234,11 @@ def _gone(connection: duckdb.DuckDBPyConnection, source: str, columns: Sequence[
 
 def _tables(catalog: Catalog, experiments: Mapping[str, StoredExperiment], sound: Container[Path]) -> None:
     """Write experiments and runs, where they are others now, or not `sound` any more."""
-    ends = {
-        name: experiment.ends_at([slab.last_step for slab in catalog.slabs.values() if slab.experiment == name])
-        for name, experiment in experiments.items()
-    }
+    last: dict[str, list[int]] = {name: [] for name in experiments}
+    for slab in catalog.slabs.values():
+        if slab.experiment in last:
+            last[slab.experiment].append(slab.last_step)
+    ends = {name: experiment.ends_at(last[name]) for name, experiment in experiments.items()}
     runs = [row for name, e in experiments.items() for row in run_rows(e, ends[name], _runs(catalog, e))]
     for table, rows, columns in (
         ("experiments", [experiment_row(e, ends[name]) for name, e in experiments.items()], EXPERIMENTS_COLUMNS),
