@@ -38,7 +38,7 @@ from trajstore.errors import (
 from trajstore.storage import fills
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.declaring import ATTRIBUTE, declare, sound_attributes, stored_batches
-from trajstore.storage.late import LateSeries
+from trajstore.storage.late import LateSeries, unnoted
 from trajstore.storage.place import DOCUMENT, PARTIAL, TAKEN_OUT, Place, Stray, keeper_of
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
 from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema, late_records
@@ -282,9 +282,9 @@ class _Verifying:
         for path, expected in self.expected.items():
             file = f"{self.name}/{path}"
             try:
-                found = _read_document(self.place, file)
+                found = unnoted(_read_document(self.place, file))
                 if found != expected:
-                    found = _read_document(self.place, file)
+                    found = unnoted(_read_document(self.place, file))
             except OSError as error:
                 yield self._unread(error, file)
                 continue
