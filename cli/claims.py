@@ -12,8 +12,6 @@ from trajstore.cli.console import print_json, print_table, say
 from trajstore.cli.inspection import print_answer
 from trajstore.cli.options import JSON, StorePath, Trust, complete_experiment
 
-from trajstore.errors import DamageError, FormatError
-
 if TYPE_CHECKING:
     from trajstore.analysis.examining import Examined
 
@@ -42,14 +40,13 @@ def claims(
     from trajstore.analysis.examining import examine, frame
 
     import trajstore as ts
+    from trajstore.telling_apart import refuse_damaged, told_apart
 
     opened = ts.open(store, trust=trust)
-    there = {} if exp else dict(opened.experiments())
-    damaged = [str(one) for one in there.values() if isinstance(one, FormatError)]
-    sound = [name for name, one in there.items() if not isinstance(one, FormatError)]
-    if damaged and not sound:
-        raise DamageError("; ".join(damaged))
-    found = list(examine(opened, exp or sound or None, claim or None))
+    sound, damaged = ({}, {}) if exp else told_apart(opened, lambda experiment: experiment)
+    if not sound:
+        refuse_damaged(damaged)
+    found = list(examine(opened, exp or list(sound) or None, claim or None, None if exp else damaged))
     if sql is not None:
         from trajstore.sql import answer
 
@@ -58,8 +55,7 @@ def claims(
         print_json([vars(row) for row in found])
     else:
         _print(found)
-    if damaged:
-        raise DamageError("; ".join(damaged))
+    refuse_damaged(damaged)
 
 
 def _print(found: list[Examined]) -> None:

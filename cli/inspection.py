@@ -9,7 +9,7 @@ import typer
 from trajstore.cli.console import counted, human_bytes, human_seconds, print_csv, print_json, print_table, say
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
-from trajstore.errors import ConfigurationError, DamageError, FormatError
+from trajstore.errors import ConfigurationError
 from trajstore.units import human_size
 
 if TYPE_CHECKING:
@@ -22,32 +22,10 @@ __all__ = ["info", "ls", "sql"]
 def ls(store: StorePath, json: JSON = False) -> None:
     """List the experiments of a store."""
     import trajstore as ts
+    from trajstore.telling_apart import refuse_damaged, told_apart
 
-    opened = ts.open(store)
-    rows: list[dict[str, Any]] = []
-    damaged: list[FormatError] = []
-    for name, experiment in opened.experiments():
-        try:
-            if isinstance(experiment, FormatError):
-                raise experiment
-            progress = experiment.progress()
-        except FormatError as error:  # the others can be read all the same
-            damaged.append(error)
-            continue
-        rows.append(
-            {
-                "experiment": name,
-                "problem": experiment.problem,
-                "operator": experiment.operator,
-                "orders": list(experiment.schema.orders),
-                "seeds": len(experiment.schema.seeds),
-                "steps": progress.steps,
-                "slabs": int(progress.complete.size),
-                "complete": int(progress.complete.sum()),
-                "bytes": experiment.bytes_on_disk(),
-                "disk_bytes": experiment.bytes_taken(),
-            }
-        )
+    found, damaged = told_apart(ts.open(store), _row)
+    rows = [*found.values()]
     if json:
         print_json(rows)
     elif not rows:
@@ -57,8 +35,24 @@ def ls(store: StorePath, json: JSON = False) -> None:
             row["orders"] = ", ".join(row["orders"])
             row["bytes"] = human_size(row["bytes"], row.pop("disk_bytes"))
         print_table(list(rows[0]), [list(row.values()) for row in rows])
-    if damaged:
-        raise DamageError("; ".join(map(str, damaged)))
+    refuse_damaged(damaged)
+
+
+def _row(experiment: StoredExperiment) -> dict[str, Any]:
+    """Return what `ls` tells of an experiment."""
+    schema, progress = experiment.schema, experiment.progress()
+    return {
+        "experiment": experiment.name,
+        "problem": experiment.problem,
+        "operator": experiment.operator,
+        "orders": list(schema.orders),
+        "seeds": len(schema.seeds),
+        "steps": progress.steps,
+        "slabs": int(progress.complete.size),
+        "complete": int(progress.complete.sum()),
+        "bytes": experiment.bytes_on_disk(),
+        "disk_bytes": experiment.bytes_taken(),
+    }
 
 
 def info(

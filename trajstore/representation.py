@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trajstore.errors import FormatError
 from trajstore.printable import printable
 from trajstore.units import human_bytes, human_size
 
@@ -103,19 +102,17 @@ def experiment_html(experiment: StoredExperiment) -> str:
 
 def _of_store(store: Store) -> tuple[list[str], list[list[str]]]:
     """Return a table of the experiments."""
+    from trajstore.telling_apart import told_apart
+
     columns = ["experiment", "orders", "seeds", "steps", "complete", "size"]
-    rows = []
-    for name, experiment in store.experiments():
-        try:
-            if isinstance(experiment, FormatError):
-                raise experiment
-            told, schema = _Told.of(experiment), experiment.schema
-        except FormatError:  # the others can be shown all the same
-            rows.append([name, "damaged", "", "", "", ""])
-            continue
-        orders, seeds = ", ".join(schema.orders), str(len(schema.seeds))
-        rows.append([name, orders, seeds, told.steps, told.complete, told.size])
-    return columns, rows
+    found, damaged = told_apart(store, _row)
+    rows = found | {name: [name, "damaged", "", "", "", ""] for name in damaged}
+    return columns, [rows[name] for name in sorted(rows)]
+
+
+def _row(experiment: StoredExperiment) -> list[str]:
+    told, schema = _Told.of(experiment), experiment.schema
+    return [experiment.name, ", ".join(schema.orders), str(len(schema.seeds)), told.steps, told.complete, told.size]
 
 
 def store_text(store: Store) -> str:

@@ -7,6 +7,7 @@ it holds. What it cannot be asked of yields nothing, and a claim that finds noth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from trajstore.analysis.examining import curves, laws, maps, operators
 from trajstore.analysis.examining.finding import OPEN, Finding
 
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, StatisticError, choices
-from trajstore.store import Store, StoredExperiment
+from trajstore.store import Store, StoredExperiment, unreadable_told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,9 +143,16 @@ CLAIMS: Mapping[str, Claim] = {
 
 
 def examine(
-    store: Store, experiments: Sequence[str] | None = None, names: Sequence[str] | None = None
+    store: Store,
+    experiments: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    damaged: dict[str, str] | None = None,
 ) -> Iterator[Examined]:
-    """Examine claims, by default all of them, in experiments of a store, by default in all, one row after the other."""
+    """Examine claims, by default all of them, in experiments of a store, by default in all, one row after the other.
+
+    An experiment that turns out to be damaged is an error; if there is a table of those that are `damaged`, it is put
+    down there, and the others are examined all the same.
+    """
     known = list(store)
     variants = store.families()
     families = set(variants.values())
@@ -157,7 +165,7 @@ def examine(
     several = sorted({variants.get(name, name) for name in chosen} & families)
     for name in names or CLAIMS:
         claim, found = CLAIMS[name], False
-        for where, finding in _findings(claim, store, single, several):
+        for where, finding in _findings(claim, store, single, several, damaged):
             found = True
             yield _row(name, where, finding)
         if not found:
@@ -177,19 +185,22 @@ def claims(store: Store, experiments: Sequence[str] | None = None, names: Sequen
 
 
 def _findings(
-    claim: Claim, store: Store, single: Sequence[str], several: Sequence[str]
+    claim: Claim, store: Store, single: Sequence[str], several: Sequence[str], damaged: dict[str, str] | None
 ) -> Iterator[tuple[str, Finding]]:
-    asked: list[tuple[str, Iterator[Finding]]] = []
-    if claim.ask is not None:
-        asked += [(name, claim.ask(store[name])) for name in single]
-    if claim.ask_variants is not None:
-        asked += [(name, claim.ask_variants(store.variants(name))) for name in several]
+    asked = list[tuple[str, Callable[[str], Iterator[Finding]]]]()
+    if (ask := claim.ask) is not None:
+        asked += [(name, lambda name: ask(store[name])) for name in single]
+    if (ask_variants := claim.ask_variants) is not None:
+        asked += [(name, lambda name: ask_variants(store.variants(name))) for name in several]
     for where, findings in asked:
-        try:
-            for finding in findings:
-                yield where, finding
-        except _CANNOT as error:
-            yield where, Finding(OPEN, "", "", evidence=str(error))
+        if damaged is not None and where in damaged:
+            continue
+        with nullcontext() if damaged is None else unreadable_told(where, damaged):
+            try:
+                for finding in findings(where):
+                    yield where, finding
+            except _CANNOT as error:
+                yield where, Finding(OPEN, "", "", evidence=str(error))
 
 
 def _row(name: str, experiment: str, finding: Finding) -> Examined:
