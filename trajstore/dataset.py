@@ -14,7 +14,6 @@ import dask.array
 import dask.threaded
 import numpy as np
 import xarray as xr
-import zarr
 from numpy.typing import NDArray
 from xarray.backends import BackendArray
 
@@ -23,7 +22,6 @@ from trajstore.errors import damage_told
 from trajstore.measures import training_mark
 from trajstore.origin import ORIGIN, origin_of
 from trajstore.storage.schema import ArraySpec, Schema, late_records
-from trajstore.storage.segment import array_of
 from trajstore.storage.states import States
 from trajstore.unpromised import GoneError
 
@@ -91,7 +89,7 @@ def opened(experiment: StoredExperiment) -> xr.Dataset:
         mask = mask or next((mask for mask in masks.values() if {*mask[0]} <= {*spec.dims}), None)
         encoding = {"preferred_chunks": _chunks(schema, spec)}
         source = _Committed.of(experiment, schema, spec, mask)
-        attributes = _attributes(array_of(experiment.group, spec.name))
+        attributes = _attributes({"description": spec.about, **spec.attributes})
         if f"{spec.name}_samples" in late:  # computed afterwards
             attributes["mode"] = "train" if training_mark(spec.name) in late else "eval"
         if spec.name == "measured" and late and len(schema.metrics) < _BITS:
@@ -118,10 +116,9 @@ def _lazy(source: _Committed, spec: ArraySpec, encoding: Mapping[str, Any]) -> A
     return LazilyIndexedArray(source)
 
 
-def _attributes(array: zarr.Array[Any]) -> dict[str, Any]:
+def _attributes(declared: Mapping[str, Any]) -> dict[str, Any]:
     """Return an array's attributes as every file format holds them: none that is None, and yes and no as numbers."""
-    stored: Mapping[str, Any] = dict(array.attrs)
-    told = {name: value for name, value in stored.items() if value is not None}
+    told = {name: value for name, value in declared.items() if value is not None}
     return {name: int(value) if isinstance(value, bool) else value for name, value in told.items()}
 
 

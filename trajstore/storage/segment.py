@@ -269,6 +269,7 @@ def array_of(group: zarr.Group, name: str, schema: Schema | None = None) -> zarr
     with damage_told(f"experiment {group.basename!r}: array {name!r}"):
         array = group[name]
         assert isinstance(array, zarr.Array), "it is no array"
+        assert isinstance(array.metadata.attributes, Mapping), "its attributes are no table"
         attributes: Any = group.attrs
         refuse_strange(array, attributes["trajstore"]["schema"]["codec"] if name == "params" else None)
         if schema is not None:
