@@ -2,8 +2,9 @@
 
     python benchmarks/scale.py [--against PYTHON] [--experiments '[10, 100, 400]'] [--slabs '[10, 100, 1000]']
 
-Times are of a folder, the median of a few turns, without starting Python; requests are counted at a bucket in memory,
-to which the folder was copied. A store of many experiments has copies of one small loop; one of many slabs has one
+Times are of a folder, the median of a few turns, without starting Python: seconds of CPU time of all threads, which
+others who use the machine change less than the clock's. Requests are counted at a bucket in memory, to which the folder
+was copied. A store of many experiments has copies of one small loop; one of many slabs has one
 experiment that as many loops of one step were recorded into, one after the other, and `record` is the last of these.
 `sql` is the first question, which makes the index, and `sql again` the second. `--against` names the Python of an
 environment with another trajstore: both are measured in one run, each with stores of its own, and ratios are printed.
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 Measured = dict[str, dict[str, float]]
-"""What was done and to how many → seconds and requests."""
+"""What was done and to how many → seconds of CPU time, and requests."""
 _LAST = 5
 """So many of the last recordings are timed."""
 
@@ -89,24 +90,24 @@ def _read(folder: Path, name: str, turns: int) -> Measured:
     for what, command in kinds.items():
         times = []
         for _ in range(turns):
-            begin = time.perf_counter()
+            begin = time.process_time()
             command(str(folder))
-            times.append(time.perf_counter() - begin)
+            times.append(time.process_time() - begin)
         found[what] = {"seconds": statistics.median(times), "requests": counts[what]}
     return found
 
 
 def _record(place: str, seed: int, name: str = "loop") -> float:
-    """Record one more slab of one step, and return the seconds it took."""
+    """Record one more slab of one step, and return the seconds of CPU time it took."""
     import torch
 
     import trajstore as ts
 
     model = torch.nn.Linear(2, 2)
-    begin = time.perf_counter()
+    begin = time.process_time()
     with ts.record(place, name, model, seed=seed, durability="none") as rec:
         rec.step(loss=1.0)
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 def _many_experiments(folder: Path, number: int) -> None:
@@ -197,7 +198,7 @@ def main() -> None:
     width = max(map(len, told["now"]))
     print(
         f"{'':<{width}}"
-        + "".join(f"{who + ' ' + what:>20}" for what in ("ms", "requests") for who in told)
+        + "".join(f"{who + ' ' + what:>20}" for what in ("CPU ms", "requests") for who in told)
         + (f"{'ratio of times':>20}{'of requests':>20}" if given.against else "")
     )
     for row in told["now"]:

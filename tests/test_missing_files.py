@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
+from tests.torture import Report, in_child, side_by_side
 from trajstore import analysis
 from trajstore.dumping import export_arrays
 from trajstore.errors import DamageError, FormatError, ResumedWarning, TrajstoreError
@@ -106,8 +110,29 @@ def extended(store: Path) -> Answer:
         return dataset(copy)
 
 
+def listed(store: Path) -> Answer:
+    """What `ls` counts; bytes on the disk change with it."""
+    ((_, found),) = ts.open(store).experiments()
+    if isinstance(found, FormatError):
+        raise found
+    return {"progress": repr(found.progress()).encode()}
+
+
+def mended(store: Path) -> Answer:
+    """After a repair a recording writes again what was lost, and what is late can be computed again."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "s.zarr"
+        shutil.copytree(store, copy, symlinks=True)
+        list(verify(ts.Store(copy), repair=True))
+        ts.run(ts.Experiment.of(TINY), copy, resume=True, **HOW)
+        analysis.compute(ts.open(copy)["net"], "gradient_norm")
+        assert not [found for found in verify(ts.Store(copy)) if not found.harmless]
+        return dataset(copy)
+
+
+SAMPLE = [one.__name__ for one in (dataset, states, status, asked, parquet, plain, merged, extended)]
 READERS: dict[str, Callable[[Path], Answer]] = {
-    one.__name__: one for one in (dataset, states, status, asked, parquet, plain, merged, extended)
+    one.__name__: one for one in (dataset, states, status, asked, parquet, plain, merged, extended, listed, mended)
 }
 
 
@@ -137,32 +162,96 @@ DAMAGES = (gone, emptied, shortened, a_folder, a_link)
 
 
 def files(store: Path) -> list[Path]:
+    """Every file of an experiment."""
+    return sorted(file.relative_to(store) for file in (store / "net").rglob("*") if file.is_file())
+
+
+def kinds(store: Path) -> list[Path]:
     """One of each kind of file of an experiment."""
-    below = sorted(file.relative_to(store) for file in (store / "net").rglob("*") if file.is_file())
-    kinds = {tuple("#" if part.isdigit() else part for part in file.parts): file for file in below}
-    return [*kinds.values()]
+    return [*{tuple("#" if part.isdigit() else part for part in file.parts): file for file in files(store)}.values()]
+
+
+def damaged(
+    damage: Callable[[Path], None], file: Path, whole: Path, place: Path, sound: dict[str, Answer]
+) -> tuple[list[str], list[TrajstoreError]]:
+    """Damage a file of a copy, and ask in every way; return what is wrong with the answers, and who refused."""
+    problems, refused = [], []
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(whole, place)
+    damage(place / file)
+    for name, right in sound.items():
+        shutil.rmtree(f"{place}.traj", ignore_errors=True)  # the index would know
+        try:
+            answer = READERS[name](place)
+        except TrajstoreError as error:
+            refused.append(error)
+            if "\n" in str(error):
+                problems.append(f"{name} says several lines: {error}")
+        except Exception as error:
+            problems.append(f"{name} raised {error!r}")
+        else:
+            if answer != right:
+                problems.append(f"{name} gave another answer")
+    return [f"{damage.__name__} {file}: {problem}" for problem in problems], refused
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_no_file_that_is_missing_or_damaged_becomes_a_number(
     damage: Callable[[Path], None], whole: Path, tmp_path: Path
 ) -> None:
-    sound = {name: read(whole) for name, read in READERS.items()}
+    """A sample; `make torture` has every file damaged in every way."""
+    sound = {name: READERS[name](whole) for name in SAMPLE}
     refused: list[TrajstoreError] = []
-    for file in files(whole)[DAMAGES.index(damage) :: len(DAMAGES)]:  # each file is damaged in one of the ways
-        shutil.rmtree(tmp_path / "s.zarr", ignore_errors=True)
-        shutil.copytree(whole, tmp_path / "s.zarr")
-        damage(tmp_path / "s.zarr" / file)
-        for name, read in READERS.items():
-            shutil.rmtree(tmp_path / "s.zarr.traj", ignore_errors=True)  # the index would know
-            try:
-                answer = read(tmp_path / "s.zarr")
-            except TrajstoreError as error:
-                refused.append(error)
-            else:
-                assert answer == sound[name], (name, file)
+    for file in kinds(whole)[DAMAGES.index(damage) :: len(DAMAGES)]:  # each kind is damaged in one of the ways
+        problems, told = damaged(damage, file, whole, tmp_path / "s.zarr", sound)
+        assert not problems, "\n".join(problems)
+        refused += told
     assert len(refused) > 10
-    assert not [error for error in refused if "\n" in str(error)]
+
+
+def recorded(store: Path) -> None:
+    """Record what is to be damaged, with a late metric."""
+    import trajstore.flattening
+
+    trajstore.flattening.segment_length = lambda layout: 4
+    ts.run(ts.Experiment.of(TINY), store, **HOW)
+    analysis.compute(ts.open(store)["net"], "gradient_norm")
+    shutil.rmtree(f"{store}.traj")
+
+
+def batch_of_damages(whole: Path, place: Path, batch: list[tuple[int, Path]]) -> tuple[list[str], Counter[str]]:
+    """Damage some files, each in one way: `DAMAGES` has it."""
+    import trajstore.flattening
+
+    trajstore.flattening.segment_length = lambda layout: 4
+    os.fsync = lambda descriptor: None
+    problems, counts = list[str](), Counter[str]()
+    sound = {name: read(whole) for name, read in READERS.items()}
+    for which, file in batch:
+        wrong, refused = damaged(DAMAGES[which], file, whole, place, sound)
+        problems += wrong
+        counts += Counter(damaged=1, asked=len(sound), refused=len(refused))
+    return problems, counts
+
+
+def damages(most: int, seed: int, folder: Path) -> Report:
+    """Damage every file in every way, or a sample of so many, and ask in every way."""
+    report, whole = Report("files that are missing or not whole", Counter(damaged=0)), folder / "whole" / "s.zarr"
+    in_child(recorded, whole)
+    cases = [(which, file) for file in files(whole) for which in range(len(DAMAGES))]
+    chosen = sorted(random.Random(seed).sample(cases, min(most, len(cases))))
+    batches = [chosen[begin : begin + 20] for begin in range(0, len(chosen), 20)]
+
+    def batch(number: int, which: int) -> None:
+        place = folder / f"copy-{which}" / "s.zarr"
+        place.parent.mkdir(exist_ok=True)
+        problems, counts = in_child(batch_of_damages, whole, place, batches[number])
+        report.add("", [], **counts)
+        for problem in problems:
+            report.add(f"seed {seed}", [problem])
+
+    side_by_side(batch, range(len(batches)))
+    return report
 
 
 def test_the_error_names_slab_steps_and_file(whole: Path, tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from trajstore.cli.inspection import ls
 
 import trajstore as ts
 from tests.conftest import SMALL_NET, record_half
+from trajstore.errors import DamageError
 
 
 class Cells(HTMLParser):
@@ -64,6 +70,23 @@ def test_html_says_the_same_escapes_and_needs_nothing_from_elsewhere(half):
         text = repr(shown)
         assert all(cell in text for cell in html.cells if re.match(r"\d+ of", cell))
     assert "13 of 13" in Cells(half["net"]._repr_html_()).cells
+
+
+def test_an_experiment_that_the_disk_does_not_read_hides_no_other(half, monkeypatch, capsys):
+    read_bytes = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if {"half", "committed"} <= {*path.parts}:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    told = repr(ts.open(str(half)))
+    assert re.search(r"\n  half +damaged", told)
+    assert re.search(r"\n  net +forward, backward +2 +12 +4 of 4 slabs complete", told)
+    with pytest.raises(DamageError, match="experiment 'half' cannot be read: Input/output error"):
+        ls(str(half), json=True)
+    assert [row["experiment"] for row in json.loads(capsys.readouterr().out)] == ["net"]
 
 
 def test_a_store_shows_its_experiments_damaged_ones_too(half, tmp_path):

@@ -1,4 +1,4 @@
-"""Torture: recordings killed at any moment, disks that fail at any write, stores with any byte flipped.
+"""Torture: whatever is killed at any moment, disks that fail at any read or write, stores with any byte or file lost.
 
 `python -m tests.torture` takes some thousand such moments and exits with 1 if anything that was committed was ever
 lost or wrong, if a flipped byte went unnoticed, or if a recording could not go on. A smaller sample is in `make test`.
@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -164,7 +164,7 @@ def files(place: Path) -> dict[str, bytes]:
 
 
 class Truth:
-    """A recording that nothing happened to: all values, all files, and the record of every prefix of a segment."""
+    """A recording that nothing happened to: all values but late ones, and the record of every prefix of a segment."""
 
     def __init__(self, place: Path) -> None:
         stored = ts.open(place)[NAME]
@@ -172,7 +172,7 @@ class Truth:
         self.slabs = {
             (order, seed): {
                 spec.name: (spec.dims[-1 if spec.name in ("params", "counters") else 2], stored.group[spec.name][i, k])
-                for spec in schema.arrays()
+                for spec in replace(schema, late=()).arrays()
                 if {"order", "seed"} <= set(spec.dims) and spec.name != "committed"
             }
             for i, order in enumerate(schema.orders)
@@ -421,7 +421,9 @@ def same_document(whole: bytes, broken: bytes) -> bool:
 def main() -> int:
     """Run everything, print what came out, and return 1 if anything is wrong."""
     from tests.storage.test_bucket import duels
+    from tests.test_disturbing import kills, reads
     from tests.test_faults import cuts, errors
+    from tests.test_missing_files import damages
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
@@ -430,16 +432,22 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=400, help="at most so many; all are about 1,000")
     parser.add_argument("--duels", type=int, default=1_000, help="at most so many; all are about 2,600")
     parser.add_argument("--bytes", type=int, default=1_000_000, help="at most so many; all are about 27,000")
-    parser.add_argument("--only", choices=["kill", "errors", "cuts", "duels", "flip"])
-    given, problems = parser.parse_args(), 0
-    folder = Path(tempfile.mkdtemp(prefix="torture-"))
+    parser.add_argument("--reads", type=int, default=1_000, help="at most so many; all are about READS")
+    parser.add_argument("--commands", type=int, default=300, help="at most so many; all are about KILLS")
+    parser.add_argument("--files", type=int, default=400, help="at most so many; all are about FILES")
     parts: dict[str, Callable[[], Report]] = {
         "kill": lambda: kill(VARIANTS, given.kills, given.seed, folder / "kill"),
         "errors": lambda: errors(given.errors, given.seed, folder / "errors"),
         "cuts": lambda: cuts(given.cuts, given.seed, folder / "cuts"),
         "duels": lambda: duels(given.duels, given.seed),
         "flip": lambda: flip(given.bytes, given.seed, folder / "flip"),
+        "reads": lambda: reads(given.reads, given.seed, folder / "reads"),
+        "commands": lambda: kills(given.commands, given.seed, folder / "commands"),
+        "files": lambda: damages(given.files, given.seed, folder / "files"),
     }
+    parser.add_argument("--only", choices=list(parts))
+    given, problems = parser.parse_args(), 0
+    folder = Path(tempfile.mkdtemp(prefix="torture-"))
     print(f"seed {given.seed}, in {folder}", flush=True)  # noqa: T201
     for name, part in parts.items():
         if given.only in (None, name):
