@@ -60,6 +60,8 @@ def main() -> None:
     spell_out()
     heed()
     warnings.showwarning = lambda message, *_, **__: tell(f"trajstore: {message}")
+    # Zarr writes several documents at once, and when one fails it lets go of those that it has not begun.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     try:
         code = typer.main.get_command(app).main(prog_name="trajstore", standalone_mode=False) or 0
         if code == _INTERRUPTED:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import gc
 import io
 import json
 import os
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -22,6 +25,7 @@ from trajstore.cli.options import parse_seeds, parse_settings, parse_size
 import trajstore as ts
 from tests.waiting import HANGS, until
 from trajstore.errors import ConfigurationError
+from trajstore.storage.local import DurableStore
 
 SMALL = ["--seeds", "0-1", "--steps", "6", "--set", "problem.width=4", "--set", "problem.points=11"]
 
@@ -44,6 +48,23 @@ def test_an_adaptive_recording_with_a_dense_tail_can_be_analysed(trajstore):
     code, _, err = trajstore(*asked[:-2], "--store", "s.zarr", "--resume")
     assert code != 0
     assert "record.dense_tail: 60 / None" in err
+
+
+def test_a_read_that_fails_while_an_experiment_is_declared_is_told_in_one_line(trajstore, monkeypatch, capsys):
+    get, reads = DurableStore.get, 0
+
+    async def failing(store: DurableStore, key: str, *more: Any, **named: Any) -> Any:
+        nonlocal reads
+        reads += key == "zarr.json"
+        if reads == 4:  # when Zarr has made ready what it is to write, and not begun
+            raise OSError(errno.EIO, os.strerror(errno.EIO), key)
+        return await get(store, key, *more, **named)
+
+    monkeypatch.setattr(DurableStore, "get", failing)
+    code, _, err = trajstore("record", "quadratic", "--steps", "3", "--seeds", "0", "--store", "s.zarr")
+    gc.collect()
+    assert code == 1
+    assert (err + capsys.readouterr().err).splitlines() == ["trajstore: Input/output error: zarr.json"]
 
 
 def test_a_session_from_recording_to_the_figure(trajstore):
