@@ -7,6 +7,7 @@ what Python has the system change. Samples are in the suite; `make torture` has 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import os
@@ -27,6 +28,8 @@ from tests.disturbed import DOING, Stores, alone, prepared
 from tests.torture import Report, in_child, side_by_side, start
 from tests.waiting import HANGS
 from trajstore.errors import TrajstoreError
+from trajstore.storage.folder import Folder
+from trajstore.storage.local import DurableStore
 
 CODES = (errno.EIO, errno.ESTALE, errno.EMFILE)
 CHANGES = ("mkdir", "replace", "rename", "link", "symlink", "unlink", "remove", "rmdir")
@@ -180,7 +183,7 @@ def reads(most: int, seed: int, folder: Path, origin: Path | None = None, names:
     counted = in_child(_counted, origin, folder / "counting", names)
     moments = [Moment(name, at, CODES[at % len(CODES)]) for name, number in counted for at in range(1, number + 1)]
     chosen = sorted(random.Random(seed).sample(moments, min(most, len(moments))))
-    batches = [chosen[begin : begin + 40] for begin in range(0, len(chosen), 40)]
+    batches = [chosen[begin : begin + 15] for begin in range(0, len(chosen), 15)]
 
     def batch(number: int, which: int) -> None:
         try:
@@ -195,10 +198,19 @@ def reads(most: int, seed: int, folder: Path, origin: Path | None = None, names:
     return report
 
 
+def test_where_a_disk_does_not_say_whether_a_file_is_there_it_is_not_taken_for_missing(tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text("{}")
+    for there in (Folder(tmp_path).exists, lambda key: asyncio.run(DurableStore(tmp_path).exists(key))):
+        for at in (1, 2):  # asking for the key's own status, and what it is
+            with Failing(tmp_path, at) as failing, suppress(OSError):
+                assert there("zarr.json"), failing.failed
+            assert failing.failed
+
+
 def test_a_read_that_fails_once_loses_nothing_and_changes_no_number(origin: Path, tmp_path: Path) -> None:
-    report = reads(12, 0, tmp_path, origin, ["dataset", "sql again", "verify --repair"])
-    assert report.counts["failed"] >= 9
-    assert report.counts["told"] >= 6, "the faults reach what is read"
+    report = reads(6, 0, tmp_path, origin, ["dataset", "verify --repair"])
+    assert report.counts["failed"] >= 5
+    assert report.counts["told"] >= 3, "the faults reach what is read"
     assert not report.problems, "\n".join([str(report), *report.problems])
 
 
@@ -286,7 +298,8 @@ def kills(most: int, seed: int, folder: Path, origin: Path | None = None, names:
     return report
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_loses_nothing_and_is_ended_by_the_next(origin: Path, tmp_path: Path) -> None:
-    report = kills(2, 0, tmp_path, origin, ["compute", "merge"])
-    assert report.counts["killed"] == 2
+    report = kills(12, 0, tmp_path, origin)
+    assert report.counts["killed"] == 12
     assert not report.problems, "\n".join([str(report), *report.problems])

@@ -209,24 +209,22 @@ def test_no_file_that_is_missing_or_damaged_becomes_a_number(
     assert len(refused) > 10
 
 
-def recorded(store: Path) -> None:
-    """Record what is to be damaged, with a late metric."""
-    import trajstore.flattening
-
-    trajstore.flattening.segment_length = lambda layout: 4
+def recorded(store: Path) -> dict[str, Answer]:
+    """Record what is to be damaged, with a late metric; return what is right."""
+    _alone(store)
     ts.run(ts.Experiment.of(TINY), store, **HOW)
     analysis.compute(ts.open(store)["net"], "gradient_norm")
+    sound = {name: read(store) for name, read in READERS.items()}
     shutil.rmtree(f"{store}.traj")
+    return sound
 
 
-def batch_of_damages(whole: Path, place: Path, batch: list[tuple[int, Path]]) -> tuple[list[str], Counter[str]]:
+def batch_of_damages(
+    whole: Path, place: Path, sound: dict[str, Answer], batch: list[tuple[int, Path]]
+) -> tuple[list[str], Counter[str]]:
     """Damage some files, each in one way: `DAMAGES` has it."""
-    import trajstore.flattening
-
-    trajstore.flattening.segment_length = lambda layout: 4
-    os.fsync = lambda descriptor: None
+    _alone(place)
     problems, counts = list[str](), Counter[str]()
-    sound = {name: read(whole) for name, read in READERS.items()}
     for which, file in batch:
         wrong, refused = damaged(DAMAGES[which], file, whole, place, sound)
         problems += wrong
@@ -234,23 +232,33 @@ def batch_of_damages(whole: Path, place: Path, batch: list[tuple[int, Path]]) ->
     return problems, counts
 
 
+def _alone(place: Path) -> None:
+    """Have this process keep its cache beside a store, wait for no disk, and cut states into several chunks."""
+    import trajstore.flattening
+
+    trajstore.flattening.segment_length = lambda layout: 4
+    os.environ["XDG_CACHE_HOME"] = str(place.parent / "cache")
+    os.fsync = lambda descriptor: None
+
+
 def damages(most: int, seed: int, folder: Path) -> Report:
     """Damage every file in every way, or a sample of so many, and ask in every way."""
-    report, whole = Report("files that are missing or not whole", Counter(damaged=0)), folder / "whole" / "s.zarr"
-    in_child(recorded, whole)
+    report, whole = Report("missing and damaged files", Counter(damaged=0)), folder / "whole" / "s.zarr"
+    sound = in_child(recorded, whole)
     cases = [(which, file) for file in files(whole) for which in range(len(DAMAGES))]
     chosen = sorted(random.Random(seed).sample(cases, min(most, len(cases))))
-    batches = [chosen[begin : begin + 20] for begin in range(0, len(chosen), 20)]
+    batches = [chosen[begin : begin + 6] for begin in range(0, len(chosen), 6)]
 
     def batch(number: int, which: int) -> None:
         place = folder / f"copy-{which}" / "s.zarr"
         place.parent.mkdir(exist_ok=True)
-        problems, counts = in_child(batch_of_damages, whole, place, batches[number])
+        problems, counts = in_child(batch_of_damages, whole, place, sound, batches[number])
         report.add("", [], **counts)
         for problem in problems:
             report.add(f"seed {seed}", [problem])
 
     side_by_side(batch, range(len(batches)))
+    report.counts["of"] = len(cases)
     return report
 
 

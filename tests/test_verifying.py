@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.test_resume import contents
-from trajstore.errors import FormatError, TrajstoreError
+from trajstore.errors import FormatError
 from trajstore.storage.place import TAKEN_OUT
 from trajstore.storage.segment import array_of
 from trajstore.verifying import verify
@@ -171,33 +169,3 @@ def test_a_document_that_tells_of_a_shorter_array_is_found(store, array, axis):
         ts.open(store)["net"].dataset()
     found(store, repair=True)
     assert found(store) == []
-
-
-@pytest.mark.parametrize("name", [errno.EIO, errno.ESTALE])
-def test_a_read_that_fails_once_is_no_damage(store, monkeypatch, name):
-    """At a sample of all reads that a repair makes: what is committed stays, and so do its records."""
-    whole, fail, reads, told = contents(store), 0, 0, 0
-    read_bytes = Path.read_bytes
-
-    def failing(self: Path) -> bytes:
-        nonlocal reads
-        reads += store in self.parents
-        if reads == fail:
-            raise OSError(name, os.strerror(name), str(self))
-        return read_bytes(self)
-
-    monkeypatch.setattr(Path, "read_bytes", failing)
-    found(store)
-    every = reads
-    for fail in random.Random(name).sample(range(1, every + 1), 6):
-        reads = 0
-        try:
-            messages = found(store, repair=True)
-        except TrajstoreError:
-            messages = ["refused"]
-        told += bool(messages)
-        assert not [message for message in messages if message.endswith("taken out")], (fail, messages)
-        fail = 0
-        assert contents(store) == whole
-        assert found(store) == []
-    assert told >= 3, "the faults reach what is read"

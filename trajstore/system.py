@@ -8,12 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from trajstore.errors import OpenFilesError
 
-__all__ = ["allow_more_files", "is_full", "opening", "refuse_too_many", "system_told"]
+__all__ = ["allow_more_files", "is_file", "is_full", "opening", "refuse_too_many", "system_told"]
 
 T = TypeVar("T")
 
@@ -61,6 +63,14 @@ def opening(do: Callable[[], T], what: str | os.PathLike[str]) -> T:
     except OSError as error:
         refuse_too_many(error, what)
         raise
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there; where that cannot be known, it is an error. (To `Path.is_file` it may be a no.)"""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def refuse_too_many(error: OSError, what: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from trajstore.storage.local import DurableStore, contents, inside
 from trajstore.storage.locks import lock
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray, aside
 from trajstore.storage.removing import delete, leftovers
-from trajstore.system import opening
+from trajstore.system import is_file, opening
 
 __all__ = ["Folder"]
 
@@ -50,7 +50,7 @@ class Folder:
 
     def exists(self, key: str) -> bool:
         """Tell whether there is something."""
-        return inside(self.path, key).is_file()
+        return is_file(inside(self.path, key))
 
     def version(self, key: str) -> object | None:
         """Return what changes whenever something else is put there, None where there is nothing."""

@@ -43,7 +43,7 @@ from trajstore.storage.place import (
     place_of,
 )
 from trajstore.storage.removing import delete, take_away
-from trajstore.system import allow_more_files, opening, refuse_too_many
+from trajstore.system import allow_more_files, is_file, opening, refuse_too_many
 
 __all__ = ["DurableStore", "contents", "inside", "user_cache"]
 
@@ -270,8 +270,7 @@ class DurableStore(LocalStore):
 
     async def exists(self, key: str) -> bool:
         """Tell whether there is something."""
-        inside(self.root, key)
-        return await super().exists(key)
+        return await asyncio.to_thread(is_file, inside(self.root, key))
 
     async def getsize(self, key: str) -> int:
         """Return the size of what is there."""
