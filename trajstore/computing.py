@@ -54,13 +54,14 @@ def compute_late(
             with stored.locked(order, seed):
                 Ledger(group, schema, i, k)  # which keeps out whoever held the lock before
                 series = {name: LateSeries(group, schema, (i, k), name) for name in names}
-                known = series[names[-1]].read()[0]  # what is written last
-                missing = [step for step in steps if not known[step]]
+                known = {name: one.read()[0] for name, one in series.items()}  # a repair may take out one of them
+                missing = [step for step in steps if not all(there[step] for there in known.values())]
                 for begin in range(0, len(missing), _TOGETHER):
                     some = missing[begin : begin + _TOGETHER]
                     values = list(pool.map(lambda step, o=order, s=seed: measure(o, s, step), some))
                     for name in names:
-                        series[name].put(np.array(some), np.array([value[name] for value in values]))
+                        new = [k for k, step in enumerate(some) if not known[name][step]]
+                        series[name].put(np.array(some)[new], np.array([value[name] for value in values])[new])
                     done += len(some)
                     if progress is not None:
                         progress(len(some), f"{order}, seed {seed}")
