@@ -4,10 +4,10 @@
 
 Times are of a folder, the median of a few turns, without starting Python: seconds of CPU time of all threads, which
 others who use the machine change less than the clock's. Requests are counted at a bucket in memory, to which the folder
-was copied. A store of many experiments has copies of one small loop; one of many slabs has one
-experiment that as many loops of one step were recorded into, one after the other, and `record` is the last of these.
-`sql` is the first question, which makes the index, and `sql again` the second. `--against` names the Python of an
-environment with another trajstore: both are measured in one run, each with stores of its own, and ratios are printed.
+was copied. A store of many experiments has copies of one small loop; one of many slabs has one experiment that as many
+loops of one step were recorded into, one after the other, and `record` is the last of these. `sql` is the first
+question, which makes the index, and `sql again` the second. `--against` names the Python of an environment with another
+trajstore: both are measured in one run, each with stores of its own, and ratios are printed.
 """
 
 from __future__ import annotations
