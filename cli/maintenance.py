@@ -1,4 +1,4 @@
-"""`trajstore verify`, `merge`, `rm` and `unlock`: look after a store."""
+"""`trajstore verify`, `copy`, `merge`, `rm` and `unlock`: look after a store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trajstore.replaying import Replayed
     from trajstore.store import Store
 
-__all__ = ["merge", "rm", "unlock", "verify"]
+__all__ = ["copy", "merge", "rm", "unlock", "verify"]
 
 _FOUND = 1
 
@@ -85,6 +85,16 @@ def _replayed(store: Store, exp: str | None) -> tuple[list[tuple[str, Replayed]]
     return replayed, left_out
 
 
+def copy(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="The store to copy; it stays as it is.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="Where to; an earlier copy is brought up to date.")],
+    exp: Annotated[list[str] | None, typer.Argument(metavar="[EXP]...", help="All of them by default.")] = None,
+    json: JSON = False,
+) -> None:
+    """Copy experiments to another store, also while they are recorded: what is committed, read back and checked."""
+    _take_over(source, target, exp, json)
+
+
 def merge(
     source: Annotated[str, typer.Argument(metavar="FROM", help="The store to take from; it stays as it is.")],
     target: Annotated[str, typer.Argument(metavar="INTO", help="The store to add to; made if there is none.")],
@@ -92,18 +102,28 @@ def merge(
     json: JSON = False,
 ) -> None:
     """Take experiments over from another store: whole ones, and orders, seeds and steps of those that both have."""
+    _take_over(source, target, exp, json)
+
+
+def _take_over(source: str, target: str, names: list[str] | None, json: bool) -> None:
     from dataclasses import asdict
 
     import trajstore as ts
     from trajstore.merging import merge as merged
 
-    done = merged(ts.open(source), ts.Store(target), exp)
+    into = ts.Store(target)
+    done = merged(ts.open(source), into, names)
     if json:
         print_json([asdict(slab) for slab in done])
         return
     for name in dict.fromkeys(slab.experiment for slab in done):
-        copied = [slab.copied for slab in done if slab.experiment == name]
-        say(f"{name}: {counted(sum(copied), 'slab')} copied, {len(copied) - sum(copied)} there already")
+        slabs = [slab for slab in done if slab.experiment == name]
+        copied = sum(slab.copied for slab in slabs)
+        told = f"{name}: {counted(copied, 'slab')} copied, {len(slabs) - copied} there already"
+        stored = into[name]
+        complete, schema = stored.complete(stored.commits()), stored.schema
+        half = sum(not complete[schema.orders.index(slab.order), schema.seeds.index(slab.seed)] for slab in slabs)
+        say(f"{told}; {half} not complete yet" if half else told)
 
 
 def rm(

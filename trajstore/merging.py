@@ -1,14 +1,13 @@
 """Merge and remove: experiments and slabs from one store into another, and out of one.
 
 What is taken over is read and checked first; chunks are copied as they are, a slab's commit records last, as when it
-was recorded. What both stores have must be the same, as far as both have it.
+was recorded. What both stores have must be the same, as far as both have it. What is taken from may be recorded at the
+same time; nothing is locked or written there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,17 +15,14 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.buffer.cpu import Buffer
 
 from trajstore.configuration import differences
-from trajstore.errors import ConfigurationError, ConflictError, DamageError, TrajstoreError, WriteError
+from trajstore.copying import copy_slab
+from trajstore.errors import ConfigurationError, ConflictError, TrajstoreError, WriteError, damage_told
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, stored_batches
-from trajstore.storage.fills import add_fills, stored_fills
-from trajstore.storage.late import LateSeries
+from trajstore.storage.fills import Fill, add_fills, renew_fills, stored_fills
 from trajstore.storage.place import keeper_of
-from trajstore.storage.schema import Schema, late_records
-from trajstore.storage.segment import Corner
-from trajstore.storage.writer import Ledger
+from trajstore.storage.schema import Schema
 from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_alike, refuse_foreign
 from trajstore.system import is_full, system_told
 
@@ -81,11 +77,18 @@ def merge(source: Store, target: Store, names: Sequence[str] | None = None) -> l
         else:
             refuse_alike(target, experiment.name)
     target.place.make()
-    return [merged for experiment in experiments for merged in _take_over(experiment, target)]
+    return [merged for experiment in experiments for merged in _take_over(_again(experiment), target)]
+
+
+def _again(experiment: StoredExperiment) -> StoredExperiment:
+    """Return an experiment as it is when its turn comes: it may have grown, and must be the same."""
+    keeper_of(experiment.group).expected.refuse_another(experiment.name, experiment.store.place)
+    return experiment.store[experiment.name]
 
 
 def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
     name = experiment.name
+    noted = experiment.fills  # before the records: of what ended by then, they tell all
     with ExitStack() as held:
         with target.declaring():
             root = open_root(target.place)
@@ -98,18 +101,32 @@ def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
             else:
                 batches = _batches(experiment.schema, experiment)
                 group = declare(root, name, experiment.schema, experiment.config, batches)
+            _note(group, [_as_begun(fill) for fill in noted])
         stored = StoredExperiment(target, group)
         _lock_slabs(held, experiment, stored)
         done = [
-            Merged(name, order, seed, _copy_slab(experiment, stored, order, seed))
+            Merged(name, order, seed, copy_slab(experiment, stored, order, seed))
             for order, seed in product(experiment.schema.orders, experiment.schema.seeds)
         ]
+        with damage_told(f"experiment {name!r} in {experiment.store}"):
+            later = stored_fills(zarr.open_group(experiment.group.store, path=name, mode="r", zarr_format=3))
         with target.declaring():
             group = zarr.open_group(root.store, path=name, mode="r+", zarr_format=3)
-            known = {fill["id"] for fill in stored_fills(group)}
-            if new := [fill for fill in experiment.fills if fill["id"] not in known]:
-                add_fills(group, new)
+            _note(group, [*noted, *map(_as_begun, later)])
     return done
+
+
+def _as_begun(fill: Fill) -> Fill:
+    """Return a fill as it was before it ended: nobody says that what is copied until then is all of it."""
+    return {key: value for key, value in fill.items() if key != "seconds"} | {"ended": None}
+
+
+def _note(group: zarr.Group, fills: Sequence[Fill]) -> None:
+    """Note fills of another store, and those anew that have ended since. Hold the declaration's lock."""
+    known = {fill["id"]: fill for fill in stored_fills(group)}
+    if new := [fill for fill in fills if fill["id"] not in known]:
+        add_fills(group, new)
+    renew_fills(group, [f for f in fills if f["ended"] and f["id"] in known and not known[f["id"]]["ended"]])
 
 
 def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, Any], Schema]:
@@ -128,7 +145,8 @@ def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, A
     shorter = min(map(len, names))
     if names[0][:shorter] != names[1][:shorter]:
         found.append(f"metrics: {', '.join(names[0])} / {', '.join(names[1])}")
-    if a.steps != b.steps and a.batch_size:
+    shorter_one, longer_one = sorted((a, b), key=lambda schema: schema.steps)
+    if a.steps != b.steps and a.batch_size and not {*shorter_one.seeds} <= {*longer_one.seeds}:
         found.append(f"steps: {a.steps} / {b.steps} (extend the shorter one first)")
     grids = sorted((a.snapshots, b.snapshots), key=len)
     if grids[1][: len(grids[0])] != grids[0]:
@@ -165,104 +183,17 @@ def _union(here: StoredExperiment, there: StoredExperiment) -> tuple[dict[str, A
 
 
 def _batches(schema: Schema, *experiments: StoredExperiment) -> list[np.ndarray[Any, Any]]:
-    """Return the batches of each seed, from the first of the experiments that has it."""
-    if not schema.batch_size:
-        return []
-    homes = [next(e for e in experiments if seed in e.schema.seeds) for seed in schema.seeds]
-    places = [home.schema.seeds.index(seed) for home, seed in zip(homes, schema.seeds, strict=True)]
-    return [stored_batches(home.group, home.schema, k) for home, k in zip(homes, places, strict=True)]
-
-
-def _copy_slab(source: StoredExperiment, target: StoredExperiment, order: str, seed: int) -> bool:
-    """Copy a slab that the target has less of; tell whether there was anything to copy."""
-    theirs, ours = (
-        Ledger(e.group, e.schema, e.schema.orders.index(order), e.schema.seeds.index(seed)) for e in (source, target)
-    )
-    for name in source.schema.late:
-        known, values = LateSeries(source.group, source.schema, theirs.corner, name).read()
-        if known.any():
-            LateSeries(target.group, target.schema, ours.corner, name).put(np.flatnonzero(known), values[known])
-    more = False
-    same = (theirs.records == ours.records[: len(theirs.records)]).all(axis=-1)
-    differing = bool((~same & (theirs.records[:, 0] >= 0)).any())
-    parts = _parts(source, theirs.corner, ours.corner) if differing else {}
-    as_read = {here: _digests(source, here) for here in parts}
-    for number in np.flatnonzero(theirs.records[:, 0] >= 0).tolist() if differing else ():  # chunks may be of several
-        record, own = theirs.records[number].tolist(), ours.records[number].tolist()
-        checked = theirs.read(number, counted=max(0, own[0]))
-        if own[0] > record[0]:
-            ours.read(number, counted=record[0]).refuse_other(record, theirs.steps_named(number))
-            continue
-        checked.refuse_other(own, ours.steps_named(number))
-        more |= own != record
-    if not more:
-        return False
-    ahead = [n for n in range(len(theirs.records)) if ours.records[n, 0] > theirs.records[n, 0]]
-    if ahead:
-        raise ConflictError(
-            f"{ours.name}: each of the two stores has steps that the other lacks; resume one of them first"
-        )
-    for here, there in parts.items():
-        _copy(source, target, here, there, as_read[here], theirs.name)
-    for path in theirs.slots.paths:
-        _copy(source, target, path, path)
-    try:
-        ours.refuse_unlike(theirs)
-    except DamageError as error:
-        raise DamageError(
-            f"{error}; that was copied from {source.store}, and counts in {target.store} only when it is merged again"
-        ) from None
-    ours.take_over(theirs.records)
-    return True
-
-
-def _parts(source: StoredExperiment, theirs: Corner, ours: Corner) -> dict[str, str]:
-    """Return where the chunks of a slab lie that its commit records vouch for → where they are copied to."""
-    return {
-        f"{spec.name}/c/{theirs[0]}/{theirs[1]}": f"{spec.name}/c/{ours[0]}/{ours[1]}"
-        for spec in source.schema.arrays()
-        if {"order", "seed"} <= set(spec.dims) and spec.name != "committed" and not _is_late(source.schema, spec.name)
-    }
-
-
-def _digests(source: StoredExperiment, here: str) -> dict[str, bytes]:
-    """Return what is below a key of an experiment → a digest of it."""
-    place = source.store.place
-    return {key: _digest(place.read(key) or b"") for key, _ in place.files(f"{source.name}/{here}")}
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-def _is_late(schema: Schema, array: str) -> bool:
-    return any(array in (name, late_records(name)) for name in schema.late)
-
-
-def _copy(
-    source: StoredExperiment,
-    target: StoredExperiment,
-    here: str,
-    there: str,
-    as_read: Mapping[str, bytes] | None = None,
-    slab: str = "",
-) -> None:
-    """Copy what lies below a key of one experiment to another key of the other.
-
-    Where digests are given, it must still be what was read and checked: it may replace what is committed here.
-    """
-    keeper, place = keeper_of(target.group), source.store.place
-    prefix = f"{source.name}/{here}"
-    for key in (key for key, _ in place.files(prefix)) if as_read is None else as_read:
-        ours = re.fullmatch(r"(/([0-9]+|c|zarr\.json))*", key.removeprefix(prefix)) is not None  # chunks and documents
-        content = place.read(key) if ours else None
-        if as_read is not None and ours and (content is None or _digest(content) != as_read[key]):
-            raise ConflictError(
-                f"{slab}: {key} in {source.store} was changed or removed while it was merged; nothing of it counts "
-                "here; merge again when nobody writes there"
-            )
-        if content is not None:
-            keeper.set_sync(f"{target.name}/{there}{key.removeprefix(prefix)}", Buffer.from_bytes(content))
+    """Return the batches of each seed, from the experiment that goes furthest; the others must have begun the same."""
+    found = []
+    for seed in schema.seeds if schema.batch_size else ():
+        homes = [experiment for experiment in experiments if seed in experiment.schema.seeds]
+        stored = [stored_batches(home.group, home.schema, home.schema.seeds.index(seed)) for home in homes]
+        longest = max(stored, key=len)
+        if not all(np.array_equal(longest[: len(batches)], batches) for batches in stored):
+            name, stores = homes[0].name, " and ".join(str(home.store) for home in homes)
+            raise ConflictError(f"experiment {name!r}, seed {seed} has other batches in {stores}")
+        found.append(longest)
+    return found
 
 
 def _lock_slabs(

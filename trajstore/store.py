@@ -280,6 +280,18 @@ class Store:
 
         return datatree(self)
 
+    def copy(self, target: str | Path, names: Sequence[str] | None = None) -> Store:
+        """Copy experiments, all by default, to another path or URL, also while they are recorded; return the copy.
+
+        What is committed as the turn of a slab comes is copied, read back and compared. Into an earlier copy goes what
+        it lacks; what both have must be the same.
+        """
+        from trajstore.merging import merge
+
+        copied = Store(target)
+        merge(self, copied, names)
+        return copied
+
     def sql(self, query: str, **tables: pd.DataFrame) -> duckdb.DuckDBPyRelation:
         """Ask the tables `experiments`, `runs`, `metrics` and `segments` with one SELECT statement.
 

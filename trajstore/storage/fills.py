@@ -24,11 +24,13 @@ from trajstore.storage.schema import APART, FORMAT
 
 __all__ = [
     "FOLDER",
+    "Fill",
     "add_fills",
     "block_numbers",
     "block_of",
     "put_block",
     "read_block",
+    "renew_fills",
     "replace_fill",
     "stored_fills",
 ]
@@ -88,6 +90,21 @@ def replace_fill(group: zarr.Group, fill: Fill) -> list[Fill]:
             put_block(group, number, together)
             return together
     return add_fills(group, [fill])  # a repair took it out in the meantime
+
+
+def renew_fills(group: zarr.Group, fills: Sequence[Fill]) -> None:
+    """Note fills anew, each where it is. Hold the declaration's lock."""
+    newer = {fill["id"]: fill for fill in fills}
+    attributes: Any = group.attrs[ATTRIBUTE]
+    if attributes["format"] == FORMAT:
+        if newer:
+            renewed = [newer.get(fill["id"], fill) for fill in attributes["fills"]]
+            set_attributes(group, attributes | {"fills": renewed})
+        return
+    for number in block_numbers(group) if newer else ():
+        before = read_block(group, number)
+        if any(fill["id"] in newer for fill in before):
+            put_block(group, number, [newer.get(fill["id"], fill) for fill in before])
 
 
 def block_numbers(group: zarr.Group) -> range:

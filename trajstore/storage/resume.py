@@ -34,8 +34,11 @@ class ResumeSlots:
 
     def latest(self, committed: int) -> tuple[int, bytes] | None:
         """Return the latest state that is whole, not later than the last committed step, and its step."""
-        there = [content for path in self.paths if (content := self._read(path)) is not None]
-        return max((content for content in there if content[0] <= committed), default=None)
+        return max((content for content in self.contents() if content[0] <= committed), default=None)
+
+    def contents(self) -> list[tuple[int, bytes]]:
+        """Return the states that are whole, and their steps."""
+        return [content for path in self.paths if (content := self._read(path)) is not None]
 
     def put(self, step: int, state: bytes, committed: int) -> None:
         """Store the state for a step, beside the latest that counts already."""

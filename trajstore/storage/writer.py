@@ -43,7 +43,7 @@ ResumeState = Callable[[], bytes]
 
 
 class Ledger:
-    """The commit records of one slab, and its series. Hold the slab's lock."""
+    """The commit records of one slab, and its series. Hold the slab's lock to write."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Ledger:
         arrays = arrays or arrays_written(group, schema)
         self._committed_array = arrays["committed"]
         self.name = slab_named(group.basename, schema.orders[order], schema.seeds[seed])
-        self._fence = guarded(group, schema, self.corner)
+        self._fence = 0 if group.store.read_only else guarded(group, schema, self.corner)
         commits = self._fenced(whole)
         self.records = commits.records[0, 0].copy()
         self.committed = commits.steps[0, 0].copy()
@@ -155,15 +155,14 @@ class Ledger:
         for segment in range(0, self.schema.segments, self._committed_array.chunks[2]):
             self._write_record(segment)
 
-    def refuse_unlike(self, other: Ledger) -> None:
-        """Read what was copied of another ledger's slab, before it counts: it must be what that one's records say."""
+    def with_records_of(self, other: Ledger) -> Ledger:
+        """Return this one as it will be when the records of another count, whose chunks were copied here; to read."""
         there = copy(self)
         there.records, there.committed = self.records.copy(), self.committed.copy()
         there.records[: len(other.records)] = other.records
         there.committed[: len(other.committed)] |= other.committed
         there._at_hand = -1, {}
-        for number in np.flatnonzero(there.records[:, 0] >= 0).tolist():
-            there.read(number)
+        return there
 
     def discard(self, segments: Iterable[int]) -> None:
         """Have segments count no more: what was committed of them is lost."""
