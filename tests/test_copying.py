@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +20,9 @@ from torch import nn
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore import copying
-from trajstore.errors import BusyError, DamageError, OutdatedError
-from trajstore.merging import merge
+from trajstore.errors import BusyError, DamageError
 from trajstore.storage.folder import Folder
 from trajstore.storage.resume import ResumeSlots
-from trajstore.storage.segment import array_of
 from trajstore.storage.writer import Ledger
 from trajstore.store import open_root
 from trajstore.verifying import verify
@@ -43,20 +39,20 @@ def many_commits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def commit_often(patch: Callable[[str, object], None]) -> None:
     patch("trajstore.flattening.segment_length", lambda layout: SEGMENT)
+    patch("trajstore.recorder.segment_length", lambda layout: SEGMENT)
     patch("trajstore.recorder.COMMIT_STEPS", COMMIT)
 
 
 class Loop:
     """A training loop that goes on when it is told to."""
 
-    def __init__(self, store: Path | str, *, seed: int = 0, steps: int = 400, size: int = 3) -> None:
+    def __init__(self, store: Path | str, *, seed: int = 0, resume: bool = False) -> None:
         torch.manual_seed(seed)
-        self.net = nn.Linear(size, 2)
+        self.net = nn.Linear(3, 2)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.5)
-        self.rec = ts.record(
-            store, "mine", self.net, optimizer=self.optimizer, seed=seed, steps=steps, sketch=4, durability="none"
-        ).__enter__()
-        self.taken = 0
+        given = {"optimizer": self.optimizer, "seed": seed, "steps": 400, "sketch": 4, "durability": "none"}
+        self.rec = ts.record(store, "mine", self.net, **given, resume=resume).__enter__()
+        self.taken = self.rec.last
 
     def go(self, steps: int) -> None:
         """Take some steps; those that are due are committed when it returns."""
@@ -90,49 +86,57 @@ def last_of(store: Path | str, seed: int = 0) -> int:
     return int(stored.commits((0, stored.schema.seeds.index(seed))).last_step[0, 0])
 
 
-def refuse_unsound(copy: Path | str, source: Path | str, least: int) -> None:
-    """The copy verifies, has what was committed at its begin, as it is in the source, and a state to resume from."""
+def refuse_unsound(copy: Path | str, least: int) -> None:
+    """The copy verifies, has what was committed at its begin, and a state to resume from."""
     assert [str(found) for found in verify(ts.Store(copy))] == []
-    stored, whole = ts.open(copy)["mine"], ts.open(source)["mine"]
-    last = last_of(copy)
+    last, group = last_of(copy), ts.open(copy)["mine"].group
     assert last >= least
+    resumes = ResumeSlots(group, "forward", 0).latest(last)
+    assert resumes is not None
+    assert resumes[0] == last
+
+
+def refuse_other(copy: Path | str, source: Path | str) -> None:
+    """What is in the copy is what is in the source, up to where it goes."""
+    last = last_of(copy)
+    stored, whole = ts.open(copy)["mine"], ts.open(source)["mine"]
     ours, theirs = (one.dataset().sel(step=slice(last), snapshot=slice(last)) for one in (stored, whole))
     assert ours["recorded"].values[0, 0].all()
     for name in ("params", "loss", "late", "sketch"):
         if name in ours:
             there = ours[name].notnull() if name == "late" else True
             assert np.array_equal(ours[name].where(there), theirs[name].where(there), equal_nan=True), name
-    resumes = ResumeSlots(stored.group, "forward", 0).latest(last)
-    assert resumes is not None
-    assert resumes[0] == last
 
 
 @contextmanager
-def at_each(source: Path, act: Callable[[int], None]) -> Iterator[None]:
-    """Have something happen at each moment of a copy: before a file is read of the source, and after records are."""
+def at_each(source: Path, act: Callable[[int, str], None]) -> Iterator[None]:
+    """Have something happen at each moment of a copy: before a file is read of the source, and after records are.
+
+    It is told the number of the moment, and which file, or that it is `records` or a `state`.
+    """
     reads, records, states = Folder.read, Ledger.__init__, ResumeSlots._read
     busy, number = False, 0
 
-    def moment() -> None:
+    def moment(what: str) -> None:
         nonlocal busy, number
         if not busy and threading.current_thread() is threading.main_thread():
             busy, number = True, number + 1
-            act(number)
+            act(number, what)
             busy = False
 
     def read(self: Folder, key: str, most: int | None = None) -> bytes | None:
         if self.path == source:
-            moment()
+            moment(key)
         return reads(self, key, most)
 
     def opened(self: Ledger, group: zarr.Group, *rest: Any, **more: Any) -> None:
         records(self, group, *rest, **more)
         if group.store.read_only:
-            moment()
+            moment("records")
 
     def state(self: ResumeSlots, path: str) -> Any:
         if self._group.store.read_only:
-            moment()
+            moment("state")
         return states(self, path)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -144,9 +148,9 @@ def at_each(source: Path, act: Callable[[int], None]) -> Iterator[None]:
 
 def copies_with_commits_at(moments: Sequence[int], loop: Loop, source: Path, folder: Path) -> int:
     """Copy anew, and go on with an earlier copy, with two commits at one moment; return the last moment that came."""
-    at, came, went_on = 0, 0, 0
+    at = came = 0
 
-    def act(number: int) -> None:
+    def act(number: int, what: str) -> None:
         nonlocal came
         came = max(came, number)
         if number == at:
@@ -157,19 +161,276 @@ def copies_with_commits_at(moments: Sequence[int], loop: Loop, source: Path, fol
             begun, came = last_of(source), 0
             with at_each(source, act):
                 ts.open(source).copy(target)
-            refuse_unsound(target, source, begun)
-            went_on += last_of(source) - begun >= COMMIT
-            if came < at:
-                break
-    assert went_on >= len(moments), "the loop commits while it is copied"
+            refuse_unsound(target, begun)
+            assert came < at or last_of(source) - begun >= COMMIT, "the loop commits while it is copied"
+        if came < at:
+            break
+    refuse_other(folder / "kept.zarr", source)
     return came
 
 
 def test_whatever_is_committed_meanwhile_a_copy_is_sound(loop: Loop, tmp_path: Path) -> None:
     """A segment that is replaced by one that covers more, its chunks, both resume states, and late metrics."""
-    copies_with_commits_at((3, 6, 8, 9, 11, 13), loop, tmp_path / "runs.zarr", tmp_path)
+    copies_with_commits_at((5, 10), loop, tmp_path / "runs.zarr", tmp_path)
 
 
 @pytest.mark.slow
 def test_so_it_is_at_each_moment(loop: Loop, tmp_path: Path) -> None:
     assert copies_with_commits_at(range(1, 40), loop, tmp_path / "runs.zarr", tmp_path) < 39
+
+
+def once(act: Callable[[], None], which: Callable[[str], bool]) -> Callable[[int, str], None]:
+    """Return what does something at the first of these moments, and has done it exactly once when it is asked."""
+    done: list[str] = []
+
+    def first(number: int, what: str) -> None:
+        if not done and which(what):
+            done.append(what)
+            act()
+
+    return first
+
+
+def is_chunk(what: str) -> bool:
+    return "/c/" in what
+
+
+def test_while_a_thread_records(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, stop = tmp_path / "runs.zarr", threading.Event()
+    reads = Folder.read
+
+    def slow(self: Folder, key: str, most: int | None = None) -> bytes | None:
+        if self.path == source and is_chunk(key):
+            time.sleep(0.02)
+        return reads(self, key, most)
+
+    def going_on() -> None:
+        while not stop.wait(0.005):
+            loop.go(1)
+
+    monkeypatch.setattr(Folder, "read", slow)
+    thread = threading.Thread(target=going_on)
+    thread.start()
+    try:
+        begun = last_of(source)
+        ts.open(source).copy(tmp_path / "copy.zarr")
+        ended = last_of(source)
+    finally:
+        stop.set()
+        thread.join()
+    refuse_unsound(tmp_path / "copy.zarr", begun)
+    refuse_other(tmp_path / "copy.zarr", source)
+    assert ended - begun >= 2 * COMMIT, "the loop commits while it is copied"
+
+
+def _record_until(store: str, stop: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        commit_often(patch.setattr)
+        loop = Loop(store)
+        while not stop.is_set() and loop.taken < 20_000:
+            loop.go(1)
+        loop.end()
+
+
+@pytest.mark.slow
+def test_while_another_process_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, context = tmp_path / "runs.zarr", multiprocessing.get_context("spawn")
+    stop, reads = context.Event(), Folder.read
+    process = context.Process(target=_record_until, args=(str(source), stop))
+    process.start()
+
+    def slow(self: Folder, key: str, most: int | None = None) -> bytes | None:
+        if self.path == source and is_chunk(key):
+            time.sleep(0.05)
+        return reads(self, key, most)
+
+    monkeypatch.setattr(Folder, "read", slow)
+    try:
+        while not (source / "mine/committed/c/0/0/0/0").exists():
+            assert process.is_alive()
+            time.sleep(0.05)
+        for number in range(5):
+            for target in (tmp_path / f"copy{number}.zarr", tmp_path / "kept.zarr"):
+                begun = last_of(source)
+                ts.open(source).copy(target)
+                assert last_of(source) - begun >= 2 * COMMIT, "the loop commits while it is copied"
+                refuse_unsound(target, begun)
+    finally:
+        stop.set()
+        process.join()
+    refuse_other(tmp_path / "kept.zarr", source)
+    ts.open(source).copy(tmp_path / "kept.zarr")
+    assert ts.open(tmp_path / "kept.zarr")["mine"].slabs() == ts.open(source)["mine"].slabs()
+
+
+def complete(store: Path) -> list[bool]:
+    stored = ts.open(store)["mine"]
+    return stored.complete(stored.commits())[0].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in the document", "in blocks"])
+def test_what_ends_or_goes_on_meanwhile_is_not_called_complete(
+    apart: bool, loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if apart:
+        monkeypatch.setattr("trajstore.storage.fills._MOST", 1)
+    source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
+    other = Loop(source, seed=1)
+    other.go(5)
+    other.end()
+    ts.open(source).copy(target)
+    assert ts.open(target)["mine"].document["format"] == 1 + apart
+    assert complete(target) == [False, True]
+
+    def ended_and_gone_on() -> None:
+        nonlocal other
+        loop.go(2)  # not committed before it ends
+        loop.end()
+        with pytest.warns(ts.errors.ResumedWarning):
+            other = Loop(source, seed=1, resume=True)
+        other.go(5)
+
+    loop.go(SEGMENT)
+    begun = last_of(source)
+    with at_each(source, once(ended_and_gone_on, is_chunk)):
+        ts.open(source).copy(target)
+    assert (last_of(source), complete(source)) == (30, [True, False])
+    assert (last_of(target), last_of(target, 1)) == (begun, last_of(source, 1))
+    assert begun < 30
+    assert last_of(source, 1) > 5
+    assert complete(target) == [False, False]
+    other.end()
+    ts.open(source).copy(target)
+    assert complete(target) == complete(source) == [True, True]
+    assert [str(found) for found in verify(ts.Store(target))] == []
+    ours, theirs = (sorted(ts.open(store)["mine"].fills, key=lambda fill: fill["id"]) for store in (target, source))
+    assert ours == theirs
+
+
+def damage(source: Path) -> None:
+    file = source / "mine/params/c/0/0/0/1"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_is_repaired_meanwhile_is_copied_as_it_is_then(loop: Loop, tmp_path: Path) -> None:
+    source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
+    loop.end()
+    damage(source)
+    repaired: list[str] = []
+
+    def repair() -> None:
+        repaired.extend(str(found) for found in verify(ts.Store(source), repair=True))
+
+    with at_each(source, once(repair, is_chunk)):
+        ts.open(source).copy(target)
+    assert any("steps 8 to 15" in found for found in repaired)
+    recorded = ts.open(target)["mine"].dataset()["recorded"].values[0, 0]
+    assert np.flatnonzero(recorded).tolist() == [*range(8), *range(16, 21)]
+    assert [str(found) for found in verify(ts.Store(target))] == []
+
+
+def test_damage_is_an_error_at_once_even_where_the_recording_goes_on(loop: Loop, tmp_path: Path) -> None:
+    source, target, tries = tmp_path / "runs.zarr", tmp_path / "copy.zarr", 0
+
+    def act(number: int, what: str) -> None:
+        nonlocal tries
+        if what == "records":
+            tries += 1
+            loop.go(COMMIT)
+
+    damage(source)
+    with at_each(source, act), pytest.raises(DamageError, match="order 'forward', seed 0: steps 8 to 15 are damaged"):
+        ts.open(source).copy(target)
+    assert tries == 3, "to know whether there is anything, to copy it, and to see whether it was taken back"
+    assert last_of(target) == -1
+
+
+def test_what_is_taken_back_again_and_again_is_told(loop: Loop, tmp_path: Path) -> None:
+    source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
+    ts.open(source).copy(target)
+    had = last_of(target)
+    loop.go(SEGMENT)
+    loop.end()
+    tries, right = 0, Ledger(open_root(source, "none")["mine"], ts.open(source)["mine"].schema, 0, 0)  # type: ignore[arg-type]
+    records = right.records.copy()
+
+    def taken_back(number: int, what: str) -> None:
+        nonlocal tries
+        if what == "records":
+            tries += 1
+            wrong = records.copy()
+            wrong[1, 2] += tries
+            right.take_over(wrong)
+
+    with at_each(source, taken_back), pytest.raises(BusyError) as told:
+        ts.open(source).copy(target)
+    slab = "experiment 'mine', order 'forward', seed 0: steps 8 to 15"
+    assert str(told.value).startswith(f"{slab} were taken back in {source} each of the {copying._TRIES} times")
+    assert "\n" not in str(told.value)
+    assert tries == 1 + 2 * copying._TRIES
+    refuse_unsound(target, had)
+    right.take_over(records)
+    ts.open(source).copy(target)
+    refuse_unsound(target, last_of(source))
+
+
+def test_a_store_that_is_removed_meanwhile(
+    loop: Loop, tmp_path: Path, trajstore: Callable[..., tuple[Any, str, str]]
+) -> None:
+    source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
+    loop.end()
+    kept = tmp_path / "elsewhere"
+    for moment in ("records", "state", "/c/"):
+        with at_each(source, once(lambda: source.rename(kept) and None, lambda what, at=moment: at in what)):  # type: ignore[misc]
+            code, out, told = trajstore("copy", str(source), str(target))
+        assert (code, out) == (1, "")
+        assert told.count("\n") == 1
+        assert "experiment 'mine' is not in" in told
+        assert [str(found) for found in verify(ts.Store(target))] == []
+        kept.rename(source)
+    assert trajstore("copy", str(source), str(target))[0] == 0
+
+
+def stamps(*folders: Path) -> dict[str, tuple[int, int]]:
+    files = [file for folder in folders for file in (folder, *folder.rglob("*"))]
+    return {str(file): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+
+
+def test_the_command(loop: Loop, tmp_path: Path, trajstore: Callable[..., tuple[Any, str, str]]) -> None:
+    """It locks and writes nothing where it copies from, and goes on with a copy."""
+    source = tmp_path / "runs.zarr"
+    before = stamps(source, tmp_path / "runs.zarr.traj")
+    code, out, told = trajstore("copy", "runs.zarr", "copy.zarr")
+    assert (code, told) == (0, "")
+    assert out == "mine: 1 slab copied, 0 there already; 1 not complete yet\n"
+    assert stamps(source, tmp_path / "runs.zarr.traj") == before
+    loop.go(COMMIT)
+    loop.end()
+    code, out, _ = trajstore("copy", "runs.zarr", "copy.zarr", "mine", "--json")
+    assert (code, json.loads(out)) == (0, [{"experiment": "mine", "order": "forward", "seed": 0, "copied": True}])
+    assert trajstore("copy", "runs.zarr", "copy.zarr")[1] == "mine: 0 slabs copied, 1 there already\n"
+    code, _, told = trajstore("copy", "runs.zarr", "copy.zarr", "yours")
+    assert (code, "no experiment 'yours'" in told) == (2, True)
+
+
+def test_an_experiment_that_is_extended_meanwhile_and_then(tmp_path: Path) -> None:
+    source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
+    how: Any = {"engine": "reference", "durability": "none"}
+    net = SMALL_NET | {"seeds": [0], "orders": ["forward"]}
+    ts.run(ts.Experiment.of(net), source, **how)
+
+    def extend() -> None:
+        ts.run(ts.Experiment.of(net | {"steps": 20, "seeds": [0, 1]}), source, extend=True, **how)
+
+    with at_each(source, once(extend, is_chunk)):
+        ts.open(source).copy(target)
+    assert [(s.seed, s.last_step) for s in ts.open(target)["net"].slabs()] == [(0, 12)]
+    assert [str(found) for found in verify(ts.Store(target))] == []
+    ts.open(source).copy(target)
+    assert [(s.seed, s.last_step) for s in ts.open(target)["net"].slabs()] == [(0, 20), (1, 20)]
+    assert [str(found) for found in verify(ts.Store(target))] == []
+    ours, theirs = (ts.open(store)["net"].dataset().load() for store in (target, source))
+    for name in ("params", "test_loss", "batch_index"):
+        assert np.array_equal(ours[name], theirs[name])
