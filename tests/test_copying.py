@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
-from trajstore import copying
+from trajstore import copying, merging
 from trajstore.errors import BusyError, DamageError
 from trajstore.storage.folder import Folder
 from trajstore.storage.resume import ResumeSlots
@@ -54,7 +55,7 @@ class Loop:
         self.rec = ts.record(store, "mine", self.net, **given, resume=resume).__enter__()
         self.taken = self.rec.last
 
-    def go(self, steps: int) -> None:
+    def go(self, steps: int, **more: float) -> None:
         """Take some steps; those that are due are committed when it returns."""
         for _ in range(steps):
             self.optimizer.zero_grad()
@@ -62,7 +63,7 @@ class Loop:
             loss.backward()
             self.optimizer.step()
             self.taken += 1
-            self.rec.step(loss=loss.item())
+            self.rec.step(loss=loss.item(), **more)
             if self.taken % 2:
                 self.rec.log(self.taken, late=float(self.taken))
         self.rec._observing.drain()
@@ -415,22 +416,97 @@ def test_the_command(loop: Loop, tmp_path: Path, trajstore: Callable[..., tuple[
     assert (code, "no experiment 'yours'" in told) == (2, True)
 
 
-def test_an_experiment_that_is_extended_meanwhile_and_then(tmp_path: Path) -> None:
+def before_a_slab(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Have something happen once, after an experiment was opened and before any of its records are read."""
+    copies, done = merging.copy_slab, list[bool]()
+
+    def then(*slab: Any) -> bool:
+        if not done:
+            done.append(True)
+            act()
+        return copies(*slab)
+
+    patch.setattr(merging, "copy_slab", then)
+
+
+def test_a_metric_that_is_declared_meanwhile(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
+    begun = last_of(source)
+    before_a_slab(monkeypatch, lambda: loop.go(2 * COMMIT, extra=1.5))
+    ts.open(source).copy(target)
+    refuse_unsound(target, begun + COMMIT)
+    assert np.nanmax(ts.open(target)["mine"].dataset()["extra"]) == 1.5
+
+
+@pytest.mark.parametrize("at_a_chunk", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_experiment_that_is_extended_meanwhile(
+    at_a_chunk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
     how: Any = {"engine": "reference", "durability": "none"}
     net = SMALL_NET | {"seeds": [0], "orders": ["forward"]}
-    ts.run(ts.Experiment.of(net), source, **how)
+    opened = ts.run(ts.Experiment.of(net), source, **how)
 
     def extend() -> None:
         ts.run(ts.Experiment.of(net | {"steps": 20, "seeds": [0, 1]}), source, extend=True, **how)
 
-    with at_each(source, once(extend, is_chunk)):
-        ts.open(source).copy(target)
-    assert [(s.seed, s.last_step) for s in ts.open(target)["net"].slabs()] == [(0, 12)]
-    assert [str(found) for found in verify(ts.Store(target))] == []
+    if at_a_chunk:
+        with at_each(source, once(extend, is_chunk)):
+            ts.open(source).copy(target)
+        assert [(s.seed, s.last_step) for s in ts.open(target)["net"].slabs()] == [(0, 12)]
+        assert [str(found) for found in verify(ts.Store(target))] == []
+    else:
+        before_a_slab(monkeypatch, extend)
     ts.open(source).copy(target)
     assert [(s.seed, s.last_step) for s in ts.open(target)["net"].slabs()] == [(0, 20), (1, 20)]
     assert [str(found) for found in verify(ts.Store(target))] == []
     ours, theirs = (ts.open(store)["net"].dataset().load() for store in (target, source))
     for name in ("params", "test_loss", "batch_index"):
         assert np.array_equal(ours[name], theirs[name])
+    assert opened.commits().steps.tolist() == [[[True] * 13]], "as far as it went when it was opened"
+
+
+def _is_document(path: str) -> bool:
+    return path == "zarr.json"
+
+
+def _is_noted(path: str) -> bool:
+    return path.startswith(("noted-fills/", "resume/"))
+
+
+def _is_record(path: str) -> bool:
+    return path.partition("/")[0].endswith("committed")
+
+
+ORDER = (_is_document, _is_noted, _is_record, lambda path: True)
+"""The order in which docs/places.md has the files of an experiment copied by other tools."""
+
+
+def copied_by_files(
+    source: Path, target: Path, order: Sequence[Callable[[str], bool]], between: Callable[[], None]
+) -> None:
+    """Copy as rsync does, list after list, file by file; some of them vanish or are replaced meanwhile."""
+    target.mkdir()
+    shutil.copy2(source / "zarr.json", target / "zarr.json")
+    for turn, belongs in enumerate(order):
+        files = sorted(
+            str(file.relative_to(source / "mine")) for file in (source / "mine").rglob("*") if file.is_file()
+        )
+        for file in files:
+            if belongs(file) and not any(other(file) for other in order[:turn]) and ".partial" not in file:
+                (target / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    shutil.copy2(source / "mine" / file, target / "mine" / file)
+                between()
+
+
+def test_files_are_copied_in_an_order_that_is_sound(loop: Loop, tmp_path: Path) -> None:
+    source = tmp_path / "runs.zarr"
+    begun = last_of(source)
+    copied_by_files(source, tmp_path / "copy.zarr", ORDER, lambda: loop.go(1))
+    assert last_of(source) - begun > 4 * SEGMENT
+    assert [str(found) for found in verify(ts.Store(tmp_path / "copy.zarr"))] == []
+    assert last_of(tmp_path / "copy.zarr") >= begun
+    refuse_other(tmp_path / "copy.zarr", source)
+    copied_by_files(source, tmp_path / "late.zarr", (lambda path: not _is_record(path), _is_record), lambda: loop.go(1))
+    assert [found for found in verify(ts.Store(tmp_path / "late.zarr")) if not found.harmless], "as records come last"

@@ -18,7 +18,7 @@ import zarr
 
 from trajstore.configuration import differences
 from trajstore.copying import copy_slab
-from trajstore.errors import ConfigurationError, ConflictError, TrajstoreError, WriteError, damage_told
+from trajstore.errors import ConfigurationError, ConflictError, DamageError, TrajstoreError, WriteError, damage_told
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, stored_batches
 from trajstore.storage.fills import Fill, add_fills, renew_fills, stored_fills
 from trajstore.storage.place import keeper_of
@@ -28,6 +28,8 @@ from trajstore.system import is_full, system_told
 
 __all__ = ["Merged", "merge", "remove"]
 
+_TRIES = 5
+"""How often an experiment is taken over that grows meanwhile."""
 _GROWING = ("orders", "seeds", "steps", "stops", DECLARED)
 
 
@@ -77,11 +79,27 @@ def merge(source: Store, target: Store, names: Sequence[str] | None = None) -> l
         else:
             refuse_alike(target, experiment.name)
     target.place.make()
-    return [merged for experiment in experiments for merged in _take_over(_again(experiment), target)]
+    return [merged for experiment in experiments for merged in _as_it_grows(experiment, target)]
+
+
+def _as_it_grows(experiment: StoredExperiment, target: Store) -> list[Merged]:
+    """Take an experiment over as it is when its turn comes, and once more where it grows meanwhile.
+
+    Records speak then of steps and metrics that were not declared yet as it was opened, and cannot be read by that.
+    """
+    now = _again(experiment)
+    for _ in range(_TRIES):
+        try:
+            return _take_over(now, target)
+        except DamageError:
+            before, now = now, _again(now)
+            if now.schema == before.schema:
+                raise
+    return _take_over(now, target)
 
 
 def _again(experiment: StoredExperiment) -> StoredExperiment:
-    """Return an experiment as it is when its turn comes: it may have grown, and must be the same."""
+    """Open an experiment once more; it must be the same."""
     keeper_of(experiment.group).expected.refuse_another(experiment.name, experiment.store.place)
     return experiment.store[experiment.name]
 
