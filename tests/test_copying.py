@@ -196,6 +196,7 @@ def is_chunk(what: str) -> bool:
     return "/c/" in what
 
 
+@pytest.mark.slow
 def test_while_a_thread_records(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, stop = tmp_path / "runs.zarr", threading.Event()
     reads = Folder.read
@@ -269,7 +270,9 @@ def complete(store: Path) -> list[bool]:
     return stored.complete(stored.commits())[0].tolist()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["in the document", "in blocks"])
+@pytest.mark.parametrize(
+    "apart", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in blocks", "in the document"]
+)
 def test_what_ends_or_goes_on_meanwhile_is_not_called_complete(
     apart: bool, loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +318,7 @@ def damage(source: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_what_is_repaired_meanwhile_is_copied_as_it_is_then(loop: Loop, tmp_path: Path) -> None:
     source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
     loop.end()
@@ -377,6 +381,7 @@ def test_what_is_taken_back_again_and_again_is_told(loop: Loop, tmp_path: Path) 
     refuse_unsound(target, last_of(source))
 
 
+@pytest.mark.slow
 def test_a_store_that_is_removed_meanwhile(
     loop: Loop, tmp_path: Path, trajstore: Callable[..., tuple[Any, str, str]]
 ) -> None:
@@ -429,6 +434,7 @@ def before_a_slab(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     patch.setattr(merging, "copy_slab", then)
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_declared_meanwhile(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
     begun = last_of(source)
