@@ -90,11 +90,13 @@ def last_of(store: Path | str, seed: int = 0) -> int:
 def refuse_unsound(copy: Path | str, least: int) -> None:
     """The copy verifies, has what was committed at its begin, and a state to resume from."""
     assert [str(found) for found in verify(ts.Store(copy))] == []
-    last, group = last_of(copy), ts.open(copy)["mine"].group
-    assert last >= least
-    resumes = ResumeSlots(group, "forward", 0).latest(last)
-    assert resumes is not None
-    assert resumes[0] == last
+    assert last_of(copy) >= least
+    assert resumes_at(copy) is not None
+
+
+def resumes_at(store: Path | str) -> int | None:
+    latest = ResumeSlots(ts.open(store)["mine"].group, "forward", 0).latest(last_of(store))
+    return None if latest is None else latest[0]
 
 
 def refuse_other(copy: Path | str, source: Path | str) -> None:
@@ -163,6 +165,7 @@ def copies_with_commits_at(moments: Sequence[int], loop: Loop, source: Path, fol
             with at_each(source, act):
                 ts.open(source).copy(target)
             refuse_unsound(target, begun)
+            assert resumes_at(target) == last_of(target)
             assert came < at or last_of(source) - begun >= COMMIT, "the loop commits while it is copied"
         if came < at:
             break
