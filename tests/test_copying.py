@@ -178,7 +178,7 @@ def copies_with_commits_at(moments: Sequence[int], loop: Loop, source: Path, fol
 
 def test_whatever_is_committed_meanwhile_a_copy_is_sound(loop: Loop, tmp_path: Path) -> None:
     """A segment that is replaced by one that covers more, its chunks, both resume states, and late metrics."""
-    copies_with_commits_at((5, 10), loop, tmp_path / "runs.zarr", tmp_path)
+    copies_with_commits_at((7,), loop, tmp_path / "runs.zarr", tmp_path)
 
 
 @pytest.mark.slow
