@@ -82,6 +82,7 @@ def commands(store: Path, out: Path) -> Iterator[list[str]]:
     yield ["export", at, "net", "-o", str(out / "a.parquet")]
     yield ["export", at, "net", "-o", str(out / "a.safetensors"), "--order", "forward", "--seed", "0", "--step", "3"]
     yield ["export", at, "net", "-o", str(out / "arrays"), "--numpy"]
+    yield ["copy", at, str(out / "copy.zarr")]
     yield ["merge", at, str(out / "other.zarr")]
     yield ["import", at, "net", str(out / "seed0" / "step1.pt"), "--pattern", "seed{seed}/step{step}.pt"]
     yield ["record", "quadratic", "--store", at, "--name", "net", "--steps", "5", "--resume"]
