@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from trajstore.storage.declaring import ATTRIBUTE
 from trajstore.storage.digest import config_digest
 from trajstore.storage.schema import Schema
 
-__all__ = ["Document", "attributes_of", "config_of", "rewrite", "state_chunk", "strangers", "with_checksum"]
+__all__ = ["Document", "attributes_of", "config_of", "put", "rewrite", "state_chunk", "strangers", "with_checksum"]
 
 Document = dict[str, Any]
 
@@ -24,6 +24,14 @@ def attributes_of(store: Path, name: str) -> Document:
     """Return what is stored beside the arrays of an experiment."""
     found: Document = json.loads((store / name / "zarr.json").read_text())["attributes"][ATTRIBUTE]
     return found
+
+
+def put(document: Any, path: Sequence[Any], value: object) -> None:
+    """Put something at a place of a document, given as a path of keys."""
+    *above, last = path
+    for part in above:
+        document = document[part]
+    document[last] = value
 
 
 def rewrite(store: Path, name: str, change: Callable[[Document], object]) -> None:

@@ -21,7 +21,7 @@ from trajstore.cli.console import print_csv, print_json, print_table, say
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
-from tests.hostile import Document, attributes_of, rewrite, state_chunk, with_checksum
+from tests.hostile import Document, attributes_of, put, rewrite, state_chunk, with_checksum
 from trajstore.errors import ConfigurationError, DamageError, FormatError, NotFoundError, TrajstoreError
 from trajstore.merging import merge, remove
 from trajstore.printable import printable
@@ -76,13 +76,6 @@ def tried(store: Path, target: Path) -> Iterator[TrajstoreError | None]:
             yield error if isinstance(error, TrajstoreError) else None
         else:
             yield None
-
-
-def put(document: Any, path: tuple[Any, ...], value: object) -> None:
-    *above, last = path
-    for part in above:
-        document = document[part]
-    document[last] = value
 
 
 WRONG: dict[str, tuple[tuple[Any, ...], object]] = {

@@ -9,13 +9,14 @@ import errno
 import os
 import resource
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from trajstore.errors import OpenFilesError
+from trajstore.errors import OpenFilesError, WriteError
 
-__all__ = ["allow_more_files", "is_file", "is_full", "opening", "refuse_too_many", "system_told"]
+__all__ = ["allow_more_files", "is_file", "is_full", "opening", "refuse_too_many", "system_told", "way_clear"]
 
 T = TypeVar("T")
 
@@ -49,6 +50,17 @@ def allow_more_files(error: OSError) -> bool:
     except (ValueError, OSError):
         return False
     return True
+
+
+@contextmanager
+def way_clear(what: str) -> Iterator[None]:
+    """Raise a WriteError where a folder lies in the place of a file, or a file in that of a folder."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise WriteError(
+            f"{what}: something else lies where a file or folder is to be written ({system_told(error)}); move it away"
+        ) from None
 
 
 def opening(do: Callable[[], T], what: str | os.PathLike[str]) -> T:

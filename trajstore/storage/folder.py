@@ -15,7 +15,7 @@ from trajstore.storage.local import DurableStore, contents, inside
 from trajstore.storage.locks import lock
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray, aside
 from trajstore.storage.removing import delete, leftovers
-from trajstore.system import is_file, opening
+from trajstore.system import is_file, opening, way_clear
 
 __all__ = ["Folder"]
 
@@ -137,7 +137,8 @@ class Folder:
 
             def within(folder: str) -> None:
                 path = inside(self.path, folder)
-                path.mkdir(parents=True, exist_ok=True)
+                with way_clear(f"{what} cannot be locked"):
+                    path.mkdir(parents=True, exist_ok=True)
                 also(path)
                 if folder:
                     held.enter_context(holding(self.path, folder, name))

@@ -43,7 +43,7 @@ from trajstore.storage.place import (
     place_of,
 )
 from trajstore.storage.removing import delete, take_away
-from trajstore.system import allow_more_files, is_file, opening, refuse_too_many
+from trajstore.system import allow_more_files, is_file, opening, refuse_too_many, way_clear
 
 __all__ = ["DurableStore", "contents", "inside", "user_cache"]
 
@@ -132,6 +132,10 @@ class DurableStore(LocalStore):
     def set_sync(self, key: str, value: Buffer) -> None:
         """Write a file durably under a temporary name, then rename it."""
         check_writable(self)
+        with way_clear(f"{self.root}: {key} cannot be written"):
+            self._put(key, value)
+
+    def _put(self, key: str, value: Buffer) -> None:
         path = inside(self.root, key)
         self._refuse_elsewhere(key)
         record = below(key, self._records) is not None

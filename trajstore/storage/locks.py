@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trajstore.errors import BusyError, WriteError
-from trajstore.system import is_full, opening
+from trajstore.system import is_full, opening, way_clear
 
 __all__ = ["descriptor_of", "lock"]
 
@@ -29,10 +29,11 @@ def lock(path: Path, what: str, patience: float = 0.0) -> Iterator[Callable[[Pat
 
     Gives what locks a folder of what is guarded as well.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
     with ExitStack() as held:
-        descriptor = _opened(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, held)
+        with way_clear(f"{what} cannot be locked"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = _opened(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, held)
         if not _taken(descriptor, deadline):
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
             raise BusyError(f"{what} is being written by {holder or 'another process'}; wait for it or stop it")
