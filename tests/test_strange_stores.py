@@ -375,6 +375,38 @@ def test_a_file_larger_than_it_can_be_is_not_read(store: Path) -> None:
         ts.open(store)["net"].slabs()
 
 
+@pytest.mark.parametrize("which", ["zarr.json", "net/zarr.json", "net/params/zarr.json"])
+def test_a_document_larger_than_any_is_not_read(which: str, store: Path) -> None:
+    """A list of a hundred million numbers would take a gigabyte."""
+    with (store / which).open("r+b") as file:
+        file.truncate(2**27)
+    with pytest.raises(DamageError, match="134,217,728 bytes, and what it is to hold has at most 67,108,864"):
+        ts.open(store)["net"].dataset().load()
+    assert [found for found in verify(ts.Store(store)) if found.file == which]
+
+
+def test_a_document_that_nobody_could_read_is_not_written(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {file: file.read_bytes() for file in store.rglob("zarr.json")}
+    monkeypatch.setattr("trajstore.storage.local._DOCUMENT_BYTES", 5_000)
+    monkeypatch.setattr("trajstore.storage.local._refuse_large", lambda path, most: None)
+    with pytest.raises(ConfigurationError, match="bytes, and a document has at most 5,000: record fewer seeds"):
+        ts.run(ts.Experiment.of({**SMALL_NET, "seeds": list(range(100))}), store, extend=True)
+    assert (store / "net" / "zarr.json").read_bytes() == before[store / "net" / "zarr.json"]
+
+
+def test_a_record_larger_than_it_can_be_takes_no_memory_of_those_who_only_copy_it(store: Path) -> None:
+    for chunk in ("committed/c/0/0/0/0", "params/c/0/0/0/0"):
+        whole = (store / "net" / chunk).read_bytes()
+        with (store / "net" / chunk).open("r+b") as file:
+            file.truncate(2**41)
+        if chunk.startswith("committed"):
+            with pytest.raises(DamageError, match="at most"):
+                ts.open(store).sql("SELECT * FROM runs").fetchall()
+        with pytest.raises(DamageError, match="at most"):
+            merge(ts.open(store), ts.Store(store.parent / "other.zarr"))
+        (store / "net" / chunk).write_bytes(whole)
+
+
 def commands_shown(text: str) -> list[str]:
     return [c for c in text if c != "\n" and printable(c) != c]
 

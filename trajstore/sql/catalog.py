@@ -21,7 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 from trajstore.sql.files import is_own, write_text
-from trajstore.storage.local import user_cache
+from trajstore.storage.local import contents, user_cache
 from trajstore.system import opening, refuse_too_many
 
 __all__ = ["CATALOG", "VERSION", "Catalog", "Key", "SlabEntry", "is_damaged", "is_of_another"]
@@ -29,6 +29,8 @@ __all__ = ["CATALOG", "VERSION", "Catalog", "Key", "SlabEntry", "is_damaged", "i
 VERSION = 3
 CATALOG = "catalog.json"
 _KEY_BYTES = 32
+_MOST_BYTES = 2**28
+"""More than any catalog is: a slab takes some hundred."""
 
 Key = tuple[str, str, int]
 """Experiment, order, seed."""
@@ -124,7 +126,8 @@ def is_of_another(folder: Path) -> bool:
 
 def _stored(folder: Path) -> dict[str, Any]:
     try:
-        stored = json.loads((folder / CATALOG).read_text(encoding="utf-8")) if is_own(folder / CATALOG) else {}
+        content = contents(folder / CATALOG, _MOST_BYTES) if is_own(folder / CATALOG) else None
+        stored = json.loads(content or b"{}")
     except (OSError, ValueError, RecursionError):
         stored = {}
     return stored if isinstance(stored, dict) else {}

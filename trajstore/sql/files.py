@@ -40,8 +40,9 @@ def copy(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a text, if it is not there already."""
-    with suppress(OSError, UnicodeDecodeError):
-        if is_own(file) and file.read_text(encoding="utf-8") == text:
+    with suppress(OSError):
+        content = text.encode()
+        if is_own(file) and file.stat().st_size == len(content) and file.read_bytes() == content:
             return
     with _appearing(file) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -25,12 +25,13 @@ from typing import Any
 
 import duckdb
 
-from trajstore.errors import FormatError, WriteError, damage_told
+from trajstore.errors import FormatError, WriteError, damage_told, slab_named
 from trajstore.sql.catalog import CATALOG, VERSION, Catalog, Key, SlabEntry, is_of_another
 from trajstore.sql.files import copy, is_own, new_file, tidy
 from trajstore.sql.slabs import METRICS_COLUMNS, SlabRows, write_metrics, write_segments
 from trajstore.sql.tables import EXPERIMENTS_COLUMNS, RUNS_COLUMNS, experiment_row, run_rows, write_table
 from trajstore.sql.text import identifier, read_parquet
+from trajstore.storage.codecs import chunk_bytes
 from trajstore.storage.local import inside, user_cache
 from trajstore.storage.schema import late_records
 from trajstore.storage.segment import array_of
@@ -148,10 +149,12 @@ def _stamps(experiment: StoredExperiment) -> dict[Key, str]:
 
     def stamp(corner: tuple[int, int]) -> str:
         digest = hashlib.sha256(names.encode())
-        for array, grid in zip(arrays, grids, strict=True):
-            for chunk in grid:
-                found = place.read(f"{array.path}/{array.metadata.encode_chunk_key((*corner, *chunk))}")
-                digest.update(hashlib.sha256(found or b"").digest())
+        with damage_told(slab_named(experiment.name, schema.orders[corner[0]], schema.seeds[corner[1]])):
+            for array, grid in zip(arrays, grids, strict=True):
+                for chunk in grid:
+                    key = f"{array.path}/{array.metadata.encode_chunk_key((*corner, *chunk))}"
+                    found = place.read(key, chunk_bytes(array))
+                    digest.update(hashlib.sha256(found or b"").digest())
         return digest.hexdigest()[:32]
 
     corners = list(product(range(len(schema.orders)), range(len(schema.seeds))))

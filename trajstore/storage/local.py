@@ -26,7 +26,7 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
 from zarr.storage import LocalStore
 
-from trajstore.errors import BusyError, FormatError, WriteError
+from trajstore.errors import BusyError, ConfigurationError, DamageError, FormatError, WriteError
 from trajstore.storage.codecs import refuse_bomb
 from trajstore.storage.elsewhere import refuse_second_writer, refuse_unseen
 from trajstore.storage.expected import Expected
@@ -47,8 +47,8 @@ from trajstore.system import allow_more_files, is_file, opening, refuse_too_many
 
 __all__ = ["DurableStore", "contents", "inside", "user_cache"]
 
-_DOCUMENT_BYTES = 2**29
-"""More than any document is."""
+_DOCUMENT_BYTES = 2**26
+"""More than any document is. What is read of one takes twenty times the memory, at worst."""
 
 
 def inside(root: Path, key: str) -> Path:
@@ -140,6 +140,11 @@ class DurableStore(LocalStore):
         self._refuse_elsewhere(key)
         record = below(key, self._records) is not None
         content = value.as_buffer_like()
+        if path.name == DOCUMENT and len(value) > _DOCUMENT_BYTES:  # which nobody could read
+            raise ConfigurationError(
+                f"{path} would have {len(value):,} bytes, and a document has at most {_DOCUMENT_BYTES:,}: record fewer "
+                "seeds, or import fewer files, in one experiment"
+            )
         if record and key in self._seen and (found := contents(path)) not in (self._seen[key], bytes(content)):
             now = "is gone" if found is None else "was replaced by another process"
             raise ReplacedError(
@@ -327,11 +332,12 @@ class DurableStore(LocalStore):
 
 def _refuse_large(path: Path, most: int | None) -> None:
     """Refuse a file that is larger than what it holds could be, before memory is taken for it."""
-    if most is None:
-        most = _DOCUMENT_BYTES if path.name == DOCUMENT else None
+    document = most is None and path.name == DOCUMENT
+    most = _DOCUMENT_BYTES if document else most
     with suppress(FileNotFoundError, NotADirectoryError):
         if most is not None and (size := path.lstat().st_size) > most + most // 50 + 4096:
-            raise ValueError(f"{path} has {size:,} bytes, and what it is to hold has at most {most:,}")
+            told = f"{path} has {size:,} bytes, and what it is to hold has at most {most:,}"
+            raise DamageError(f"{told}; restore it from a copy") if document else ValueError(told)
 
 
 def contents(path: Path, most: int | None = None) -> bytes | None:
