@@ -11,20 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.damages import DAMAGES, DOCUMENTS, Damage, Site, sealed
 from tests.hostile import put
-from tests.ruins import (
-    DAMAGES,
-    DOCUMENTS,
-    DOINGS,
-    Damage,
-    Outcome,
-    Site,
-    all_of,
-    drawn,
-    examine,
-    part,
-    sealed,
-)
+from tests.ruins import DOINGS, Outcome, all_of, drawn, examine, part
 from tests.test_strange_stores import JSON, places
 
 NET = "runs.zarr/net"
