@@ -137,12 +137,14 @@ def commands() -> Iterator[Doing]:
         for name, *arguments in (
             ["rm", "rm", "{S}", exp, "--yes"], ["verify --repair", "verify", "{S}", exp, "--repair"],
             ["merge from", "merge", "{S}", "{OUT}/new.zarr", exp], ["merge into", "merge", "{OTHER}", "{S}", exp],
+            ["copy from", "copy", "{S}", "{OUT}/copied.zarr", exp],
         ):  # fmt: skip
             yield Doing(f"{name} {exp}", exp, _command(*arguments), writes=True)
     quick = ["--store", "{S}", "--engine", "reference", "--durability", "none"]
     pattern = ["--pattern", "seed{{seed}}/step{{step}}.pt"]
     for name, exp, *arguments in (
         ["merge all from", None, "merge", "{S}", "{OUT}/new.zarr"],
+        ["copy all from", None, "copy", "{S}", "{OUT}/copied.zarr"],
         ["compute", NET, "compute", "gradient_norm", "{S}", NET],
         ["compute", SOUND, "compute", "gradient_norm", "{S}", SOUND],
         ["record", "fresh", "record", "{W}/fresh.toml", *quick],
@@ -216,7 +218,9 @@ def _shown(do: Callable[[Site], object], site: Site) -> str:
     return ""
 
 
-OF_SOUND = ("info", "verify", "analyze variance", "rm", "merge from", "merge into", "dataset", "states", "compute")
+OF_SOUND = (
+    "info", "verify", "analyze variance", "rm", "merge from", "merge into", "copy from", "dataset", "states", "compute",
+)  # fmt: skip
 DOINGS = {
     doing.name: doing
     for doing in (*commands(), *functions())

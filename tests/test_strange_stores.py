@@ -385,6 +385,18 @@ def test_a_document_larger_than_any_is_not_read(which: str, store: Path) -> None
     assert [found for found in verify(ts.Store(store)) if found.file == which]
 
 
+def test_a_repair_keeps_what_is_larger_than_the_disk_without_copying_it(store: Path) -> None:
+    file = store / "net" / "leg" / "zarr.json"
+    whole = file.read_bytes()
+    with file.open("r+b") as opened:
+        opened.truncate(2**41)
+    assert [found.file for found in verify(ts.Store(store), repair=True) if found.repaired] == ["net/leg/zarr.json"]
+    assert json.loads(file.read_bytes()) == json.loads(whole)
+    (kept,) = (store / "net" / "leg" / "taken-out").rglob("zarr.json")
+    assert kept.stat().st_size == 2**41
+    assert not [found for found in verify(ts.Store(store)) if not found.harmless]
+
+
 def test_a_document_that_nobody_could_read_is_not_written(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file: file.read_bytes() for file in store.rglob("zarr.json")}
     monkeypatch.setattr("trajstore.storage.local._DOCUMENT_BYTES", 5_000)

@@ -107,10 +107,13 @@ class Folder:
         there, to = inside(self.path, key), inside(self.path, aside(key, mark))
         if there.is_file():
             to.parent.mkdir(parents=True, exist_ok=True)
-            if keep:
-                shutil.copy2(there, to)
-            else:
+            if not keep:
                 there.rename(to)
+                return
+            try:  # what is written over it is another file, of the same name
+                os.link(there, to)
+            except OSError:  # some file systems have no second names
+                shutil.copy2(there, to)
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix."""
