@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 import trajstore as ts
 from tests.conftest import stop_after
 from tests.test_missing_files import Answer, asked, dataset, merged, parquet, plain, states
-from tests.torture import NAME, REFERENCE, TINY, Truth, files, wrong
+from tests.torture import NAME, REFERENCE, TINY, Truth, files, lost, wrong
 from trajstore.errors import ResumedWarning, TrajstoreError
 from trajstore.fills import noted
 from trajstore.merging import merge, remove
@@ -35,6 +35,8 @@ from trajstore.verifying import verify
 SHORT = {**TINY, "steps": 5, "seeds": [0]}
 LONG = {**SHORT, "steps": 7}
 HOW = {**REFERENCE, "durability": "none"}
+KEPT = "params", "committed"
+"""Arrays of whose files a repair keeps what it takes out."""
 NOTED = 32
 """Fills in a document, so that the next one moves them out of it."""
 
@@ -52,6 +54,8 @@ class Doing(NamedTuple):
     """The store that has everything that this one is to have in the end; where there is none, nothing."""
     reads: str = ""
     """Which of them it only reads."""
+    damage: str = ""
+    """The chunk that is damaged in the store that it changes: what is committed in that one may be taken out."""
 
     @property
     def stores(self) -> list[str]:
@@ -115,6 +119,15 @@ def repaired(folder: Path) -> None:
         raise ProgramError(str(found[0]))
 
 
+def mended(folder: Path) -> None:
+    """Take out what is damaged, and record it again."""
+    list(verify(ts.Store(folder / "damaged.zarr"), repair=True))
+    for found in verify(ts.Store(folder / "damaged.zarr")):
+        if not found.harmless:
+            raise ProgramError(str(found))
+    recorded(SHORT, "damaged.zarr", folder, resume=True)
+
+
 def taken_over(folder: Path) -> None:
     merge(ts.open(folder / "whole.zarr"), ts.open(folder / "begun.zarr"))
 
@@ -156,6 +169,7 @@ DOING = {
     "state_dict": reading(lambda folder: states(folder / "whole.zarr")),
     "merge to elsewhere": reading(lambda folder: merged(folder / "whole.zarr")),
     "verify --repair": Doing(repaired, "whole.zarr", "whole.zarr"),
+    "verify --repair, and --resume": Doing(mended, "damaged.zarr", "whole.zarr", damage="params/c/1/0/0/0"),
     "merge": Doing(taken_over, "begun.zarr", "whole.zarr", "whole.zarr"),
     "record --resume": Doing(partial(recorded, SHORT, "begun.zarr", resume=True), "begun.zarr", "plain.zarr"),
     "record --extend": Doing(partial(recorded, LONG, "plain.zarr", extend=True), "plain.zarr", "long.zarr"),
@@ -191,6 +205,9 @@ def prepared(folder: Path) -> None:
     kept(moving.ends, moving.writes, moving.do)
     for beside in folder.glob("*.traj"):
         shutil.rmtree(beside)
+    shutil.copytree(folder / "whole.zarr", folder / "damaged.zarr")
+    chunk = folder / "damaged.zarr" / NAME / DOING["verify --repair, and --resume"].damage
+    chunk.write_bytes(chunk.read_bytes()[:-3])
     shutil.copytree(folder / "whole.zarr", folder / "indexed.zarr")
     asked_again(folder)
 
@@ -225,14 +242,18 @@ class Stores:
         if not doing.writes:
             return problems
         place, origin = self.folder / doing.writes, self._origin / doing.writes
-        if list(place.rglob(TAKEN_OUT)):
+        if doing.damage:
+            problems += self._wrong_beside(place, origin, doing.damage)
+        elif list(place.rglob(TAKEN_OUT)):
             problems.append("something was taken out")
-        if doing.ends:
+        elif doing.ends:
             problems += wrong(place, self._truth(doing.ends), _committed(origin))
-            problems += [
-                f"fills of {name!r} are lost" for name, ids in _fills(origin) if not ids <= dict(_fills(place))[name]
-            ]
-        problems += [f"verify: {found}" for found in verify(ts.Store(place)) if not found.harmless]
+        if doing.ends:
+            problems += _wrong_late(place, self._origin / doing.ends, origin)
+            still = dict(_fills(place))
+            problems += [f"fills of {name!r} are lost" for name, ids in _fills(origin) if not ids <= still[name]]
+        if not doing.damage:
+            problems += [f"verify: {found}" for found in verify(ts.Store(place)) if not found.harmless]
         there = standing(Folder(place), NAME)
         if there not in ("experiment", *(() if doing.ends else ("nothing",))):
             problems.append(f"it is {there}")
@@ -241,12 +262,32 @@ class Stores:
                 doing.do(self.folder)
             except Exception:
                 problems.append(f"again: {traceback.format_exc(limit=-2)}")
+        with ts.Store(place).declaring():
+            pass  # as the next writer does, which deletes what a killed one left of what it removed
         now, expected = files(place), files(self._origin / doing.ends) if doing.ends else {}
         problems += [f"verify in the end: {found}" for found in verify(ts.Store(place)) if not found.harmless]
         return problems + [
             f"in the end {file} differs"
             for file in sorted({*now, *expected})
-            if now.get(file) != expected.get(file) and Path(file).name != DOCUMENT  # which have dates
+            if now.get(file) != expected.get(file)
+            if Path(file).name != DOCUMENT and TAKEN_OUT not in file  # documents have dates
+        ]
+
+    def _wrong_beside(self, place: Path, origin: Path, damage: str) -> list[str]:
+        """Return what was taken out or lost beside the damaged chunk of a first segment, and its records."""
+        order, seed, segment = (int(damage.split("/")[at]) for at in (2, 3, 5))
+        schema = ts.open(place)[NAME].schema
+        slab = schema.orders[order], schema.seeds[seed]
+        taken_out = [file.split("/", 4) for file in _contents(place) if TAKEN_OUT in file]
+        expected = damage.partition("/")[2], f"c/{order}/{seed}/0/0"  # the chunk, and a copy of the records
+        return [
+            *lost(place, (one for one in _committed(origin) if one[:3] != (*slab, segment))),
+            *(
+                f"{parts} was taken out"
+                for parts in taken_out
+                if (parts[1], parts[4]) not in zip(KEPT, expected, strict=True)
+            ),
+            *(str(found) for found in verify(ts.Store(place)) if not found.harmless and damage not in str(found)),
         ]
 
 

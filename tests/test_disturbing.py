@@ -300,6 +300,6 @@ def kills(most: int, seed: int, folder: Path, origin: Path | None = None, names:
 
 @pytest.mark.slow
 def test_a_command_that_is_killed_loses_nothing_and_is_ended_by_the_next(origin: Path, tmp_path: Path) -> None:
-    report = kills(12, 0, tmp_path, origin)
+    report = kills(12, 1, tmp_path, origin)
     assert report.counts["killed"] == 12
     assert not report.problems, "\n".join([str(report), *report.problems])

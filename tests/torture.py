@@ -40,6 +40,7 @@ from tests.waiting import HANGS
 from trajstore.errors import TrajstoreError
 from trajstore.storage.fills import FOLDER
 from trajstore.storage.folder import Folder
+from trajstore.storage.schema import Schema
 from trajstore.storage.writer import Ledger
 from trajstore.store import standing
 from trajstore.verifying import verify
@@ -209,17 +210,29 @@ def _words(digest: Any) -> tuple[int, ...]:
     return struct.unpack("<4q", digest.digest())
 
 
+def corners(schema: Schema) -> dict[tuple[str, int], tuple[int, int]]:
+    """Return where the slabs of an experiment lie."""
+    return {(order, seed): (i, k) for i, order in enumerate(schema.orders) for k, seed in enumerate(schema.seeds)}
+
+
+def lost(place: Path, announced: Iterable[tuple[str, int, int, int]]) -> list[str]:
+    """Return what was committed and is no more."""
+    stored = ts.open(place)[NAME]
+    records, there = stored.commits().records, corners(stored.schema)
+    return [
+        f"{order}, {seed}, segment {segment}: {steps} steps were committed and are no more"
+        for order, seed, segment, steps in announced
+        if records[(*there[order, seed], segment)][0] < steps
+    ]
+
+
 def wrong(place: Path, truth: Truth, announced: Iterable[tuple[str, int, int, int]] = ()) -> list[str]:
     """Return what is committed and not the truth, and what was committed and is no more."""
     if standing(Folder(place), NAME) != "experiment":
         return [f"{commit} was committed and is no more" for commit in announced]
     stored = ts.open(place)[NAME]
-    schema, commits, problems = stored.schema, stored.commits(), []
-    there = {(order, seed): (i, k) for i, order in enumerate(schema.orders) for k, seed in enumerate(schema.seeds)}
-    for order, seed, segment, steps in announced:
-        if commits.records[(*there[order, seed], segment)][0] < steps:
-            problems.append(f"{order}, {seed}, segment {segment}: {steps} steps were committed and are no more")
-    for slab, corner in there.items():
+    schema, commits, problems = stored.schema, stored.commits(), lost(place, announced)
+    for slab, corner in corners(schema).items():
         records = commits.records[corner].tolist()
         for segment, found in enumerate(records):
             if found[0] >= 0 and found not in truth.records[*slab, segment]:
