@@ -22,6 +22,7 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore import copying
 from trajstore.errors import BusyError, DamageError
+from trajstore.storage.bucket import Bucket
 from trajstore.storage.folder import Folder
 from trajstore.storage.resume import ResumeSlots
 from trajstore.storage.writer import Ledger
@@ -271,7 +272,7 @@ def test_while_another_process_records(tmp_path: Path, monkeypatch: pytest.Monke
     assert ts.open(tmp_path / "kept.zarr")["mine"].slabs() == ts.open(source)["mine"].slabs()
 
 
-def complete(store: Path) -> list[bool]:
+def complete(store: Path | str) -> list[bool]:
     stored = ts.open(store)["mine"]
     return stored.complete(stored.commits())[0].tolist()  # type: ignore[no-any-return]
 
@@ -522,3 +523,32 @@ def test_files_are_copied_in_an_order_that_is_sound(loop: Loop, tmp_path: Path) 
     refuse_other(tmp_path / "copy.zarr", source)
     copied_by_files(source, tmp_path / "late.zarr", (lambda path: not _is_record(path), _is_record), lambda: loop.go(1))
     assert [found for found in verify(ts.Store(tmp_path / "late.zarr")) if not found.harmless], "as records come last"
+
+
+@pytest.mark.slow
+def test_out_of_an_object_store_and_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop holds its locks in this very process, which therefore could write: nothing is, by whoever copies."""
+    source = f"memory://{tmp_path.name}-runs.zarr"
+    loop = Loop(source)
+    loop.go(20)
+    reads, number, busy = Bucket.read, 0, False
+
+    def read(self: Bucket, key: str, most: int | None = None) -> bytes | None:
+        nonlocal number, busy
+        if not busy and threading.current_thread() is threading.main_thread():
+            busy, number = True, number + 1
+            loop.go(number % 2)
+            busy = False
+        return reads(self, key, most)
+
+    for target in (str(tmp_path / "copy.zarr"), str(tmp_path / "copy.zarr"), f"memory://{tmp_path.name}-copy.zarr"):
+        begun = last_of(source)
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, "read", read)
+            ts.open(source).copy(target)
+        assert last_of(source) - begun >= COMMIT, "the loop commits while it is copied"
+        refuse_unsound(target, begun)
+    loop.end()
+    refuse_other(target, source)
+    ts.open(source).copy(target)
+    assert complete(target) == [True]
