@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import zarr
@@ -144,7 +145,7 @@ class _Slab:
 
     def _copy_array(self, spec: ArraySpec, numbers: Sequence[int]) -> None:
         """Copy the chunks of an array in which something is committed of these segments."""
-        array = array_of(self.source.group, spec.name, self.source.schema)
+        array, own = array_of(self.source.group, spec.name, self.source.schema), array_of(self.target.group, spec.name)
         axis, length = _axis(spec), array.chunks[_axis(spec)]
         steps = _steps_along(spec, self.source.schema)
         wanted = self.theirs.committed[steps] & np.isin(_segments(self.source.schema, steps), numbers)
@@ -154,12 +155,12 @@ class _Slab:
             here, there = (_key(spec.name, (*ledger.corner, *rest)) for ledger in (self.theirs, self.ours))
             content = self.source.store.place.read(f"{self.source.name}/{here}", chunk_bytes(array))
             if content is not None:  # else it is of a metric that was declared later, or what is read back says so
-                self._refuse_less(spec, (*self.ours.corner, *rest), content)
+                self._refuse_less(spec, own, (*self.ours.corner, *rest), content)
                 keeper_of(self.target.group).set_sync(f"{self.target.name}/{there}", Buffer.from_bytes(content))
 
-    def _refuse_less(self, spec: ArraySpec, index: _Index, content: bytes) -> None:
+    def _refuse_less(self, spec: ArraySpec, own: zarr.Array[Any], index: _Index, content: bytes) -> None:
         """Refuse to replace a chunk by one that has not all of what is committed in it."""
-        own, axis = array_of(self.target.group, spec.name), _axis(spec)
+        axis = _axis(spec)
         where = tuple(slice(k * c, (k + 1) * c) for k, c in zip(index, own.chunks, strict=True))
         steps = _steps_along(spec, self.target.schema)[where[axis]]
         counts = np.flatnonzero(self.ours.committed[steps])
