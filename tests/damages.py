@@ -305,6 +305,7 @@ CHUNKS = {
     f"runs.zarr/{LOOP}/loss/c/0/0/0": LOOP,
     f"runs.zarr/{LOOP}/noted-fills": LOOP,
     f"runs.zarr/{LOOP}/noted-fills/0": LOOP,
+    f"runs.zarr/{LOOP}/noted-fills/1": LOOP,
     f"runs.zarr/{LOOP}/resume/forward.0.0/c/0": LOOP,
     f"runs.zarr/{CKPT}/params/c/0/0/0/0": CKPT,
     "runs.zarr.traj/index/catalog.json": None,

@@ -110,12 +110,16 @@ def renew_fills(group: zarr.Group, fills: Sequence[Fill]) -> None:
 def block_numbers(group: zarr.Group) -> range:
     """Return the numbers of the blocks, of which there is at least one.
 
-    One of them that is not there is damage to whoever reads it.
+    One of them that is not there, or no file, is damage to whoever reads it.
     """
-    prefix = f"{group.path}/{FOLDER}/"
-    found = [key.removeprefix(prefix) for key, _ in keeper_of(group).place.files(prefix.rstrip("/"))]
-    numbers = [int(match[1]) for key in found if (match := re.fullmatch(rf"([0-9]{{1,9}})/{re.escape(DOCUMENT)}", key))]
-    return range(max(numbers, default=0) + 1)
+    place, prefix = keeper_of(group).place, f"{group.path}/{FOLDER}/"
+    folder = prefix.rstrip("/")
+    found = [key.removeprefix(prefix) for key in (*(key for key, _ in place.files(folder)), *place.links(folder))]
+    numbers = [int(match[1]) for key in found if (match := re.fullmatch(r"([0-9]{1,9})(/zarr\.json)?", key))]
+    last = max(numbers, default=0)
+    if not place.asks and place.version(block_of(group, last + 1)) is not None:
+        last += 1  # a folder, where there is no file and no link
+    return range(last + 1)
 
 
 def block_of(group: zarr.Group, number: int) -> str:
