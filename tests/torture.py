@@ -445,9 +445,9 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=400, help="at most so many; all are about 1,000")
     parser.add_argument("--duels", type=int, default=1_000, help="at most so many; all are about 2,600")
     parser.add_argument("--bytes", type=int, default=1_000_000, help="at most so many; all are about 27,000")
-    parser.add_argument("--reads", type=int, default=1_000, help="at most so many; all are about 22,000")
-    parser.add_argument("--commands", type=int, default=300, help="at most so many; all are about 1,000")
-    parser.add_argument("--files", type=int, default=400, help="at most so many; all are about 500")
+    parser.add_argument("--reads", type=int, default=1_000, help="at most so many; all are about 30,000")
+    parser.add_argument("--commands", type=int, default=300, help="at most so many; all are about 1,800")
+    parser.add_argument("--files", type=int, default=400, help="at most so many; all are about 400")
     parts: dict[str, Callable[[], Report]] = {
         "kill": lambda: kill(VARIANTS, given.kills, given.seed, folder / "kill"),
         "errors": lambda: errors(given.errors, given.seed, folder / "errors"),
