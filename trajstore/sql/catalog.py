@@ -21,7 +21,8 @@ from typing import Any
 from uuid import uuid4
 
 from trajstore.sql.files import is_own, write_text
-from trajstore.storage.local import contents, user_cache
+from trajstore.storage.local import user_cache
+from trajstore.storage.regular import contents
 from trajstore.system import opening, refuse_too_many
 
 __all__ = ["CATALOG", "VERSION", "Catalog", "Key", "SlabEntry", "is_damaged", "is_of_another"]

@@ -32,7 +32,8 @@ from trajstore.sql.slabs import METRICS_COLUMNS, SlabRows, write_metrics, write_
 from trajstore.sql.tables import EXPERIMENTS_COLUMNS, RUNS_COLUMNS, experiment_row, run_rows, write_table
 from trajstore.sql.text import identifier, read_parquet
 from trajstore.storage.codecs import chunk_bytes
-from trajstore.storage.local import inside, user_cache
+from trajstore.storage.local import user_cache
+from trajstore.storage.regular import inside
 from trajstore.storage.schema import late_records
 from trajstore.storage.segment import array_of
 from trajstore.store import Store, StoredExperiment, unreadable_told

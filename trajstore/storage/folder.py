@@ -11,9 +11,10 @@ from pathlib import Path
 
 from trajstore.errors import ConfigurationError
 from trajstore.storage.holders import held_here, holding
-from trajstore.storage.local import DurableStore, contents, inside
+from trajstore.storage.local import DurableStore
 from trajstore.storage.locks import lock
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray, aside
+from trajstore.storage.regular import contents, inside
 from trajstore.storage.removing import delete, leftovers
 from trajstore.system import is_file, opening, way_clear
 

@@ -3,8 +3,7 @@
 zarr's LocalStore renames atomically but does not fsync. Here every file is fsynced before it takes its name,
 and `flush` fsyncs the directories in which names changed.
 
-Nothing is read or written through a link inside a store, and nothing but regular files: what a stranger's store links
-to is not the store's. And nothing is written into an experiment that was moved, removed or replaced since its writer
+Nothing is written into an experiment that was moved, removed or replaced since its writer
 began, nor over a commit record that another writer has replaced.
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import stat
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -26,7 +24,7 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
 from zarr.storage import LocalStore
 
-from trajstore.errors import BusyError, ConfigurationError, DamageError, FormatError, WriteError
+from trajstore.errors import BusyError, ConfigurationError, WriteError
 from trajstore.storage.codecs import refuse_bomb
 from trajstore.storage.elsewhere import refuse_second_writer, refuse_unseen
 from trajstore.storage.expected import Expected
@@ -42,35 +40,11 @@ from trajstore.storage.place import (
     check_writable,
     place_of,
 )
+from trajstore.storage.regular import DOCUMENT_BYTES, contents, inside, refuse_large
 from trajstore.storage.removing import delete, take_away
 from trajstore.system import allow_more_files, is_file, opening, refuse_too_many, way_clear
 
-__all__ = ["DurableStore", "contents", "inside", "user_cache"]
-
-_DOCUMENT_BYTES = 2**26
-"""More than any document is. What is read of one takes twenty times the memory, at worst."""
-
-
-def inside(root: Path, key: str) -> Path:
-    """Return where a key of a store lies; refuse one that leads out of it, by its parts or through a link."""
-    path = str(root)
-    for part in filter(None, key.split("/")):
-        if part in (".", "..") or "\0" in part:
-            raise FormatError(f"{root}: {key!r} is no name of something in a store")
-        path = f"{path}/{part}"
-        try:
-            mode = os.lstat(path).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            return root / key
-        if stat.S_ISLNK(mode):
-            raise FormatError(
-                f"{path} is a symbolic link; nothing is read or written through links inside a store: put there what "
-                "it leads to (`cp -rL` copies a store so)"
-            )
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise FormatError(f"{path} is neither a file nor a folder; a store has nothing else")
-    return Path(path)
-
+__all__ = ["DurableStore", "user_cache"]
 
 class _Anchor:
     """A folder that is kept open, to tell whether its path still leads to it."""
@@ -140,9 +114,9 @@ class DurableStore(LocalStore):
         self._refuse_elsewhere(key)
         record = below(key, self._records) is not None
         content = value.as_buffer_like()
-        if path.name == DOCUMENT and len(value) > _DOCUMENT_BYTES:  # which nobody could read
+        if path.name == DOCUMENT and len(value) > DOCUMENT_BYTES:  # which nobody could read
             raise ConfigurationError(
-                f"{path} would have {len(value):,} bytes, and a document has at most {_DOCUMENT_BYTES:,}: record fewer "
+                f"{path} would have {len(value):,} bytes, and a document has at most {DOCUMENT_BYTES:,}: record fewer "
                 "seeds, or import fewer files, in one experiment"
             )
         if record and key in self._seen and (found := contents(path)) not in (self._seen[key], bytes(content)):
@@ -248,7 +222,7 @@ class DurableStore(LocalStore):
     ) -> Buffer | None:
         """Return what is there, or a part of it."""
         most = self.expected.most.get(array_path(key))
-        _refuse_large(inside(self.root, key), most)
+        refuse_large(inside(self.root, key), most)
         found = await self._got(key, prototype, byte_range)
         self.expected.refuse_another(key, self.place)
         if found is None:
@@ -328,25 +302,6 @@ class DurableStore(LocalStore):
                 raise OSError(error.errno, error.strerror, str(folder)) from error
             finally:
                 os.close(descriptor)
-
-
-def _refuse_large(path: Path, most: int | None) -> None:
-    """Refuse a file that is larger than what it holds could be, before memory is taken for it."""
-    document = most is None and path.name == DOCUMENT
-    most = _DOCUMENT_BYTES if document else most
-    with suppress(FileNotFoundError, NotADirectoryError):
-        if most is not None and (size := path.lstat().st_size) > most + most // 50 + 4096:
-            told = f"{path} has {size:,} bytes, and what it is to hold has at most {most:,}"
-            raise DamageError(f"{told}; restore it from a copy") if document else ValueError(told)
-
-
-def contents(path: Path, most: int | None = None) -> bytes | None:
-    """Return what a file holds, None where there is none; refuse one of more bytes than can be."""
-    _refuse_large(path, most)
-    try:
-        return opening(path.read_bytes, path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
 
 
 def _read_elsewhere(root: str, durable: bool, expected: Expected) -> DurableStore:

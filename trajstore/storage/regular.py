@@ -1,0 +1,60 @@
+"""The files of a store in a folder: regular ones, and none through a link inside the store.
+
+What a stranger's store links to is not the store's.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from trajstore.errors import DamageError, FormatError
+from trajstore.storage.place import DOCUMENT
+from trajstore.system import opening
+
+__all__ = ["DOCUMENT_BYTES", "contents", "inside", "refuse_large"]
+
+DOCUMENT_BYTES = 2**26
+"""More than any document is. What is read of one takes twenty times the memory, at worst."""
+
+
+def inside(root: Path, key: str) -> Path:
+    """Return where a key of a store lies; refuse one that leads out of it, by its parts or through a link."""
+    path = str(root)
+    for part in filter(None, key.split("/")):
+        if part in (".", "..") or "\0" in part:
+            raise FormatError(f"{root}: {key!r} is no name of something in a store")
+        path = f"{path}/{part}"
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return root / key
+        if stat.S_ISLNK(mode):
+            raise FormatError(
+                f"{path} is a symbolic link; nothing is read or written through links inside a store: put there what "
+                "it leads to (`cp -rL` copies a store so)"
+            )
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise FormatError(f"{path} is neither a file nor a folder; a store has nothing else")
+    return Path(path)
+
+
+def refuse_large(path: Path, most: int | None) -> None:
+    """Refuse a file that is larger than what it holds could be, before memory is taken for it."""
+    document = most is None and path.name == DOCUMENT
+    most = DOCUMENT_BYTES if document else most
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if most is not None and (size := path.lstat().st_size) > most + most // 50 + 4096:
+            told = f"{path} has {size:,} bytes, and what it is to hold has at most {most:,}"
+            raise DamageError(f"{told}; restore it from a copy") if document else ValueError(told)
+
+
+def contents(path: Path, most: int | None = None) -> bytes | None:
+    """Return what a file holds, None where there is none; refuse one of more bytes than can be."""
+    refuse_large(path, most)
+    try:
+        return opening(path.read_bytes, path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
