@@ -26,7 +26,7 @@ from trajstore.storage.schema import Schema
 from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_alike, refuse_foreign
 from trajstore.system import is_full, system_told
 
-__all__ = ["Merged", "merge", "remove"]
+__all__ = ["Merged", "lock_slabs", "merge", "remove"]
 
 _TRIES = 5
 """How often an experiment is taken over that grows meanwhile."""
@@ -50,7 +50,7 @@ def remove(store: Store, name: str) -> None:
     store.place.make()  # refuses where nothing can be written
     with ExitStack() as held:
         held.enter_context(store.declaring())
-        _lock_slabs(held, experiment, full=True)
+        lock_slabs(held, experiment, full=True)
         if store.place.beside is None:  # it cannot be gone at once: from now on it is no experiment any more
             group = zarr.open_group(store.place.keeper(read_only=False), path=name, mode="r+", zarr_format=3)
             group.attrs[ATTRIBUTE] = {"declaring": True}
@@ -121,7 +121,7 @@ def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
                 group = declare(root, name, experiment.schema, experiment.config, batches)
             _note(group, [_as_begun(fill) for fill in noted])
         stored = StoredExperiment(target, group)
-        _lock_slabs(held, experiment, stored)
+        lock_slabs(held, experiment, stored)
         done = [
             Merged(name, order, seed, copy_slab(experiment, stored, order, seed))
             for order, seed in product(experiment.schema.orders, experiment.schema.seeds)
@@ -214,7 +214,7 @@ def _batches(schema: Schema, *experiments: StoredExperiment) -> list[np.ndarray[
     return found
 
 
-def _lock_slabs(
+def lock_slabs(
     held: ExitStack, experiment: StoredExperiment, place: StoredExperiment | None = None, *, full: bool = False
 ) -> None:
     """Hold the locks of an experiment's slabs, in its own store or in another.

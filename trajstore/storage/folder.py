@@ -13,10 +13,11 @@ from trajstore.errors import ConfigurationError
 from trajstore.storage.holders import held_here, holding
 from trajstore.storage.local import DurableStore
 from trajstore.storage.locks import lock
+from trajstore.storage.packed import as_files, find, listed
 from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray, aside
-from trajstore.storage.regular import contents, inside
+from trajstore.storage.regular import below, contents, entries, inside
 from trajstore.storage.removing import delete, leftovers
-from trajstore.system import is_file, opening, way_clear
+from trajstore.system import is_file, way_clear
 
 __all__ = ["Folder"]
 
@@ -47,11 +48,11 @@ class Folder:
 
     def read(self, key: str, most: int | None = None) -> bytes | None:
         """Return what is there, None where there is nothing; refuse more bytes than can be, if that is known."""
-        return contents(inside(self.path, key), most)
+        return as_files(self.path, key, contents(inside(self.path, key), most), most)
 
     def exists(self, key: str) -> bool:
         """Tell whether there is something."""
-        return is_file(inside(self.path, key))
+        return is_file(inside(self.path, key)) or find(self.path, key) is not None
 
     def version(self, key: str) -> object | None:
         """Return what changes whenever something else is put there, None where there is nothing."""
@@ -65,17 +66,17 @@ class Folder:
         """Return the keys below a prefix, in order, and their sizes."""
         top = inside(self.path, prefix)
         found = []
-        for file in [top] if top.is_file() else _below(top):
+        for file in [top] if top.is_file() else below(top):
             with suppress(FileNotFoundError):  # renamed since it was listed
                 status = file.lstat()
                 if stat.S_ISREG(status.st_mode):
                     found.append((file.relative_to(self.path).as_posix(), status.st_size))
-        return sorted(found, key=lambda one: one[0].split("/"))
+        return listed(self.path, prefix, found)
 
     def taken(self, prefix: str) -> int:
         """Return how many bytes of the disk what lies at and below a prefix takes: whole blocks, and folders too."""
         top, blocks = inside(self.path, prefix), 0
-        for path in (top, *_below(top)):
+        for path in (top, *below(top)):
             with suppress(FileNotFoundError):  # renamed since it was listed
                 blocks += path.lstat().st_blocks
         return _BLOCK * blocks
@@ -84,7 +85,7 @@ class Folder:
         """Return the keys at and below a prefix where there is neither file nor folder: links, pipes, devices."""
         top = self.path / prefix
         found = []
-        for path in (top, *(_below(top) if not top.is_symlink() else ())):
+        for path in (top, *(below(top) if not top.is_symlink() else ())):
             with suppress(FileNotFoundError):  # renamed since it was listed
                 mode = path.lstat().st_mode
                 if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -93,11 +94,13 @@ class Folder:
 
     def folders(self) -> list[str]:
         """Return the first parts of all keys that have several, in order."""
-        return sorted(f.name for f in _in(self.path) if f.is_dir())  # a link too: whoever opens it is told
+        return sorted(f.name for f in entries(self.path) if f.is_dir())  # a link too: whoever opens it is told
 
     def strays(self) -> list[tuple[str, Stray]]:
         """Return what lies in the store itself and is neither a folder nor the store's document, in order."""
-        return sorted((f.name, _stray(Path(f.path))) for f in _in(self.path) if not f.is_dir() and f.name != DOCUMENT)
+        return sorted(
+            (f.name, _stray(Path(f.path))) for f in entries(self.path) if not f.is_dir() and f.name != DOCUMENT
+        )
 
     def delete(self, key: str) -> None:
         """Take out what is there, if anything is."""
@@ -184,7 +187,7 @@ class Folder:
         """Tell whether nothing is there, or nothing but what a process that died had begun to write."""
         if not self.path.is_dir():
             return not self.path.exists()
-        return all(f.name.endswith(PARTIAL) for f in _in(self.path))
+        return all(f.name.endswith(PARTIAL) for f in entries(self.path))
 
 
 def _beside(path: Path) -> Path:
@@ -200,19 +203,3 @@ def _stray(path: Path) -> Stray:
     if path.is_symlink():
         return "link to a file" if path.exists() else "link to nothing"
     return "file" if path.is_file() else "device"
-
-
-def _in(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what is in a folder; where that cannot be known, it is an error, and not nothing."""
-    return opening(lambda: [*os.scandir(folder)], folder)
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """Yield everything below a folder, without going through links."""
-    folders = [folder]
-    while folders:
-        with suppress(FileNotFoundError, NotADirectoryError):  # there is none, or none any more
-            for entry in _in(folders.pop()):
-                yield Path(entry.path)
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(Path(entry.path))

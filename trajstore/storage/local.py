@@ -22,6 +22,7 @@ from weakref import finalize
 
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
+from zarr.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
 from trajstore.errors import BusyError, ConfigurationError, WriteError
@@ -30,6 +31,7 @@ from trajstore.storage.elsewhere import refuse_second_writer, refuse_unseen
 from trajstore.storage.expected import Expected
 from trajstore.storage.holders import Holder, Lent, held_here
 from trajstore.storage.locks import descriptor_of
+from trajstore.storage.packed import as_files, containers, find, partly
 from trajstore.storage.place import (
     DOCUMENT,
     PARTIAL,
@@ -45,6 +47,7 @@ from trajstore.storage.removing import delete, take_away
 from trajstore.system import allow_more_files, is_file, opening, refuse_too_many, way_clear
 
 __all__ = ["DurableStore", "user_cache"]
+
 
 class _Anchor:
     """A folder that is kept open, to tell whether its path still leads to it."""
@@ -165,6 +168,8 @@ class DurableStore(LocalStore):
 
         What was written under a lock that another process has taken since takes no name any more, so the fence is 0.
         """
+        if not self.read_only:
+            self._refuse_packed(prefixes)
         if (holder := self._lent.get(lock) or held_here(self.root, lock)) is not None:
             self._holders |= dict.fromkeys((*prefixes, *records), holder)
         experiments = {prefix.partition("/")[0] for prefix in (*prefixes, *records)}
@@ -173,6 +178,15 @@ class DurableStore(LocalStore):
                 self._anchors[folder] = _Anchor(inside(self.root, folder))
         self._records.update(records)
         return 0
+
+    def _refuse_packed(self, prefixes: Sequence[str]) -> None:
+        """Refuse to write beside what is packed, which then counted no more in part."""
+        for name in sorted({prefix.partition("/")[0] for prefix in prefixes}):
+            if containers(self.root, name):
+                raise BusyError(
+                    f"experiment {name!r} in {self.root} was packed just now, by another process; nothing is written; "
+                    "do it again, which lays it out as files first"
+                )
 
     def _through(self, key: str, own: Path) -> Path:
         """Return the folder in which to begin a file: the holder's of its slab, or its own."""
@@ -224,6 +238,12 @@ class DurableStore(LocalStore):
         most = self.expected.most.get(array_path(key))
         refuse_large(inside(self.root, key), most)
         found = await self._got(key, prototype, byte_range)
+        if found is None or key.endswith(DOCUMENT):
+            known = None if found is None else found.to_bytes()
+            content = await asyncio.to_thread(as_files, self.root, key, known, most)
+            if content is not None and content is not known:
+                buffer = (prototype or default_buffer_prototype()).buffer
+                found = buffer.from_bytes(partly(content, byte_range))
         self.expected.refuse_another(key, self.place)
         if found is None:
             self.expected.refuse_missing(key, self.place.read)
@@ -253,11 +273,14 @@ class DurableStore(LocalStore):
 
     async def exists(self, key: str) -> bool:
         """Tell whether there is something."""
-        return await asyncio.to_thread(is_file, inside(self.root, key))
+        there = await asyncio.to_thread(is_file, inside(self.root, key))
+        return there or await asyncio.to_thread(find, self.root, key) is not None
 
     async def getsize(self, key: str) -> int:
         """Return the size of what is there."""
         inside(self.root, key)
+        if (part := await asyncio.to_thread(find, self.root, key)) is not None and not await super().exists(key):
+            return part.size
         return await super().getsize(key)
 
     async def delete(self, key: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from trajstore.errors import DamageError, FormatError
 from trajstore.storage.place import DOCUMENT
 from trajstore.system import opening
 
-__all__ = ["DOCUMENT_BYTES", "contents", "inside", "refuse_large"]
+__all__ = ["DOCUMENT_BYTES", "below", "contents", "entries", "inside", "refuse_large"]
 
 DOCUMENT_BYTES = 2**26
 """More than any document is. What is read of one takes twenty times the memory, at worst."""
@@ -58,3 +59,19 @@ def contents(path: Path, most: int | None = None) -> bytes | None:
         return opening(path.read_bytes, path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder; where that cannot be known, it is an error, and not nothing."""
+    return opening(lambda: [*os.scandir(folder)], folder)
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """Yield everything below a folder, without going through links."""
+    folders = [folder]
+    while folders:
+        with suppress(FileNotFoundError, NotADirectoryError):  # there is none, or none any more
+            for entry in entries(folders.pop()):
+                yield Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))

@@ -14,7 +14,7 @@ from pathlib import Path
 from trajstore.storage.locks import descriptor_of
 from trajstore.storage.place import REMOVED
 
-__all__ = ["delete", "leftovers", "take_away"]
+__all__ = ["delete", "leftovers", "make_durable", "take_away"]
 
 
 def take_away(root: Path, folder: Path) -> Path:
@@ -24,12 +24,17 @@ def take_away(root: Path, folder: Path) -> Path:
     """
     gone = folder.rename(root / f"{REMOVED}{uuid.uuid4().hex}")
     for changed in {root, folder.parent}:  # or after a power cut it could be there again, and not whole
-        descriptor = descriptor_of(changed, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        make_durable(changed)
     return gone
+
+
+def make_durable(folder: Path) -> None:
+    """Have the names in a folder survive a power cut as they are now."""
+    descriptor = descriptor_of(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def leftovers(root: Path, beside: Path) -> list[Path]:
