@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from trajstore.cli.console import counted, human_bytes, human_seconds, print_csv, print_json, print_table, say
+from trajstore.cli.console import counted, human_bytes, human_seconds, print_csv, print_json, print_table, say, tell
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
 from trajstore.errors import ConfigurationError
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from trajstore.store import StoredExperiment
 
 __all__ = ["info", "ls", "sql"]
+
+_WORTH = 10**7
+"""From so many bytes of the disk on that packing would save, it is said."""
 
 
 def ls(store: StorePath, json: JSON = False) -> None:
@@ -31,10 +34,13 @@ def ls(store: StorePath, json: JSON = False) -> None:
     elif not rows:
         say(f"{store}: no experiments yet")
     else:
+        spare = sum(max(0, row["disk_bytes"] - 5 * row["bytes"]) for row in rows)
         for row in rows:
             row["orders"] = ", ".join(row["orders"])
             row["bytes"] = human_size(row["bytes"], row.pop("disk_bytes"))
         print_table(list(rows[0]), [list(row.values()) for row in rows])
+        if spare > _WORTH:
+            tell(f"small files take most of the disk here; `trajstore pack {store}` saves {human_bytes(spare)} or more")
     refuse_damaged(damaged)
 
 

@@ -1,4 +1,4 @@
-"""`trajstore verify`, `copy`, `merge`, `rm` and `unlock`: look after a store."""
+"""`trajstore verify`, `copy`, `merge`, `pack`, `rm` and `unlock`: look after a store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trajstore.replaying import Replayed
     from trajstore.store import Store
 
-__all__ = ["copy", "merge", "rm", "unlock", "verify"]
+__all__ = ["copy", "merge", "pack", "rm", "unlock", "verify"]
 
 _FOUND = 1
 
@@ -124,6 +124,37 @@ def _take_over(source: str, target: str, names: list[str] | None, json: bool) ->
         complete, schema = stored.complete(stored.commits()), stored.schema
         half = sum(not complete[schema.orders.index(slab.order), schema.seeds.index(slab.seed)] for slab in slabs)
         say(f"{told}; {half} not complete yet" if half else told)
+
+
+def pack(
+    store: StorePath,
+    exp: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[EXP]...", help="All by default.", autocompletion=complete_experiment),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Lay them out as files again.")] = False,
+    json: JSON = False,
+) -> None:
+    """Put small files together, which take whole blocks of a disk each: what many short runs leave.
+
+    Everything reads as before, with Zarr and xarray too; whoever records more lays it out as files again.
+    """
+    from dataclasses import asdict
+
+    import trajstore as ts
+    from trajstore.packing import pack as packed
+    from trajstore.packing import unpack
+    from trajstore.units import human_bytes
+
+    opened = ts.open(store)
+    done = {name: (unpack if undo else packed)(opened, name) for name in exp or list(opened)}
+    if json:
+        print_json([{"experiment": name, **asdict(room)} for name, room in done.items()])
+        return
+    for name, room in done.items():
+        before, after, content = map(human_bytes, (room.before, room.after, room.content))
+        became = f"{before} on disk, now {after}" if room.before != room.after else f"{after} on disk, as before"
+        say(f"{name}: {content} in all, {became}")
 
 
 def rm(

@@ -17,6 +17,7 @@ import zarr
 from trajstore.errors import ConfigurationError, StatisticError
 from trajstore.storage.declaring import grow, stored_batches
 from trajstore.storage.late import LateSeries
+from trajstore.storage.packing import open_to_write
 from trajstore.storage.schema import Schema, check_metric_names
 from trajstore.storage.writer import Ledger
 from trajstore.store import StoredExperiment, open_root
@@ -85,7 +86,7 @@ def _declared(stored: StoredExperiment, names: Sequence[str]) -> zarr.Group:
     """Declare the metrics that the experiment does not have yet, and return its group, to write to."""
     with stored.store.declaring():
         root = open_root(stored.store.place)
-        group = zarr.open_group(root.store, path=stored.name, mode="r+", zarr_format=3)
+        group = open_to_write(root.store, stored.name)
         schema = Schema.of(group)
         if taken := [name for name in names if name in schema.metrics]:
             raise ConfigurationError(f"experiment {stored.name!r}: {taken[0]!r} was recorded with its steps")

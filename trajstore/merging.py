@@ -21,6 +21,7 @@ from trajstore.copying import copy_slab
 from trajstore.errors import ConfigurationError, ConflictError, DamageError, TrajstoreError, WriteError, damage_told
 from trajstore.storage.declaring import ATTRIBUTE, declare, grow, stored_batches
 from trajstore.storage.fills import Fill, add_fills, renew_fills, stored_fills
+from trajstore.storage.packing import open_to_write
 from trajstore.storage.place import keeper_of
 from trajstore.storage.schema import Schema
 from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_alike, refuse_foreign
@@ -113,7 +114,7 @@ def _take_over(experiment: StoredExperiment, target: Store) -> list[Merged]:
             refuse_foreign(target, name)
             if name in target:
                 config, schema = _union(target[name], experiment)
-                group = zarr.open_group(root.store, path=name, mode="r+", zarr_format=3)
+                group = open_to_write(root.store, name)
                 if schema != Schema.of(group):
                     grow(group, schema, config, _batches(schema, StoredExperiment(target, group), experiment))
             else:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from trajstore.errors import ConfigurationError, TrajstoreError, WriteError
+from trajstore.errors import ConfigurationError, DamageError, TrajstoreError, WriteError
 from trajstore.merging import lock_slabs
 from trajstore.storage.local import DurableStore
 from trajstore.storage.packing import lay_out, pack_files
@@ -57,9 +57,7 @@ def unpack(store: Store, name: str) -> Room:
 def _nobody_writing(experiment: StoredExperiment, done: str) -> Iterator[DurableStore]:
     store = experiment.store
     if store.place.beside is None:
-        raise ConfigurationError(
-            f"{store} is an object store, where small objects take no more room; nothing is packed"
-        )
+        raise ConfigurationError(f"{store} is an object store, where small objects take no more room")
     store.place.make()
     with ExitStack() as held:
         held.enter_context(store.declaring())
@@ -73,3 +71,5 @@ def _nobody_writing(experiment: StoredExperiment, done: str) -> Iterator[Durable
         except OSError as error:
             told = f"experiment {experiment.name!r} in {store} is not {done} to the end ({system_told(error)})"
             raise WriteError(f"{told}; it reads as before, and the same again goes on") from None
+        except ValueError as error:
+            raise DamageError(f"experiment {experiment.name!r} in {store} cannot be {done}: {error}") from None

@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -47,6 +46,7 @@ from trajstore.storage.codecs import Codec
 from trajstore.storage.declaring import declare, grow
 from trajstore.storage.late import LateSeries
 from trajstore.storage.layout import Layout
+from trajstore.storage.packing import open_to_write
 from trajstore.storage.pipeline import Pipeline
 from trajstore.storage.place import Durability, slab_folder, slab_lock
 from trajstore.storage.schema import Schema, check_metric_names, segment_length
@@ -470,7 +470,7 @@ class Recorder:
             found = differences({k: v for k, v in stored.config.items() if k not in (*sizes, DECLARED)}, self._table)
             found += _different(stored.schema.layout, self._watched.layout())
             refuse_differences(name, found)
-            self._group = zarr.open_group(root.store, path=name, mode="r+", zarr_format=3)
+            self._group = open_to_write(root.store, name)
             if schema != stored.schema or config.get(DECLARED) != stored.config.get(DECLARED):
                 grow(self._group, schema, config, [])
             return schema

@@ -33,6 +33,7 @@ from trajstore.problems import LiveProblem
 from trajstore.provenance import provenance
 from trajstore.recipe import digest_of, refuse_other_data
 from trajstore.storage.declaring import declare, grow
+from trajstore.storage.packing import lay_out, open_to_write
 from trajstore.storage.place import Durability
 from trajstore.storage.reader import Commits
 from trajstore.storage.schema import Schema
@@ -97,7 +98,8 @@ def run(
             there = store[experiment.name]
             experiment = accept(there, experiment, live, resume=resume, extend=extend)
             schema = replace(schema_of(experiment, live), late=there.schema.late)
-            _grow(root, experiment, live, schema)
+            if schema != there.schema:
+                _grow(root, experiment, live, schema)
         else:
             _declare(root, experiment, live, schema)
     group = zarr.open_group(root.store, path=experiment.name, mode="r+", zarr_format=3)
@@ -112,6 +114,8 @@ def run(
     ]
     if not any(missing):
         return store[experiment.name]
+    with store.declaring():
+        lay_out(root.store, experiment.name)
     plan = _stored_plan(stored, wishes) or plan or plan_for(experiment, live, wishes)
     plan, fit = afford(plan, experiment, live, schema, wishes)
     packs = list(_waves(plan, experiment, missing, fit))
@@ -170,9 +174,8 @@ def _declare(root: zarr.Group, experiment: Experiment, live: LiveProblem, schema
 
 
 def _grow(root: zarr.Group, experiment: Experiment, live: LiveProblem, schema: Schema) -> None:
-    group = zarr.open_group(root.store, path=experiment.name, mode="r+", zarr_format=3)
-    if schema != Schema.of(group):
-        grow(group, schema, experiment.config(), _batch_index(experiment, live, schema))
+    group = open_to_write(root.store, experiment.name)
+    grow(group, schema, experiment.config(), _batch_index(experiment, live, schema))
 
 
 def _batch_index(experiment: Experiment, live: LiveProblem, schema: Schema) -> list[NDArray[np.int64]]:

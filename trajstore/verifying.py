@@ -39,6 +39,7 @@ from trajstore.storage import fills
 from trajstore.storage.checking import checked, is_name
 from trajstore.storage.declaring import ATTRIBUTE, declare, sound_attributes, stored_batches
 from trajstore.storage.late import LateSeries, unnoted
+from trajstore.storage.packing import doubled, is_packed, lay_out, unreadable
 from trajstore.storage.place import DOCUMENT, PARTIAL, TAKEN_OUT, Place, Stray, keeper_of
 from trajstore.storage.resume import GROUP, ResumeSlots, create_slot
 from trajstore.storage.schema import FORMAT, LATE_SPAN, Schema, late_records
@@ -228,6 +229,16 @@ class _Verifying:
             yield Finding(self.name, "its document is damaged; restore it from a copy", f"{self.name}/{DOCUMENT}")
             return
         checked(attributes)
+        if is_packed(self.place.keeper(read_only=True), self.name):
+            if self.repair:  # which lays it out as files: not for nothing
+                found = [*_Verifying(self.store, self.name, repair=False).everything()]
+                if all(finding.harmless for finding in found):
+                    yield from found
+                    return
+            found = [*self._packed()]
+            yield from found
+            if not self.repair and not all(finding.harmless for finding in found):
+                return  # nothing could be said of the rest
         self._note(attributes.get("fills", ()))
         with ExitStack() as locks:
             if self.repair:
@@ -243,6 +254,22 @@ class _Verifying:
             for order, seed in product(self.schema.orders, self.schema.seeds):
                 yield from self._slots(order, seed)
             yield from self._files()
+
+    def _packed(self) -> Iterator[Finding]:
+        """Tell how it is packed; when repairing, have it lie in files, as far as it can be read."""
+        keeper = self.place.keeper(read_only=not self.repair)
+        if self.repair:
+            with self.store.declaring():
+                yield from self._documents()  # without which what is packed could not be read
+                lost = unreadable(keeper, self.name)
+                lay_out(keeper, self.name, give_up=self._set_aside)
+        else:
+            lost = unreadable(keeper, self.name)
+        for file, why in lost.items():
+            yield self._found(f"nothing of what is packed in it can be found ({why}); {self._gone}", file)
+        for file in doubled(keeper, self.name):
+            what = "what is packed in it lies in files as well; `trajstore pack`, with or without --undo, ends that"
+            yield self._found(what, file, harmless=True)
 
     @cached_property
     def group(self) -> zarr.Group:

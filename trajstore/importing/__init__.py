@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import zarr
-
 from trajstore.errors import ConfigurationError
 from trajstore.experiment import check_name
 from trajstore.filenames import Pattern, told_apart
@@ -23,6 +21,7 @@ from trajstore.importing.filling import fill, not_noted
 from trajstore.importing.matching import Progress, ledgers_of, missing_steps, refuse_other_numbers, refuse_untied
 from trajstore.storage.codecs import CODECS, Codec
 from trajstore.storage.declaring import declare, grow
+from trajstore.storage.packing import open_to_write
 from trajstore.storage.place import Durability
 from trajstore.storage.sketch import Sketch
 from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, refuse_new
@@ -130,7 +129,7 @@ def carry_out(
         if stored is None:
             group = declare(root, asked.name, schema, {**asked.table, **sizes}, [])
         else:
-            group = zarr.open_group(root.store, path=asked.name, mode="r+", zarr_format=3)
+            group = open_to_write(root.store, asked.name)
             if schema != stored.schema:
                 grow(group, schema, {**asked.table, **sizes}, [])
     sketch = Sketch(schema.parameters, COMPONENTS, schema.sketch_seed)

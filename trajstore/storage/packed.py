@@ -15,7 +15,6 @@ import os
 import re
 import stat
 import struct
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -28,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 
+from trajstore.errors import DamageError
 from trajstore.storage.place import DOCUMENT
 from trajstore.storage.regular import contents, inside
 from trajstore.storage.resume import GROUP
@@ -35,6 +35,7 @@ from trajstore.system import opening
 
 __all__ = [
     "ARCHIVE",
+    "MEMBER",
     "NOWHERE",
     "Part",
     "as_files",
@@ -53,7 +54,7 @@ ARCHIVE = f"{GROUP}/packed.zip"
 """Where in an experiment its resume states are."""
 _SHARDS = ("c.0.0.0", "c.0.0.0.0")
 """The name of an array's shard, for three and for four dimensions: all of it is one, the first along each."""
-_MEMBER = re.compile(r"[^/\\\0]+\.[0-9]+\.[01]/(zarr\.json|c/0)")
+MEMBER = re.compile(r"[^/\\\0]+\.[0-9]+\.[01]/(zarr\.json|c/0)")
 NOWHERE = 2**64 - 1
 """Where in a shard a chunk is that was never written."""
 _CHECKED = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -69,8 +70,8 @@ class Part(NamedTuple):
     version: Version
     offset: int
     size: int
-    crc: int | None
-    """Of a resume state; chunks have one of their own."""
+    headed: bool = False
+    """Before it lie its name and more: it is a member of an archive."""
 
     def read(self, most: int | None = None) -> bytes:
         """Return its bytes; a FileNotFoundError where it does not lie there any more."""
@@ -80,11 +81,11 @@ class Part(NamedTuple):
             if _version(os.fstat(file.fileno())) != self.version:
                 raise FileNotFoundError(self.path)
             file.seek(self.offset)
-            if self.crc is not None:  # before it lie its name and more, of lengths that are said here
+            if self.headed:
                 file.seek(self.offset + 26)
                 file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
             content = file.read(self.size)
-        if len(content) < self.size or self.crc not in (None, zlib.crc32(content)):
+        if len(content) < self.size:
             raise ValueError(f"{self.path} does not hold what it says that it holds")
         return content
 
@@ -116,9 +117,12 @@ def find(root: Path, key: str) -> Part | None:
     if (container := _container(key)) is None:
         return None
     try:
-        return _opened(root, container).get(key)
+        return parts(root, container).get(key)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:
+        name, how = key.partition("/")[0], "restore it from a copy, or have `trajstore verify --repair` take it out"
+        raise DamageError(f"experiment {name!r} is packed, and {error}; {how}") from None
 
 
 def shard_name(dimensions: int) -> str:
@@ -139,7 +143,16 @@ def _container(key: str) -> str | None:
 
 def parts(root: Path, container: str) -> Mapping[str, Part]:
     """Return what lies in a container, by the keys that it had; a ValueError where that cannot be told."""
-    return _opened(root, container)
+    path = inside(root, container)
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is no file")
+    version = _version(status)
+    if container.endswith(ARCHIVE):
+        return _archive(path, version, container.removesuffix(ARCHIVE))
+    array = container.rpartition("/")[0]
+    document = contents(inside(root, f"{array}/{DOCUMENT}"))
+    return _shard(path, version, array, document)
 
 
 def containers(root: Path, experiment: str) -> list[str]:
@@ -162,7 +175,7 @@ def listed(root: Path, prefix: str, files: list[tuple[str, int]]) -> list[tuple[
     found = dict(files)
     for container in [*asked, *(key for key in found if _is_container(key))]:
         try:
-            there = _opened(root, container)
+            there = parts(root, container)
         except (FileNotFoundError, ValueError):
             continue  # what cannot be read stays what it is, a file
         found.pop(container, None)
@@ -174,19 +187,6 @@ def listed(root: Path, prefix: str, files: list[tuple[str, int]]) -> list[tuple[
 def _is_container(key: str) -> bool:
     rest = key.partition("/")[2]
     return rest == ARCHIVE or (rest.count("/") == 1 and rest.partition("/")[2] in _SHARDS)
-
-
-def _opened(root: Path, container: str) -> Mapping[str, Part]:
-    path = inside(root, container)
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is no file")
-    version = _version(status)
-    if container.endswith(ARCHIVE):
-        return _archive(path, version, container.removesuffix(ARCHIVE))
-    array = container.rpartition("/")[0]
-    document = contents(inside(root, f"{array}/{DOCUMENT}"))
-    return _shard(path, version, array, document)
 
 
 @lru_cache(maxsize=512)
@@ -212,7 +212,7 @@ def _shard(path: Path, version: Version, array: str, document: bytes | None) -> 
         raise ValueError(f"{path}: the list of what is in it leads beyond its end")
     keys = zip(*(axis.tolist() for axis in np.unravel_index(there, grid)), strict=True)
     return {
-        f"{array}/c/{'/'.join(map(str, index))}": Part(path, version, offset, size, None)
+        f"{array}/c/{'/'.join(map(str, index))}": Part(path, version, offset, size)
         for index, (offset, size) in zip(keys, spans[there].tolist(), strict=True)
     }
 
@@ -224,12 +224,14 @@ def _archive(path: Path, version: Version, experiment: str) -> Mapping[str, Part
             members = archive.infolist()
     except (BadZipFile, ValueError, NotImplementedError) as error:
         raise ValueError(f"{path} is no archive, or damaged ({error})") from None
-    if not all(_MEMBER.fullmatch(one.filename) for one in members):
+    if not all(MEMBER.fullmatch(one.filename) for one in members):
         raise ValueError(f"{path} holds something else than resume states")
+    if any(one.header_offset + one.file_size > version[2] for one in members):
+        raise ValueError(f"{path} is shorter than what it says that it holds")
     if any(one.compress_type != ZIP_STORED or one.file_size != one.compress_size for one in members):
         raise ValueError(f"{path} is compressed, as no archive of a store is")
     return {
-        f"{experiment}{GROUP}/{one.filename}": Part(path, version, one.header_offset, one.file_size, one.CRC)
+        f"{experiment}{GROUP}/{one.filename}": Part(path, version, one.header_offset, one.file_size, headed=True)
         for one in members
     }
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
@@ -18,16 +20,16 @@ import numpy as np
 import zarr
 from zarr.buffer.cpu import Buffer
 
-from trajstore.errors import WriteError
+from trajstore.errors import DamageError, WriteError
 from trajstore.storage.local import DurableStore
-from trajstore.storage.packed import ARCHIVE, NOWHERE, containers, grid_of, packed, parts, plain, shard_name
-from trajstore.storage.place import DOCUMENT, PARTIAL
-from trajstore.storage.regular import below, contents, inside
+from trajstore.storage.packed import ARCHIVE, MEMBER, NOWHERE, containers, grid_of, packed, parts, plain, shard_name
+from trajstore.storage.place import DOCUMENT, PARTIAL, TAKEN_OUT
+from trajstore.storage.regular import below, contents, entries, inside
 from trajstore.storage.removing import delete, make_durable, take_away
 from trajstore.storage.resume import GROUP
 from trajstore.storage.schema import Schema
 
-__all__ = ["lay_out", "open_to_write", "pack_files"]
+__all__ = ["doubled", "is_packed", "lay_out", "open_to_write", "pack_files", "unreadable"]
 
 _SMALL = 2**15
 """Bytes of a file, on average, below which blocks of the disk are worth saving."""
@@ -43,34 +45,88 @@ def open_to_write(store: Any, name: str) -> zarr.Group:  # noqa: ANN401
 
 def pack_files(store: DurableStore, schema: Schema, name: str) -> None:
     """Pack what is in small files. Hold the declaration's lock, and those of all slabs."""
-    lay_out(store, name)
+    for container in doubled(store, name):
+        _lay_out(store, container, None)
     for spec in schema.arrays():
         if spec.dims[0] in ("order", "seed"):
             _pack_array(store, f"{name}/{spec.name}", len(spec.dims))
     _pack_resume_states(store, name)
 
 
-def lay_out(store: Any, name: str) -> None:  # noqa: ANN401
-    """Have everything of an experiment lie in files of its own. Hold the declaration's lock."""
+def lay_out(store: Any, name: str, give_up: Callable[[str], None] | None = None) -> None:  # noqa: ANN401
+    """Have everything of an experiment lie in files of its own. Hold the declaration's lock.
+
+    What cannot be read is damage, unless it may be given up: `give_up` takes away what has a key.
+    """
     if not isinstance(store, DurableStore):
         return  # objects are not packed
     for container in containers(store.root, name):
-        for key, part in parts(store.root, container).items():
-            if not inside(store.root, key).exists():
-                _put(store, key, part.read())
-        if not container.endswith(ARCHIVE):
-            document = f"{container.rpartition('/')[0]}/{DOCUMENT}"
-            said = contents(inside(store.root, document))
-            if said is not None and (told := plain(said)) != said:
-                _put(store, document, told)
-        store.flush()
-        path = inside(store.root, container)
+        _lay_out(store, container, give_up)
+
+
+def _lay_out(store: DurableStore, container: str, give_up: Callable[[str], None] | None) -> None:
+    try:
+        there = parts(store.root, container)
+    except ValueError as error:
+        if give_up is None:
+            name, how = container.partition("/")[0], "`trajstore verify --repair` takes it out"
+            raise DamageError(f"experiment {name!r} is packed, and {error}; {how}") from None
+        there = {}
+    for key, part in there.items():
+        if not inside(store.root, key).exists():
+            _put(store, key, part.read())
+    if not container.endswith(ARCHIVE):
+        document = f"{container.rpartition('/')[0]}/{DOCUMENT}"
+        said = contents(inside(store.root, document))
+        if said is not None and (told := plain(said)) != said:
+            _put(store, document, told)
+    store.flush()
+    path = inside(store.root, container)
+    if there or give_up is None:
         path.unlink()
-        make_durable(path.parent)  # or it could be there again one day, beside what is written from now on
+    else:
+        give_up(container)
+    make_durable(path.parent)  # or it could be there again one day, beside what is written from now on
+
+
+def is_packed(store: Any, name: str) -> bool:  # noqa: ANN401
+    """Tell whether something of an experiment, in the Zarr store of a place, is packed."""
+    return isinstance(store, DurableStore) and bool(containers(store.root, name))
+
+
+def unreadable(store: Any, name: str) -> dict[str, str]:  # noqa: ANN401
+    """Return in which files of a packed experiment nothing can be found → why."""
+    found = {}
+    for container in containers(store.root, name) if isinstance(store, DurableStore) else ():
+        try:
+            parts(store.root, container)
+        except ValueError as error:
+            found[container] = str(error)
+    return found
+
+
+def doubled(store: Any, name: str) -> list[str]:  # noqa: ANN401
+    """Return in what an experiment is packed that lies in files as well: packing, or laying out, was stopped."""
+    if not isinstance(store, DurableStore):
+        return []
+    return [key for key in containers(store.root, name) if any(_in_files(store.root, key.rpartition("/")[0]))]
+
+
+def _in_files(root: Path, folder: str) -> Iterator[Path]:
+    """Yield what lies in files of what could be packed: chunks of an array, or resume states."""
+    top = inside(root, folder)
+    for one in entries(top):
+        if one.is_dir(follow_symlinks=False) and one.name != TAKEN_OUT:
+            yield from (path for path in below(Path(one.path)) if path.is_file() and not path.name.endswith(PARTIAL))
 
 
 def _pack_array(store: DurableStore, array: str, dimensions: int) -> None:
-    files, document = _small_files(store, f"{array}/c"), contents(inside(store.root, f"{array}/{DOCUMENT}"))
+    shard, folder = f"{array}/{shard_name(dimensions)}", inside(store.root, f"{array}/c")
+    if inside(store.root, shard).exists():
+        if folder.is_dir():  # of records: the folders that locks were on
+            delete(take_away(store.root, folder))
+        return
+    files, document = _small_files(store, array), contents(inside(store.root, f"{array}/{DOCUMENT}"))
     grid = grid_of(document, array)
     places = {tuple(key.removeprefix(f"{array}/c/").split("/")): content for key, content in files.items()}
     if not files or not all(_within(place, grid) for place in places):
@@ -82,12 +138,11 @@ def _pack_array(store: DurableStore, array: str, dimensions: int) -> None:
         at += len(content)
     index = spans.tobytes()
     checksum = google_crc32c.value(index).to_bytes(4, "little")
-    shard = f"{array}/{shard_name(dimensions)}"
     _put(store, shard, b"".join([*(content for _, content in sorted(chunks.items())), index, checksum]))
     _refuse_unlike(store, shard, files)
     _put(store, f"{array}/{DOCUMENT}", json.dumps(packed(json.loads(document or b"")), indent=2).encode())
     store.flush()
-    delete(take_away(store.root, inside(store.root, f"{array}/c")))
+    delete(take_away(store.root, folder))
 
 
 def _within(place: tuple[str, ...], grid: tuple[int, ...]) -> bool:
@@ -98,8 +153,7 @@ def _within(place: tuple[str, ...], grid: tuple[int, ...]) -> bool:
 def _pack_resume_states(store: DurableStore, name: str) -> None:
     folder = f"{name}/{GROUP}"
     files = _small_files(store, folder)
-    files.pop(f"{folder}/{DOCUMENT}", None)
-    if not files:
+    if not files or not all(MEMBER.fullmatch(key.removeprefix(f"{folder}/")) for key in files):
         return
     content = io.BytesIO()
     with ZipFile(content, "w", ZIP_STORED) as archive:
@@ -111,15 +165,14 @@ def _pack_resume_states(store: DurableStore, name: str) -> None:
         delete(take_away(store.root, inside(store.root, f"{folder}/{slot}")))
 
 
-def _small_files(store: DurableStore, prefix: str) -> dict[str, bytes]:
-    """Return what is below a prefix, by key, if it is in small files; what is being written is not there."""
-    top, root = inside(store.root, prefix), store.root
-    paths = [path for path in below(top) if path.is_file() and not path.name.endswith(PARTIAL)]
+def _small_files(store: DurableStore, folder: str) -> dict[str, bytes]:
+    """Return what lies in files in the folder of an array, or of resume states, by key, if these are small."""
+    paths = [*_in_files(store.root, folder)]
     sizes = [path.lstat().st_size for path in paths]
     if not paths or sum(sizes) > min(_MOST, _SMALL * len(sizes)):
         return {}
-    keys = [path.relative_to(root).as_posix() for path in paths]
-    return {key: inside(root, key).read_bytes() for key in keys}
+    keys = [path.relative_to(store.root).as_posix() for path in paths]
+    return {key: inside(store.root, key).read_bytes() for key in keys}
 
 
 def _refuse_unlike(store: DurableStore, container: str, files: dict[str, bytes]) -> None:
