@@ -31,7 +31,7 @@ from trajstore.storage.elsewhere import refuse_second_writer, refuse_unseen
 from trajstore.storage.expected import Expected
 from trajstore.storage.holders import Holder, Lent, held_here
 from trajstore.storage.locks import descriptor_of
-from trajstore.storage.packed import as_files, containers, find, partly
+from trajstore.storage.packed import as_files, containers, find, partly, plain
 from trajstore.storage.place import (
     DOCUMENT,
     PARTIAL,
@@ -238,12 +238,12 @@ class DurableStore(LocalStore):
         most = self.expected.most.get(array_path(key))
         refuse_large(inside(self.root, key), most)
         found = await self._got(key, prototype, byte_range)
-        if found is None or key.endswith(DOCUMENT):
-            known = None if found is None else found.to_bytes()
-            content = await asyncio.to_thread(as_files, self.root, key, known, most)
-            if content is not None and content is not known:
-                buffer = (prototype or default_buffer_prototype()).buffer
-                found = buffer.from_bytes(partly(content, byte_range))
+        buffer = (prototype or default_buffer_prototype()).buffer
+        if found is None:
+            content = await asyncio.to_thread(as_files, self.root, key, None, most)
+            found = None if content is None else buffer.from_bytes(partly(content, byte_range))
+        elif key.endswith(DOCUMENT):
+            found = buffer.from_bytes(plain(found.to_bytes()))
         self.expected.refuse_another(key, self.place)
         if found is None:
             self.expected.refuse_missing(key, self.place.read)

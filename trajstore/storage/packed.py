@@ -31,7 +31,7 @@ from trajstore.errors import DamageError
 from trajstore.storage.place import DOCUMENT
 from trajstore.storage.regular import contents, inside
 from trajstore.storage.resume import GROUP
-from trajstore.system import opening
+from trajstore.system import is_file, opening
 
 __all__ = [
     "ARCHIVE",
@@ -163,7 +163,7 @@ def containers(root: Path, experiment: str) -> list[str]:
     with os.scandir(folder) as entries:
         arrays = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
     asked = [f"{experiment}/{array}/{shard}" for array in arrays for shard in _SHARDS]
-    return [key for key in (*asked, f"{experiment}/{ARCHIVE}") if inside(root, key).is_file()]
+    return [key for key in (*asked, f"{experiment}/{ARCHIVE}") if is_file(inside(root, key))]
 
 
 def listed(root: Path, prefix: str, files: list[tuple[str, int]]) -> list[tuple[str, int]]:
