@@ -138,6 +138,7 @@ def commands() -> Iterator[Doing]:
             ["rm", "rm", "{S}", exp, "--yes"], ["verify --repair", "verify", "{S}", exp, "--repair"],
             ["merge from", "merge", "{S}", "{OUT}/new.zarr", exp], ["merge into", "merge", "{OTHER}", "{S}", exp],
             ["copy from", "copy", "{S}", "{OUT}/copied.zarr", exp],
+            ["pack", "pack", "{S}", exp], ["pack --undo", "pack", "{S}", exp, "--undo"],
         ):  # fmt: skip
             yield Doing(f"{name} {exp}", exp, _command(*arguments), writes=True)
     quick = ["--store", "{S}", "--engine", "reference", "--durability", "none"]

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -368,20 +370,18 @@ def lying(small: Path, how: str) -> None:
             spans = np.frombuffer(content[-(16 * 4 + 4) : -4], "<u8").copy()
             spans[0] = 2**63
             index = spans.tobytes()
-            shard.write_bytes(
-                content[: -(16 * 4 + 4)] + index + packing.google_crc32c.value(index).to_bytes(4, "little")
-            )
+            shard.write_bytes(content[: -(16 * 4 + 4)] + index + google_crc32c.value(index).to_bytes(4, "little"))
         case "huge":
             document = json.loads((small / "net/leg/zarr.json").read_text())
             document["shape"] = [2**40, 2**40, 4096]
             (small / "net/leg/zarr.json").write_text(json.dumps(document))
         case "elsewhere":
-            with packing.ZipFile(archive, "w") as written:
+            with ZipFile(archive, "w") as written:
                 written.writestr("../../../victim", b"overwritten")
         case "no archive":
             archive.write_bytes(b"PK no archive")
         case "compressed":
-            with packing.ZipFile(archive, "w", compression=8) as written:
+            with ZipFile(archive, "w", compression=8) as written:
                 written.writestr("forward.0.0/c/0", bytes(2**20))
 
 

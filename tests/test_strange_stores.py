@@ -399,8 +399,8 @@ def test_a_repair_keeps_what_is_larger_than_the_disk_without_copying_it(store: P
 
 def test_a_document_that_nobody_could_read_is_not_written(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file: file.read_bytes() for file in store.rglob("zarr.json")}
-    monkeypatch.setattr("trajstore.storage.local._DOCUMENT_BYTES", 5_000)
-    monkeypatch.setattr("trajstore.storage.local._refuse_large", lambda path, most: None)
+    monkeypatch.setattr("trajstore.storage.local.DOCUMENT_BYTES", 5_000)
+    monkeypatch.setattr("trajstore.storage.local.refuse_large", lambda path, most: None)
     with pytest.raises(ConfigurationError, match="bytes, and a document has at most 5,000: record fewer seeds"):
         ts.run(ts.Experiment.of({**SMALL_NET, "seeds": list(range(100))}), store, extend=True)
     assert (store / "net" / "zarr.json").read_bytes() == before[store / "net" / "zarr.json"]
