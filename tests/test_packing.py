@@ -24,7 +24,7 @@ from trajstore import analysis
 from trajstore.errors import BusyError, ConfigurationError, DamageError, TrajstoreError
 from trajstore.merging import merge
 from trajstore.packing import pack, unpack
-from trajstore.storage import packed, packing
+from trajstore.storage import packed, packing, removing
 from trajstore.storage.local import DurableStore
 from trajstore.storage.writer import guarded
 from trajstore.store import open_root
@@ -34,7 +34,7 @@ TINY = {
     **SMALL_NET, "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5}, "steps": 9, "seeds": [0, 3],
     "record": {"sketch": 4},
 }  # fmt: skip
-HOW = {"engine": "reference", "durability": "none"}
+HOW: dict[str, Any] = {"engine": "reference", "durability": "none"}
 
 
 class DiedError(Exception):
@@ -99,8 +99,8 @@ def seen(store: Path, *names: str) -> dict[str, bytes | None]:
 
 
 def chunks(store: Path) -> dict[str, bytes | None]:
-    """What it sees, but for the experiments' own documents."""
-    return {key: content for key, content in seen(store).items() if key.count("/") > 1}
+    """What it sees of arrays."""
+    return {key: content for key, content in seen(store).items() if key.count("/") > 1 and "/resume/" not in key}
 
 
 def answers(store: Path) -> dict[str, Any]:
@@ -115,7 +115,8 @@ def answers(store: Path) -> dict[str, Any]:
         found[f"{name} state"] = {
             part: array.tobytes() for part, array in experiment.arrays(order="forward", seed=0, step=3).items()
         }
-    return json.loads(json.dumps(found, default=repr))  # so that a NaN is one
+    told: dict[str, Any] = json.loads(json.dumps(found, default=repr))  # so that a NaN is one
+    return told
 
 
 def findings(store: Path) -> list[str]:
@@ -223,8 +224,8 @@ def _stopping(at: int, patch: pytest.MonkeyPatch) -> None:
         return changed
 
     patch.setattr(DurableStore, "set_sync", dying(DurableStore.set_sync))
-    patch.setattr(packing, "take_away", dying(packing.take_away))
-    patch.setattr(packing, "delete", dying(packing.delete))
+    patch.setattr(packing, "take_away", dying(removing.take_away))
+    patch.setattr(packing, "delete", dying(removing.delete))
     patch.setattr(Path, "unlink", dying(Path.unlink))
 
 
