@@ -115,8 +115,11 @@ def test_steps_that_were_chosen_by_a_metric_give_no_variance(record):
 
 @pytest.mark.parametrize(
     ("phi", "steps", "kind"),
-    [(0.0, 1_000, "level"), (0.9, 1_000, "level"), (0.9, 1_000, "tail"), (0.99, 20_000, "tail")],
-)
+    [
+        (0.0, 1_000, "level"), (0.9, 1_000, "level"), (0.9, 1_000, "tail"),
+        pytest.param(0.99, 20_000, "tail", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_intervals_of_a_ratio_hold_the_true_one_as_often_as_they_say(phi, steps, kind):
     ds = runs_of(3 * ar1(phi, steps, 500, 1), ar1(phi, steps, 500, 2))
     found = variance_ratio(ds, "loss", steps, kind=kind)
