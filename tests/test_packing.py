@@ -22,7 +22,7 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore import analysis
 from trajstore.errors import BusyError, ConfigurationError, DamageError, TrajstoreError
-from trajstore.merging import merge
+from trajstore.merging import merge, remove
 from trajstore.packing import pack, unpack
 from trajstore.storage import packed, packing, removing
 from trajstore.storage.local import DurableStore
@@ -277,6 +277,18 @@ def test_there_is_nothing_to_pack_in_an_object_store() -> None:
     ts.run(ts.Experiment.of(TINY | {"seeds": [0], "steps": 2}), "memory://packing", **HOW)
     with pytest.raises(ConfigurationError, match="is an object store, where small objects take no more room"):
         pack(ts.Store("memory://packing"), "net")
+
+
+def test_what_is_packed_is_listed_with_the_whole_store_and_removed_with_its_experiment(
+    whole: Path, small: Path
+) -> None:
+    place = ts.Store(small).place
+    assert {key for key, _ in place.files("")} == set(on_disk(whole))
+    assert {key for key, _ in place.files("net/leg/c/1")} == {f"net/leg/c/1/{seed}/0" for seed in (0, 1)}
+    remove(ts.Store(small), "net")
+    assert list(ts.open(small)) == ["loop"]
+    assert all(key.startswith("loop/") or key == "zarr.json" for key in on_disk(small))
+    assert findings(small) == []
 
 
 def test_large_chunks_stay_in_files_of_their_own(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

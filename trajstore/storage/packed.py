@@ -179,7 +179,7 @@ def listed(root: Path, prefix: str, files: list[tuple[str, int]]) -> list[tuple[
         except (FileNotFoundError, ValueError):
             continue  # what cannot be read stays what it is, a file
         found.pop(container, None)
-        at = f"{prefix}/"
+        at = f"{prefix}/" if prefix else ""
         found = {key: part.size for key, part in there.items() if key.startswith(at) or key == prefix} | found
     return sorted(found.items(), key=lambda one: one[0].split("/"))
 
