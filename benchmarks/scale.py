@@ -6,7 +6,8 @@ Times are of a folder, the median of a few turns, without starting Python: secon
 others who use the machine change less than the clock's. Requests are counted at a bucket in memory, to which the folder
 was copied. A store of many experiments has copies of one small loop; one of many slabs has one experiment that as many
 loops of one step were recorded into, one after the other, and `record` is the last of these. `sql` is the first
-question, which makes the index, and `sql again` the second. `--against` names the Python of an environment with another
+question, which makes the index, and `sql again` the second. `packed` is the same of a copy after `trajstore pack`; what
+both take of the disk is printed below the table. `--against` names the Python of an environment with another
 trajstore: both are measured in one run, each with stores of its own, and ratios are printed.
 """
 
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 Measured = dict[str, dict[str, float]]
-"""What was done and to how many → seconds of CPU time, and requests."""
+"""What was done and to how many → seconds of CPU time, and requests; and of packing, bytes."""
 _LAST = 5
 """So many of the last recordings are timed."""
 
@@ -50,11 +51,31 @@ def measure(experiments: list[int], slabs: list[int], turns: int, scratch: Path)
         told = {"seconds": statistics.median(times[-_LAST:]), "requests": float(requests[0])}
         found[f"record, {number} slabs"] = told
         found |= {f"{what}, {number} slabs": cost for what, cost in _read(folder, "loop", turns).items()}
+        found |= {f"{what}, {number} slabs": cost for what, cost in _packed(folder, "loop", turns).items()}
     return found
 
 
-def _read(folder: Path, name: str, turns: int) -> Measured:
-    """Time and count what only reads."""
+def _packed(folder: Path, name: str, turns: int) -> Measured:
+    """Pack a copy of a store, and time what only reads it."""
+    try:
+        from trajstore.packing import pack
+    except ImportError:
+        return {}  # of another trajstore, which knows nothing of it
+
+    import trajstore as ts
+
+    copy = folder.with_name(f"packed-{folder.name}")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    begin = time.process_time()
+    room = pack(ts.Store(copy), name)
+    cost = {"seconds": time.process_time() - begin, "content": room.content, "before": room.before, "after": room.after}
+    timed = {f"{what}, packed": cost for what, cost in _read(copy, name, turns, counting=False).items()}
+    return {"pack": cost, **timed}
+
+
+def _read(folder: Path, name: str, turns: int, *, counting: bool = True) -> Measured:
+    """Time and, `counting` requests, count what only reads."""
     from trajstore.cli.inspection import info, ls
 
     import trajstore as ts
@@ -81,19 +102,20 @@ def _read(folder: Path, name: str, turns: int) -> Measured:
         "sql again": asked,
         "state_dict": state,
     }
-    uploaded, counts = _uploaded(folder), {}
-    for what, command in kinds.items():
-        with _counted() as requests:
-            command(uploaded)
-        counts[what] = float(requests[0])
-    found: Measured = {}
+    found: Measured = {what: {} for what in kinds}
+    if counting:
+        uploaded = _uploaded(folder)
+        for what, command in kinds.items():
+            with _counted() as requests:
+                command(uploaded)
+            found[what]["requests"] = float(requests[0])
     for what, command in kinds.items():
         times = []
         for _ in range(turns):
             begin = time.process_time()
             command(str(folder))
             times.append(time.process_time() - begin)
-        found[what] = {"seconds": statistics.median(times), "requests": counts[what]}
+        found[what]["seconds"] = statistics.median(times)
     return found
 
 
@@ -201,13 +223,17 @@ def main() -> None:
         + "".join(f"{who + ' ' + what:>20}" for what in ("CPU ms", "requests") for who in told)
         + (f"{'ratio of times':>20}{'of requests':>20}" if given.against else "")
     )
-    for row in told["now"]:
+    for row in [row for row in told["now"] if all(row in one for one in told.values())]:
         cells = [f"{one[row]['seconds'] * 1e3:,.0f}" for one in told.values()]
-        cells += [f"{one[row]['requests']:,.0f}" for one in told.values()]
+        cells += [f"{one[row]['requests']:,.0f}" if "requests" in one[row] else "" for one in told.values()]
         if given.against:
             now, other = (told[who][row] for who in ("now", "against"))
-            cells += [f"{other[what] / max(now[what], 1e-9):.1f}×" for what in ("seconds", "requests")]
+            cells += [f"{other[what] / max(now[what], 1e-9):.1f}×" for what in ("seconds", "requests") if what in now]
         print(f"{row:<{width}}" + "".join(f"{cell:>20}" for cell in cells))
+    for row, packed in told["now"].items():
+        if "content" in packed:
+            before, after, content = (packed[what] / 1e6 for what in ("before", "after", "content"))
+            print(f"{row}: {before:.1f} MB of the disk before, {after:.1f} MB after, for {content:.1f} MB of content")
     if given.json:
         given.json.write_text(json.dumps(told, indent=2))
 
