@@ -87,6 +87,8 @@ def commands(store: Path, out: Path) -> Iterator[list[str]]:
     yield ["import", at, "net", str(out / "seed0" / "step1.pt"), "--pattern", "seed{seed}/step{step}.pt"]
     yield ["record", "quadratic", "--store", at, "--name", "net", "--steps", "5", "--resume"]
     yield ["record", "quadratic", "--store", at, "--name", "net", "--steps", "5", "--extend"]
+    yield ["pack", at]
+    yield ["pack", at, "--undo"]
     yield ["unlock", at]
     yield ["verify", at]
     yield ["verify", at, "--replay"]
