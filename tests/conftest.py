@@ -68,6 +68,12 @@ def own_modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
             forget(name)
 
 
+@pytest.fixture(autouse=True)
+def slow_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a machine does much else, a worker that compiles for a minute is not silent: that would be a warning."""
+    monkeypatch.setattr("trajstore.distributing.patience._SILENT", 1_200.0)
+
+
 def forget(module: str) -> None:
     """Have a module imported again, and what its functions made made again."""
     del sys.modules[module]

@@ -376,7 +376,7 @@ def test_disk_and_time_are_foretold(tmp_path, monkeypatch):
     cost = ts.cost(experiment, engine="wavefront", lanes=4)
     stored = ts.run(experiment, tmp_path / "s.zarr", engine="wavefront", lanes=4)
     assert 0.7 < cost.disk_bytes / stored.bytes_on_disk() < 1.3
-    assert 0 <= cost.metric_seconds < cost.seconds  # a difference of times, which may be lost in their noise
+    assert 0 <= cost.metric_seconds <= cost.seconds  # all of it, where the rest is lost in the noise of a busy machine
 
 
 def test_the_cost_counts_applications_exactly_and_raw_bytes(record):
