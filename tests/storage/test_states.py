@@ -13,10 +13,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trajstore.errors import UnreachableError
+from trajstore.errors import DamageError, FormatError, UnreachableError
 from trajstore.storage.codecs import Codec, chunk_codecs, write_block
 from trajstore.storage.folder import Folder
 from trajstore.storage.states import States
+from trajstore.verifying import verify
 
 SHAPE, CHUNKS = (2, 2, 11, 7), (1, 1, 4, 3)
 
@@ -85,3 +86,19 @@ def test_states_of_a_folder_that_is_not_seen_are_not_taken_for_missing(both, tmp
             pickle.loads(packed)
     finally:
         (tmp_path / "elsewhere").rename(states.address)
+
+
+def test_what_a_later_pcodec_wrote_is_no_damage_and_a_repair_takes_nothing_out(record, monkeypatch):
+    def later(*_):
+        raise RuntimeError("pco error: pco Compatibility error: file's format version (9) exceeds max supported (3)")
+
+    store = record(steps=3, seeds=[0]).store
+    before = {key: store.place.read(key) for key, _ in store.place.files("net")}
+    monkeypatch.setattr("trajstore.storage.states.simple_decompress_into", later)
+    for ask in (lambda: store["net"].arrays(order="forward", seed=0, step=3), lambda: [*verify(store, repair=True)]):
+        with pytest.raises(
+            FormatError, match=r"later pcodec than is installed .*; nothing is damaged: `pip install"
+        ) as told:
+            ask()
+        assert not isinstance(told.value, DamageError)
+    assert {key: store.place.read(key) for key, _ in store.place.files("net")} == before

@@ -20,6 +20,7 @@ from numcodecs import Zstd  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from pcodec.standalone import simple_decompress_into  # type: ignore[import-untyped]
 
+from trajstore.errors import FormatError
 from trajstore.storage.codecs import Codec, refuse_bomb, zstd_size
 from trajstore.storage.elsewhere import refuse_only_here, refuse_unseen
 from trajstore.storage.expected import Expected
@@ -138,7 +139,13 @@ class States:
             raise ValueError(f"stored and computed checksum do not match: {self.path}, chunk {index}")
         chunk = memoryview(content)[:-_CHECK]
         if self.codec == "pcodec":
-            done = simple_decompress_into(bytes(chunk), out.reshape(-1))
+            try:
+                done = simple_decompress_into(bytes(chunk), out.reshape(-1))
+            except RuntimeError as error:
+                if "Compatibility" not in str(error):
+                    raise
+                told = f"{self.path}, chunk {index} is of a later pcodec than is installed ({error})"
+                raise FormatError(f"{told}; nothing is damaged: `pip install --upgrade pcodec`") from None
             whole = done.finished and done.n_processed == out.size
         else:
             refuse_bomb(chunk, out.nbytes)
