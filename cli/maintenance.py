@@ -147,14 +147,16 @@ def pack(
     from trajstore.units import human_bytes
 
     opened = ts.open(store)
-    done = {name: (unpack if undo else packed)(opened, name) for name in exp or list(opened)}
+    rows = []
+    for name in exp or list(opened):
+        room = (unpack if undo else packed)(opened, name)
+        rows.append({"experiment": name, **asdict(room)})
+        if not json:  # at once: another may be busy, or damaged
+            before, after, content = map(human_bytes, (room.before, room.after, room.content))
+            became = f"{before} on disk, now {after}" if room.before != room.after else f"{after} on disk, as before"
+            say(f"{name}: {content} in all, {became}")
     if json:
-        print_json([{"experiment": name, **asdict(room)} for name, room in done.items()])
-        return
-    for name, room in done.items():
-        before, after, content = map(human_bytes, (room.before, room.after, room.content))
-        became = f"{before} on disk, now {after}" if room.before != room.after else f"{after} on disk, as before"
-        say(f"{name}: {content} in all, {became}")
+        print_json(rows)
 
 
 def rm(

@@ -7,7 +7,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,12 +33,7 @@ HOW = {"engine": "reference", "durability": "none"}
 Answer = dict[str, bytes]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def several_segments() -> Iterator[None]:
-    """Have states lie in several chunks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
-        yield
+pytestmark = pytest.mark.usefixtures("several_segments")
 
 
 @pytest.fixture(scope="module")

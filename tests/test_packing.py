@@ -19,34 +19,27 @@ from torch import nn
 from trajstore.cli.inspection import ls
 
 import trajstore as ts
-from tests.conftest import SMALL_NET
+from tests import test_missing_files
 from trajstore import analysis
 from trajstore.errors import BusyError, ConfigurationError, DamageError, TrajstoreError
 from trajstore.merging import merge, remove
 from trajstore.packing import pack, unpack
 from trajstore.storage import packed, packing, removing
 from trajstore.storage.local import DurableStore
+from trajstore.storage.resume import ResumeSlots
 from trajstore.storage.writer import guarded
 from trajstore.store import open_root
 from trajstore.verifying import verify
 
-TINY = {
-    **SMALL_NET, "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5}, "steps": 9, "seeds": [0, 3],
-    "record": {"sketch": 4},
-}  # fmt: skip
-HOW: dict[str, Any] = {"engine": "reference", "durability": "none"}
+TINY: dict[str, Any] = {**test_missing_files.TINY, "seeds": [0, 3]}
+HOW: dict[str, Any] = test_missing_files.HOW
 
 
 class DiedError(Exception):
     """What a test has happen."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def several_segments() -> Iterator[None]:
-    """Have states lie in several chunks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
-        yield
+pytestmark = pytest.mark.usefixtures("several_segments")
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +317,20 @@ def test_a_byte_that_changes_in_what_is_packed_is_never_another_number(small: Pa
             assert found in (None, before), (file, at)
     assert changed > 10
     assert answers(small, "loop") == before
+
+
+def test_a_byte_that_changes_in_the_archive_is_a_resume_state_that_was_or_none(small: Path) -> None:
+    """Of three hundred places; what is not told by the archive is by the chunk's own checksum."""
+    slots = {seed: ResumeSlots(ts.open(small)["loop"].group, "forward", seed) for seed in (0, 1)}
+    before, less = {seed: slots[seed].contents() for seed in slots}, 0
+    for at in flips(small / "loop" / packed.ARCHIVE, 300):
+        for seed in slots:
+            found: list[tuple[int, bytes]] = []
+            with suppress(DamageError):
+                found = ResumeSlots(ts.open(small)["loop"].group, "forward", seed).contents()
+            less += found != before[seed]
+            assert all(state in before[seed] for state in found), at
+    assert less > 100
 
 
 @pytest.mark.parametrize("array", ["params", "committed"])

@@ -3,8 +3,8 @@
 zarr's LocalStore renames atomically but does not fsync. Here every file is fsynced before it takes its name,
 and `flush` fsyncs the directories in which names changed.
 
-Nothing is written into an experiment that was moved, removed or replaced since its writer
-began, nor over a commit record that another writer has replaced.
+Nothing is written into an experiment that was moved, removed or replaced since its writer began, nor over a commit
+record that another writer has replaced.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from trajstore.storage.place import (
     place_of,
 )
 from trajstore.storage.regular import DOCUMENT_BYTES, contents, inside, refuse_large
-from trajstore.storage.removing import delete, take_away
+from trajstore.storage.removing import delete, make_durable, take_away
 from trajstore.system import allow_more_files, is_file, opening, refuse_too_many, way_clear
 
 __all__ = ["DurableStore", "user_cache"]
@@ -279,9 +279,12 @@ class DurableStore(LocalStore):
     async def getsize(self, key: str) -> int:
         """Return the size of what is there."""
         inside(self.root, key)
-        if (part := await asyncio.to_thread(find, self.root, key)) is not None and not await super().exists(key):
+        try:
+            return await super().getsize(key)
+        except (FileNotFoundError, NotADirectoryError):
+            if (part := await asyncio.to_thread(find, self.root, key)) is None:
+                raise
             return part.size
-        return await super().getsize(key)
 
     async def delete(self, key: str) -> None:
         """Take out what is there."""
@@ -315,16 +318,12 @@ class DurableStore(LocalStore):
             return
         for folder in sorted(touched, key=lambda f: len(f.parts), reverse=True):
             try:
-                descriptor = descriptor_of(folder, os.O_RDONLY)
+                make_durable(folder)
             except FileNotFoundError:
                 self.check()
                 raise
-            try:
-                os.fsync(descriptor)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(folder)) from error
-            finally:
-                os.close(descriptor)
 
 
 def _read_elsewhere(root: str, durable: bool, expected: Expected) -> DurableStore:

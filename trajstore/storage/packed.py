@@ -14,7 +14,6 @@ import math
 import os
 import re
 import stat
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -29,7 +28,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Suf
 
 from trajstore.errors import DamageError
 from trajstore.storage.place import DOCUMENT
-from trajstore.storage.regular import contents, inside
+from trajstore.storage.regular import contents, inside, refuse_more
 from trajstore.storage.resume import GROUP
 from trajstore.system import is_file, opening
 
@@ -55,6 +54,8 @@ ARCHIVE = f"{GROUP}/packed.zip"
 _SHARDS = ("c.0.0.0", "c.0.0.0.0")
 """The name of an array's shard, for three and for four dimensions: all of it is one, the first along each."""
 MEMBER = re.compile(r"[^/\\\0]+\.[0-9]+\.[01]/(zarr\.json|c/0)")
+_LENGTHS = 26
+"""Where in the head of a member stand the lengths of what follows it: of its name, and of more."""
 NOWHERE = 2**64 - 1
 """Where in a shard a chunk is that was never written."""
 _CHECKED = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -75,15 +76,15 @@ class Part(NamedTuple):
 
     def read(self, most: int | None = None) -> bytes:
         """Return its bytes; a FileNotFoundError where it does not lie there any more."""
-        if most is not None and self.size > most + most // 50 + 4096:
-            raise ValueError(f"{self.path} tells of {self.size:,} bytes for what holds at most {most:,}")
+        if most is not None:
+            refuse_more(self.path, self.size, most)
         with opening(lambda: self.path.open("rb"), self.path) as file:
             if _version(os.fstat(file.fileno())) != self.version:
                 raise FileNotFoundError(self.path)
             file.seek(self.offset)
             if self.headed:
-                file.seek(self.offset + 26)
-                file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+                file.seek(self.offset + _LENGTHS)
+                file.seek(sum(int.from_bytes(file.read(2), "little") for _ in range(2)), os.SEEK_CUR)
             content = file.read(self.size)
         if len(content) < self.size:
             raise ValueError(f"{self.path} does not hold what it says that it holds")
@@ -151,8 +152,8 @@ def parts(root: Path, container: str) -> Mapping[str, Part]:
     if container.endswith(ARCHIVE):
         return _archive(path, version, container.removesuffix(ARCHIVE))
     array = container.rpartition("/")[0]
-    document = contents(inside(root, f"{array}/{DOCUMENT}"))
-    return _shard(path, version, array, document)
+    document = inside(root, f"{array}/{DOCUMENT}")
+    return _shard(path, version, array, document, _version(document.lstat()) if is_file(document) else None)
 
 
 def containers(root: Path, experiment: str) -> list[str]:
@@ -179,8 +180,9 @@ def listed(root: Path, prefix: str, files: list[tuple[str, int]]) -> list[tuple[
         except (FileNotFoundError, ValueError):
             continue  # what cannot be read stays what it is, a file
         found.pop(container, None)
-        at = f"{prefix}/" if prefix else ""
-        found = {key: part.size for key, part in there.items() if key.startswith(at) or key == prefix} | found
+        for key, part in there.items():
+            if key.startswith(f"{prefix}/" if prefix else "") or key == prefix:
+                found.setdefault(key, part.size)
     return sorted(found.items(), key=lambda one: one[0].split("/"))
 
 
@@ -190,8 +192,9 @@ def _is_container(key: str) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _shard(path: Path, version: Version, array: str, document: bytes | None) -> Mapping[str, Part]:
-    grid = grid_of(document, array)
+def _shard(path: Path, version: Version, array: str, document: Path, said: Version | None) -> Mapping[str, Part]:
+    """Return what lies in a shard at a version; `said` is that of the array's document, of which another is read."""
+    grid = grid_of(None if said is None else contents(document), array)
     if len(grid) != path.name.count("."):
         raise ValueError(f"{path} has another number of dimensions than its array")
     count = math.prod(grid)
@@ -226,7 +229,7 @@ def _archive(path: Path, version: Version, experiment: str) -> Mapping[str, Part
         raise ValueError(f"{path} is no archive, or damaged ({error})") from None
     if not all(MEMBER.fullmatch(one.filename) for one in members):
         raise ValueError(f"{path} holds something else than resume states")
-    if any(one.header_offset + one.file_size > version[2] for one in members):
+    if any(one.header_offset < 0 or one.header_offset + one.file_size > version[2] for one in members):
         raise ValueError(f"{path} is shorter than what it says that it holds")
     if any(one.compress_type != ZIP_STORED or one.file_size != one.compress_size for one in members):
         raise ValueError(f"{path} is compressed, as no archive of a store is")

@@ -46,7 +46,7 @@ def open_to_write(store: Any, name: str) -> zarr.Group:  # noqa: ANN401
 def pack_files(store: DurableStore, schema: Schema, name: str) -> None:
     """Pack what is in small files. Hold the declaration's lock, and those of all slabs."""
     for container in doubled(store, name):
-        _lay_out(store, container, None)
+        _lay_out(store, container)
     for spec in schema.arrays():
         if spec.dims[0] in ("order", "seed"):
             _pack_array(store, f"{name}/{spec.name}", len(spec.dims))
@@ -58,13 +58,15 @@ def lay_out(store: Any, name: str, give_up: Callable[[str], None] | None = None)
 
     What cannot be read is damage, unless it may be given up: `give_up` takes away what has a key.
     """
-    if not isinstance(store, DurableStore):
-        return  # objects are not packed
-    for container in containers(store.root, name):
+    for container in _containers(store, name):
         _lay_out(store, container, give_up)
 
 
-def _lay_out(store: DurableStore, container: str, give_up: Callable[[str], None] | None) -> None:
+def _containers(store: Any, name: str) -> list[str]:  # noqa: ANN401
+    return containers(store.root, name) if isinstance(store, DurableStore) else []  # objects are not packed
+
+
+def _lay_out(store: DurableStore, container: str, give_up: Callable[[str], None] | None = None) -> None:
     try:
         there = parts(store.root, container)
     except ValueError as error:
@@ -91,13 +93,13 @@ def _lay_out(store: DurableStore, container: str, give_up: Callable[[str], None]
 
 def is_packed(store: Any, name: str) -> bool:  # noqa: ANN401
     """Tell whether something of an experiment, in the Zarr store of a place, is packed."""
-    return isinstance(store, DurableStore) and bool(containers(store.root, name))
+    return bool(_containers(store, name))
 
 
 def unreadable(store: Any, name: str) -> dict[str, str]:  # noqa: ANN401
     """Return in which files of a packed experiment nothing can be found → why."""
     found = {}
-    for container in containers(store.root, name) if isinstance(store, DurableStore) else ():
+    for container in _containers(store, name):
         try:
             parts(store.root, container)
         except ValueError as error:
@@ -107,9 +109,7 @@ def unreadable(store: Any, name: str) -> dict[str, str]:  # noqa: ANN401
 
 def doubled(store: Any, name: str) -> list[str]:  # noqa: ANN401
     """Return in what an experiment is packed that lies in files as well: packing, or laying out, was stopped."""
-    if not isinstance(store, DurableStore):
-        return []
-    return [key for key in containers(store.root, name) if any(_in_files(store.root, key.rpartition("/")[0]))]
+    return [key for key in _containers(store, name) if any(_in_files(store.root, key.rpartition("/")[0]))]
 
 
 def _in_files(root: Path, folder: str) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from trajstore.errors import DamageError, FormatError
 from trajstore.storage.place import DOCUMENT
 from trajstore.system import opening
 
-__all__ = ["DOCUMENT_BYTES", "below", "contents", "entries", "inside", "refuse_large"]
+__all__ = ["DOCUMENT_BYTES", "below", "contents", "entries", "inside", "refuse_large", "refuse_more"]
 
 DOCUMENT_BYTES = 2**26
 """More than any document is. What is read of one takes twenty times the memory, at worst."""
@@ -46,10 +46,19 @@ def refuse_large(path: Path, most: int | None) -> None:
     """Refuse a file that is larger than what it holds could be, before memory is taken for it."""
     document = most is None and path.name == DOCUMENT
     most = DOCUMENT_BYTES if document else most
+    if most is None:
+        return
     with suppress(FileNotFoundError, NotADirectoryError):
-        if most is not None and (size := path.lstat().st_size) > most + most // 50 + 4096:
-            told = f"{path} has {size:,} bytes, and what it is to hold has at most {most:,}"
-            raise DamageError(f"{told}; restore it from a copy") if document else ValueError(told)
+        try:
+            refuse_more(path, path.lstat().st_size, most)
+        except ValueError as error:
+            raise DamageError(f"{error}; restore it from a copy") if document else error from None
+
+
+def refuse_more(path: Path, size: int, most: int) -> None:
+    """Refuse so many bytes at a path if they are more than what they hold could be, encoded."""
+    if size > most + most // 50 + 4096:
+        raise ValueError(f"{path} has {size:,} bytes, and what it is to hold has at most {most:,}")
 
 
 def contents(path: Path, most: int | None = None) -> bytes | None:
