@@ -163,7 +163,7 @@ def test_what_a_removal_that_died_left_is_named_and_deleted(store: Path, monkeyp
     assert list(ts.open(store)) == []
     (found,) = verify(ts.Store(store))
     assert found.harmless
-    assert "left of an experiment that was removed" in str(found)
+    assert "left of something that was removed" in str(found)
     assert left.name in str(found)
     assert [found.repaired for found in verify(ts.Store(store), repair=True)] == [True]
     assert list(verify(ts.Store(store))) == []

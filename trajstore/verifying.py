@@ -146,7 +146,7 @@ def _beside_experiments(store: Store, repair: bool) -> Iterator[Finding]:
         place.sweep()
     still = place.leftovers() if repair else left
     for folder in left:
-        told = "left of an experiment that was removed; the next recording, or `verify --repair`, deletes it"
+        told = "left of something that was removed; the next recording, or `verify --repair`, deletes it"
         name = folder.removeprefix(f"{place.address}/")
         yield Finding(None, told, name, harmless=True, repaired=folder not in still)
     for folder in place.folders():
