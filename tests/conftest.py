@@ -147,11 +147,10 @@ def trajstore(
 
     def run(*arguments: str) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["trajstore", *arguments])
-        with warnings.catch_warnings():
-            for kind in (DeprecationWarning, PendingDeprecationWarning):  # as Python does, where nobody tests
-                warnings.filterwarnings("ignore", category=kind, module=r"(?!trajstore|tests)")
-            with pytest.raises(SystemExit) as ended:
-                main()
+        for kind in (DeprecationWarning, PendingDeprecationWarning):  # as Python does, where nobody tests
+            warnings.filterwarnings("ignore", category=kind, module=r"(?!trajstore|tests)")
+        with pytest.raises(SystemExit) as ended:
+            main()
         told = capsys.readouterr()
         return ended.value.code, told.out, told.err
 
