@@ -24,6 +24,7 @@ from tests.conftest import stop_after
 from tests.test_missing_files import Answer, asked, dataset, merged, parquet, plain, states
 from tests.torture import NAME, REFERENCE, TINY, Truth, files, lost, wrong
 from trajstore.errors import ResumedWarning, TrajstoreError
+from trajstore.exporting import export_state
 from trajstore.fills import noted
 from trajstore.merging import merge, remove
 from trajstore.storage.folder import Folder
@@ -34,6 +35,8 @@ from trajstore.verifying import verify
 
 SHORT = {**TINY, "steps": 5, "seeds": [0]}
 LONG = {**SHORT, "steps": 7}
+JUDGED = {**SHORT, "steps": 48}
+"""Of enough steps for a verdict."""
 HOW = {**REFERENCE, "durability": "none"}
 KEPT = "params", "committed"
 """Arrays of whose files a repair keeps what it takes out."""
@@ -75,7 +78,7 @@ def program(*arguments: str) -> Callable[[Path], Answer]:
         from trajstore.cli.main import main
 
         told, said, before = io.StringIO(), io.StringIO(), sys.argv
-        sys.argv = ["trajstore", *(argument.format(folder) for argument in arguments)]
+        sys.argv = ["trajstore", *(argument.replace("{}", str(folder)) for argument in arguments)]
         try:
             with contextlib.redirect_stdout(told), contextlib.redirect_stderr(said):
                 main()
@@ -103,6 +106,20 @@ def state_in_a_file(folder: Path) -> Answer:
         asked = ["--order", "backward", "--seed", "0", "--step", "4"]
         program("export", "{}/whole.zarr", NAME, "-o", str(to), *asked)(folder)
         return {"state": to.read_bytes()}
+
+
+def drawn(folder: Path) -> Answer:
+    """Not below the folder either."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        to = Path(elsewhere) / "figure.png"
+        program("plot", "{}/judged.zarr", NAME, "distance-matrix", "-o", str(to))(folder)
+        return {"figure": to.read_bytes()}
+
+
+def imported(folder: Path) -> None:
+    """States that another experiment has, from checkpoints."""
+    files = [str(file) for file in sorted(folder.glob("plain.zarr-files/*"))]
+    program("import", "{}/plain.zarr", "imported", *files, "--pattern", "step{step}.safetensors", "--seed", "0")(folder)
 
 
 def asked_again(folder: Path) -> Answer:
@@ -168,6 +185,9 @@ DOING = {
     "dataset": reading(lambda folder: dataset(folder / "whole.zarr")),
     "state_dict": reading(lambda folder: states(folder / "whole.zarr")),
     "merge to elsewhere": reading(lambda folder: merged(folder / "whole.zarr")),
+    "analyze": reading(program("analyze", "{}/judged.zarr", NAME, "convergence", "--json"), "judged.zarr"),
+    "claims": reading(program("claims", "{}/judged.zarr", NAME, "--json"), "judged.zarr"),
+    "plot": reading(drawn, "judged.zarr"),
     "verify --repair": Doing(repaired, "whole.zarr", "whole.zarr"),
     "verify --repair, and --resume": Doing(mended, "damaged.zarr", "whole.zarr", damage="params/c/1/0/0/0"),
     "merge": Doing(taken_over, "begun.zarr", "whole.zarr", "whole.zarr"),
@@ -176,6 +196,7 @@ DOING = {
     "compute": Doing(measured, "plain.zarr", "whole.zarr"),
     "record a loop": Doing(partial(looped, "plain.zarr", 0), "plain.zarr", "looped.zarr"),
     "record a loop, and move its fills": Doing(partial(looped, "noted.zarr", 1), "noted.zarr", "moved.zarr"),
+    "import": Doing(imported, "plain.zarr", "imported.zarr"),
     "rm": Doing(lambda folder: remove(ts.open(folder / "whole.zarr"), NAME), "whole.zarr"),
 }
 
@@ -192,9 +213,14 @@ def prepared(folder: Path) -> None:
         (folder / "kept").rename(folder / made_from)
 
     recorded(SHORT, "plain.zarr", folder)
+    recorded(JUDGED, "judged.zarr", folder)
+    for step in range(4):
+        to = folder / "plain.zarr-files" / f"step{step}.safetensors"
+        to.parent.mkdir(exist_ok=True)
+        export_state(ts.open(folder / "plain.zarr")[NAME], to, order="forward", seed=0, step=step)
     with contextlib.suppress(KeyboardInterrupt):
         recorded(SHORT, "begun.zarr", folder, progress=stop_after(8))
-    for name in ("record --extend", "compute", "record a loop"):
+    for name in ("record --extend", "compute", "record a loop", "import"):
         kept(DOING[name].ends, DOING[name].writes, DOING[name].do)
     shutil.copytree(folder / "looped.zarr", folder / "noted.zarr")
     stored = StoredExperiment(ts.Store(folder / "noted.zarr"), open_root(folder / "noted.zarr", "none")["loop"])
