@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -61,10 +61,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def own_modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test writes and imports is forgotten with it: the next one may have a file of the same name."""
     monkeypatch.setattr("sys.path", [*sys.path])
+    before = {*sys.modules}
     yield
     theirs = str(tmp_path_factory.getbasetemp())
-    for name, module in [*sys.modules.items()]:
-        if (getattr(module, "__file__", None) or "").startswith(theirs):
+    for name in {*sys.modules} - before:  # all of them would be thousands, after each test
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(theirs):
             forget(name)
 
 
@@ -80,6 +81,14 @@ def several_segments() -> Iterator[None]:
 def slow_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a machine does much else, a worker that compiles for a minute is not silent: that would be a warning."""
     monkeypatch.setattr("trajstore.distributing.patience._SILENT", 1_200.0)
+
+
+def sampled(cases: Iterable[Any], every: int) -> list[Any]:
+    """Return the cases of a test: each so many-th is in the suite, and `make slow` has the others."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[pytest.mark.slow] * (number % every > 0))
+        for number, case in enumerate(cases)
+    ]
 
 
 def unexpected(told: str) -> list[str]:

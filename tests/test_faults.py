@@ -197,8 +197,8 @@ def errors(most: int, seed: int, folder: Path, there: Prepared | None = None) ->
 
 
 def test_every_error_is_told_and_nothing_committed_is_lost(tmp_path, there):
-    report = errors(16, 1, tmp_path, there)
-    assert report.counts["failed"] == 16
+    report = errors(10, 1, tmp_path, there)
+    assert report.counts["failed"] == 10
     assert not report.problems, "\n".join([f"{report}, seed 1", *report.problems])
 
 
@@ -414,8 +414,8 @@ def cuts(most: int, seed: int, folder: Path, there: Prepared | None = None) -> R
 
 
 def test_a_power_cut_takes_nothing_that_was_committed(tmp_path, there):
-    report = cuts(6, 1, tmp_path, there)
-    assert report.counts["cut"] == 6
+    report = cuts(4, 1, tmp_path, there)
+    assert report.counts["cut"] == 4
     assert not report.problems, "\n".join([f"{report}, seed 1", *report.problems])
 
 

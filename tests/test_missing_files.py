@@ -197,13 +197,14 @@ def test_no_file_that_is_missing_or_damaged_becomes_a_number(
     damage: Callable[[Path], None], whole: Path, tmp_path: Path
 ) -> None:
     """A sample; `make torture` has every file damaged in every way."""
+    apart = 2 * len(DAMAGES)  # half of the kinds, each in one of the ways
     sound = {name: READERS[name](whole) for name in SAMPLE}
     refused: list[TrajstoreError] = []
-    for file in kinds(whole)[DAMAGES.index(damage) :: len(DAMAGES)]:  # each kind is damaged in one of the ways
+    for file in kinds(whole)[DAMAGES.index(damage) :: apart]:
         problems, told = damaged(damage, file, whole, tmp_path / "s.zarr", sound)
         assert not problems, "\n".join(problems)
         refused += told
-    assert len(refused) > 10
+    assert len(refused) > 5
 
 
 def recorded(store: Path) -> dict[str, Answer]:

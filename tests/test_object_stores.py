@@ -296,10 +296,11 @@ def test_ctrl_c_is_heard_while_a_server_does_not_answer(place, monkeypatch):
     assert process.returncode == 130
 
 
-def test_the_commands_take_urls(place, tmp_path):
+def test_the_commands_take_urls(place, tmp_path, trajstore):
     def run(*arguments: str) -> str:
-        command = [str(Path(sys.executable).with_name("trajstore")), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        code, out, err = trajstore(*arguments)
+        assert code == 0, err
+        return out
 
     fewer = ["--seeds", "0", "--steps", "3", "--set", "problem.width=4", "--set", "problem.depth=1"]
     run("record", "fig4", "--store", place, "--name", "x", "--orders", "backward", "--engine", "reference", *fewer)

@@ -9,6 +9,7 @@ from trajstore.analysis.figures import draw
 from trajstore.analysis.figures._paper import PAPER
 
 import trajstore as ts
+from tests.conftest import sampled
 from trajstore.configuration import merge
 from trajstore.errors import ConfigurationError
 from trajstore.presets import about, preset_names, preset_table, variants
@@ -110,7 +111,7 @@ def test_two_figures_are_of_the_same_recordings(name, twin):
         assert {key for key in here if here[key] != there[key]} <= {"name", "variant_of"}
 
 
-@pytest.mark.parametrize("name", [name for name in PAPER if name not in TWINS.values()])
+@pytest.mark.parametrize("name", sampled((name for name in PAPER if name not in TWINS.values()), every=2))
 def test_every_figure_is_recorded_and_drawn(name, tmp_path):
     store, changes = tmp_path / "s.zarr", tiny(name)
     for one in variants(name):

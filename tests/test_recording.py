@@ -372,7 +372,7 @@ def test_a_fill_tells_what_its_seconds_went_into(tmp_path):
 
 def test_disk_and_time_are_foretold(tmp_path, monkeypatch):
     monkeypatch.setattr("trajstore.costing._TRIAL_SECONDS", 600.0)  # where a machine is slow, it would see fewer steps
-    experiment = ts.Experiment.of({**SMALL_NET, "problem": {"family": "regression", "width": 64}, "steps": 120})
+    experiment = ts.Experiment.of({**SMALL_NET, "problem": {"family": "regression", "width": 64}, "steps": 60})
     cost = ts.cost(experiment, engine="wavefront", lanes=4)
     stored = ts.run(experiment, tmp_path / "s.zarr", engine="wavefront", lanes=4)
     assert 0.7 < cost.disk_bytes / stored.bytes_on_disk() < 1.3

@@ -41,10 +41,17 @@ def short_segments(monkeypatch):
     monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
 
 
-@pytest.mark.parametrize("how", [PLAIN, WAVE], ids=["plain", "wave"])
-@pytest.mark.parametrize("changes", WAYS.values(), ids=list(WAYS))
-def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path, changes, how):
-    experiment = ts.Experiment.of({**SMALL_NET, "steps": 14, "orders": ORDERS, **changes})
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("plain", PLAIN), ("plain", WAVE), ("adam", WAVE), ("momentum, sparse states", PLAIN), ("every second", WAVE),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (
+            ("adam", PLAIN), ("momentum, sparse states", WAVE), ("every second", PLAIN))),
+    ],
+    ids=lambda part: part if isinstance(part, str) else part["engine"],
+)  # fmt: skip
+def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path, name, how):
+    experiment = ts.Experiment.of({**SMALL_NET, "steps": 14, "orders": ORDERS, **WAYS[name]})
     ts.run(experiment, tmp_path / "whole.zarr", **how)
     whole = contents(tmp_path / "whole.zarr")
     for stop in (40, 150):

@@ -24,6 +24,7 @@ from tests.analysis.processes import (
     wandering,
     waves,
 )
+from tests.conftest import sampled
 from trajstore.errors import NotFoundError, StatisticError
 
 
@@ -38,7 +39,7 @@ def test_the_verdict_is_right(name):
     assert wrong <= 1, verdicts
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", sampled(PROCESSES, every=2))
 def test_no_definite_verdict_contradicts_the_process(name):
     """A seeded sample of `python -m tests.calibration verdicts`, which asks for 2% of 200 runs at each length."""
     contradicts, make = PROCESSES[name]

@@ -13,7 +13,7 @@ from trajstore.analysis import compute, convergence, outputs
 from trajstore.analysis.afterwards import METRICS, At
 
 import trajstore as ts
-from tests.conftest import SMALL_NET, forget, record_half
+from tests.conftest import SMALL_NET, forget, record_half, sampled
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, StatisticError
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.replaying import replay
@@ -135,7 +135,7 @@ def measured_by(threads, stored, metric):
         return list(pool.map(one, range(1, 40)))
 
 
-@pytest.mark.parametrize("metric", ["invariance_gap", "gradient_noise"])
+@pytest.mark.parametrize("metric", sampled(["invariance_gap", "gradient_noise"], every=2))
 def test_threads_have_modules_of_their_own(mine, metric):
     """A module with BatchNorm and dropout cannot be called by two at once: values would be wrong, and errors come."""
     alone, together = (measured_by(threads, mine, metric) for threads in (1, 4))

@@ -62,10 +62,17 @@ def run_all(encoding: str) -> list[tuple[int, str, str]]:
     return told
 
 
+@pytest.fixture(scope="module")
+def in_utf8(folder: Path) -> list[tuple[int, str, str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return run_all("utf-8")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_every_command_writes_what_the_output_holds(folder, monkeypatch, encoding):
+def test_every_command_writes_what_the_output_holds(folder, in_utf8, monkeypatch, encoding):
     monkeypatch.chdir(folder)
-    expected, found = run_all("utf-8"), run_all(encoding)
+    expected, found = in_utf8, run_all(encoding)
     for command, (code, out, err), (full_code, full_out, full_err) in zip(COMMANDS, found, expected, strict=True):
         assert code == full_code, command
         if command[0] != "record":  # seconds differ
