@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from trajstore.cli.console import print_json, print_table, say
 from trajstore.cli.options import JSON, AnalysisName, ExperimentName, StorePath, Trust
 
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
+from trajstore.plugins import loaded, offered
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from trajstore.store import StoredExperiment
 
-__all__ = ["ANALYSES", "analyze"]
+__all__ = ["analysis_names", "analyze"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,27 @@ ANALYSES: Mapping[str, Callable[..., list[Table]]] = {
     "law": _law,
 }
 """Name on the command line → what makes its tables; its parameters are the options that it takes."""
+_GROUP = "trajstore.statistics"
+
+
+def analysis_names() -> list[str]:
+    """Return the names of what can be asked, those that installed packages add last."""
+    return [*ANALYSES, *(name for name in offered(_GROUP) if name not in ANALYSES)]
+
+
+def _asked(name: str) -> Callable[..., list[Table]]:
+    if name in ANALYSES:
+        return ANALYSES[name]
+    if name not in offered(_GROUP):
+        raise NotFoundError(f"no analysis {name!r}; {choices(name, analysis_names())}")
+    statistic = loaded(offered(_GROUP)[name])
+
+    @functools.wraps(statistic)
+    def tables(stored: StoredExperiment, **options: Any) -> list[Table]:  # noqa: ANN401  what it takes
+        found = statistic(stored, **options)
+        return [Table(str(found.attrs.get("long_name", name)), found, tuple(map(str, found.data_vars)), {})]
+
+    return tables
 
 
 def analyze(
@@ -155,11 +178,9 @@ def analyze(
     json: JSON = False,
 ) -> None:
     """Ask whether training converges, how much it varies, what a reset does."""
-    if analysis not in ANALYSES:
-        raise NotFoundError(f"no analysis {analysis!r}; {choices(analysis, ANALYSES)}")
     import trajstore as ts
 
-    asked = ANALYSES[analysis]
+    asked = _asked(analysis)
     given: dict[str, Any] = {"window": window, "kind": kind, "steps": step, "order": order, "pairs": pairs}
     taken = inspect.signature(asked).parameters
     if "metrics" in taken:

@@ -54,9 +54,9 @@ def _complete_figure(incomplete: str) -> list[str]:
 
 
 def _complete_analysis(incomplete: str) -> list[str]:
-    from trajstore.cli.analyze import ANALYSES
+    from trajstore.cli.analyze import analysis_names
 
-    return [name for name in ANALYSES if name.startswith(incomplete)]
+    return [name for name in analysis_names() if name.startswith(incomplete)]
 
 
 def _complete_state_metric(incomplete: str) -> list[str]:

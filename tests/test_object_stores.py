@@ -8,10 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +20,11 @@ from obstore.store import from_url
 from zarr.storage import ObjectStore
 
 import trajstore as ts
+from tests.buckets import serving, settings
 from tests.conftest import SMALL_NET
 from tests.test_resume import contents
 from tests.torture import start
-from tests.waiting import HANGS, until
+from tests.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, NotFoundError, ResumedWarning, UnreachableError
 from trajstore.merging import merge, remove
 from trajstore.storage.bucket import Bucket
@@ -39,32 +37,15 @@ HOW = {"engine": "reference"}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """An S3 server, in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **quiet) as process:
-        address = f"http://127.0.0.1:{port}"
-
-        def answers() -> bool:
-            with suppress(urllib.error.URLError):
-                urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()
-                return True
-            return False
-
-        until(answers, "the server answers")
+    with serving() as address:
         yield address
-        process.kill()
 
 
 @pytest.fixture
 def place(server, tmp_path, monkeypatch) -> str:
     """The URL of a store of the test's own."""
-    settings = {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y", "REGION": "us-east-1"}
-    for name, value in {**settings, "ALLOW_HTTP": "true"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
+    for name, value in settings(server).items():
+        monkeypatch.setenv(name, value)
     return f"s3://bucket/{tmp_path.name}/runs.zarr"
 
 

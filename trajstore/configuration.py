@@ -41,6 +41,11 @@ _PACKAGES = {
 _DOES = {"problem": "build", "operator": "apply", "schedule": "factor", "images": "load"}
 _EXAMPLE = {"problem": "regression", "operator": "sgd", "schedule": "cosine", "images": "shapes"}
 _FACTORY = "trajstore.problems.factory"
+_LASTING = {"trajstore.problems._module:ModuleProblem": "trajstore:ModuleProblem"}
+"""Where something of trajstore lay when it was stored → its name in what is stored: modules move, stores stay.
+
+What moves gets a line more. None is ever taken out.
+"""
 _SHORT = 80
 """Characters of a value that a message shows."""
 _SHOWN = 6
@@ -193,13 +198,13 @@ def _describe_tensor(tensor: Any) -> dict[str, Any]:  # noqa: ANN401
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> list[str]:
     """Return where two descriptions differ, each in short, as 'operator.lr: 0.05 / 0.1'."""
     for head in ("family", "object"):  # the fields of two kinds of things cannot be compared
-        if head in a and head in b and a[head] != b[head]:
-            return [f"{at}{head}: {shortened(a[head])} / {shortened(b[head])}"]
+        if head in a and head in b and (told := _difference(a[head], b[head], f"{at}{head}")):
+            return told
     return [told for key in sorted(a.keys() | b.keys()) for told in _difference(a.get(key), b.get(key), f"{at}{key}")]
 
 
 def _difference(left: Any, right: Any, at: str) -> list[str]:  # noqa: ANN401
-    if left == right:
+    if left == right or (isinstance(left, str) and isinstance(right, str) and _lasting(left) == _lasting(right)):
         return []
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         return differences(left, right, f"{at}.")
@@ -249,7 +254,11 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 def _reference(thing: Any) -> str:  # noqa: ANN401
     name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", repr(thing))
-    return f"{getattr(thing, '__module__', '')}:{name}"
+    return _lasting(f"{getattr(thing, '__module__', '')}:{name}")
+
+
+def _lasting(reference: str) -> str:
+    return _LASTING.get(reference, reference)
 
 
 def _sha256(data: bytes) -> str:

@@ -1,6 +1,7 @@
 """Figures: one a file, drawn by its `draw(ds, ...)`, in the project's own style.
 
-The file name is the figure's name: `learning_curves.py` is ``trajstore plot STORE EXP learning-curves``. What else
+`learning_curves.py` is ``trajstore plot STORE EXP learning-curves``; installed packages add theirs, each a function as
+`draw`, by entry points of the group ``trajstore.figures``. What else
 `draw` takes (`metric`, `window`, `seed`, `order`) are the figure's options, on the command line, too. `axes` are axes
 to draw on instead of a figure of its own; they get no legend, but their lines have labels.
 
@@ -20,7 +21,7 @@ import xarray as xr
 from matplotlib.figure import Figure, SubFigure
 
 from trajstore.errors import ConfigurationError, NotFoundError, choices
-from trajstore.families import family_names
+from trajstore.plugins import loaded, offered
 from trajstore.store import StoredExperiment
 
 __all__ = ["FURTHER_COLOURS", "ORDER_COLOURS", "draw", "figure_names", "order_colour", "style"]
@@ -29,6 +30,21 @@ __all__ = ["FURTHER_COLOURS", "ORDER_COLOURS", "draw", "figure_names", "order_co
 ORDER_COLOURS = {"forward": "#D55E00", "backward": "#0072B2"}
 FURTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+
+FIGURES = (
+    "contraction",
+    "distance_matrix",
+    "distances",
+    "law",
+    "learning_curves",
+    "plane",
+    "reset",
+    "rolling_variance",
+)
+"""Modules that declare one; ``learning_curves`` is the figure ``learning-curves``."""
+_GROUP = "trajstore.figures"
+_ONE = (*(kind for one in (str, int) for kind in (one, one | None)), "str", "int", "str | None", "int | None")
+"""Annotations of options that take one value, where the command line has a list."""
 
 Drawable = xr.Dataset | StoredExperiment | Mapping[str, xr.Dataset | StoredExperiment]
 
@@ -44,7 +60,7 @@ def figure_names() -> list[str]:
     """Return the names of the figures, those of the paper last."""
     from trajstore.analysis.figures._paper import PAPER
 
-    return [*family_names(__name__), *PAPER]
+    return [*sorted({*(module.replace("_", "-") for module in FIGURES), *offered(_GROUP)}), *PAPER]
 
 
 def draw(name: str, of: Drawable, **options: Any) -> Figure | SubFigure:  # noqa: ANN401  each its own
@@ -74,8 +90,9 @@ def _drawing(name: str) -> Drawing:
         raise NotFoundError(f"no figure {name!r}; {choices(name, figure_names())}")
     if name in PAPER:
         return cast(Drawing, PAPER[name])
-    drawing: Drawing = import_module(f"{__name__}.{name.replace('-', '_')}").draw
-    return drawing
+    if (module := name.replace("-", "_")) in FIGURES:
+        return cast(Drawing, import_module(f"{__name__}.{module}").draw)
+    return cast(Drawing, loaded(offered(_GROUP)[name]))
 
 
 def _dataset(of: xr.Dataset | StoredExperiment) -> xr.Dataset:
@@ -103,7 +120,7 @@ def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, An
         if option == "order":
             value = _plain(value) if isinstance(value, str) else [_plain(label) for label in value]
         several = isinstance(value, Sequence) and not isinstance(value, str)
-        if several and taken[option].annotation in ("str", "str | None", "int | None"):
+        if several and taken[option].annotation in _ONE:
             if len(value) > 1:
                 raise ConfigurationError(f"the figure {name!r} takes one {option}, and not {len(value)}")
             value = value[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from itertools import combinations, product
 
@@ -20,7 +19,7 @@ from trajstore.analysis.writing import interval, number
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore import analysis
-from trajstore.errors import ConfigurationError, NotFoundError, OpenFilesError, StatisticError
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 
 
 def test_learning_curves_draw_every_seed_and_order(record):
@@ -73,24 +72,6 @@ def test_nothing_recorded_is_nothing_to_draw(record):
     ds = record("quadratic", steps=5, seeds=[0]).dataset()
     with pytest.raises(StatisticError, match="nothing is recorded yet"):
         learning_curves(ds.assign_coords(recorded=ds["recorded"] & False))
-
-
-def test_figures_that_cannot_be_listed_are_not_taken_for_none(monkeypatch):
-    """A process that may open no more files sees an empty folder."""
-    names = figure_names()
-
-    def refused(folder):
-        raise OSError(errno.EMFILE, "Too many open files", str(folder))
-
-    with monkeypatch.context() as exhausted:
-        exhausted.setattr("os.listdir", refused)
-        exhausted.setattr("os.scandir", refused)
-        exhausted.setattr("trajstore.system.allow_more_files", lambda error: False)
-        with pytest.raises(OpenFilesError, match=r"/figures cannot be opened: too many files are open"):
-            figure_names()
-        with pytest.raises(OpenFilesError):
-            draw("learning-curves", None)
-    assert figure_names() == names
 
 
 def test_an_unknown_figure_is_named():

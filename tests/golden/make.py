@@ -1,6 +1,11 @@
 """Make the golden store of the present format: `python -m tests.golden.make`. Earlier ones stay as they are.
 
-It is small and has one of everything: shared legs, a reset, a switch, a metric that is not finite, Adam's memory, an
+`python -m tests.golden.make kinds` makes those of every kind of recording, which stay too: a user's problem (by name,
+and as it is), one of images, a training loop with its optimizer, checkpoints that were imported, and a store out of a
+bucket.
+
+The first is small and has one of everything: shared legs, a reset, a switch, a metric that is not finite, Adam's
+memory, an
 experiment that was extended, a training loop with BatchNorm in bfloat16, tied weights, late metrics, both codecs, and
 a loop that was gone on with so often that its fills lie apart from its document: the later of the formats.
 """
@@ -9,8 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +28,9 @@ import xarray as xr
 from torch import nn
 
 import trajstore as ts
+from tests.buckets import serving, settings
+from tests.golden import mine
+from trajstore.importing import import_checkpoints
 from trajstore.storage.schema import APART
 
 HERE = Path(__file__).parent
@@ -95,9 +106,76 @@ def make(place: Path) -> None:
             rec.step(loss=1 / last)
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "named": {"problem": {"family": "factory", "function": "tests.golden.mine:problem", "arguments": {"points": 7}}},
+    "given": {"problem": mine.problem()},
+    "images": {
+        "problem": {
+            "family": "mlp", "depth": 1, "width": 5, "batch_size": 2,
+            "images": {"family": "shapes", "train": 12, "test": 10, "size": 8},
+        },
+    },
+}  # fmt: skip
+
+
+def experiment(kind: str, steps: int) -> ts.Experiment:
+    """Return one of a user's problem, or of images."""
+    operator = {"family": "sgd", "lr": 0.05, "momentum": 0.5, "schedule": {"family": "step", "every": 4, "gamma": 0.5}}
+    return ts.Experiment.of({"name": kind, "operator": operator, "steps": steps, "seeds": [0, 2], **KINDS[kind]})
+
+
+def loop(place: Path, upto: int, **how: Any) -> None:
+    """Train with Adam up to a step, from where it was left."""
+    torch.manual_seed(0)
+    model = mine.module()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    x = torch.linspace(-1, 1, 5)[:, None]
+    with ts.record(place, "loop", model, seed=4, optimizer=optimizer, sketch=4, **how) as rec:
+        for step in range(rec.last + 1, upto + 1):
+            loss = nn.functional.mse_loss(model(x), x.abs())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rec.step(step, loss=loss)
+
+
+def checkpoints(folder: Path, steps: Sequence[int]) -> list[Path]:
+    """Write checkpoints of a module as PyTorch writes them."""
+    for step in steps:
+        torch.manual_seed(step)
+        torch.save(mine.module().state_dict(), folder / f"step{step}.pt")
+    return [folder / f"step{step}.pt" for step in steps]
+
+
+def make_kinds(folder: Path) -> None:
+    """Record one of each kind, and one in a bucket of which the objects become files."""
+    place = folder / "kinds.zarr"
+    for kind in KINDS:
+        ts.run(experiment(kind, 6), place, engine="reference")
+    loop(place, 6)
+    import_checkpoints(place, "imported", checkpoints(folder, range(0, 8, 2)), "step{step}.pt", seed=1)
+    with serving() as address:
+        os.environ.update(settings(address))
+        ts.run(experiment("named", 6), "s3://bucket/golden.zarr", engine="reference")
+        objects = ts.Store("s3://bucket/golden.zarr").place
+        for key, _ in objects.files(""):
+            to = folder / "bucket.zarr" / key
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(objects.read(key))
+
+
+def keep(store: Path, name: str) -> None:
+    """Put a store that was made into an archive, and beside it what is in it."""
+    shutil.make_archive(str(HERE / name), "zip", store.parent, store.name)
+    (HERE / f"{name}.json").write_text(json.dumps(summary(ts.open(store)), indent=1) + "\n")
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "golden.zarr"
-        make(made)
-        shutil.make_archive(str(HERE / f"v{APART}"), "zip", folder, made.name)
-        (HERE / f"v{APART}.json").write_text(json.dumps(summary(ts.open(made)), indent=1) + "\n")
+        if "kinds" in sys.argv:
+            make_kinds(Path(folder))
+            keep(Path(folder) / "kinds.zarr", "kinds")
+            keep(Path(folder) / "bucket.zarr", "bucket")
+        else:
+            make(Path(folder) / "golden.zarr")
+            keep(Path(folder) / "golden.zarr", f"v{APART}")

@@ -24,7 +24,17 @@ from torch import Tensor
 from trajstore.batches import generator
 from trajstore.errors import ConfigurationError
 
-__all__ = ["Images", "Loaded", "Part", "Selection", "root_of"]
+__all__ = ["FAMILIES", "Images", "Loaded", "Part", "Selection", "root_of"]
+
+FAMILIES = (
+    "cifar10",
+    "cifar100",
+    "fashion_mnist",
+    "folder",
+    "mnist",
+    "shapes",
+)
+"""Modules that declare one."""
 
 _TOGETHER = 1024
 """Images that are made smaller at a time."""

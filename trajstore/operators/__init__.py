@@ -17,6 +17,7 @@ from trajstore.schedules import Schedule
 from trajstore.state import Memory, State, Tensors
 
 __all__ = [
+    "FAMILIES",
     "Batch",
     "By",
     "ChecksBatches",
@@ -27,6 +28,15 @@ __all__ = [
     "learning_rate",
     "require_range",
 ]
+
+FAMILIES = (
+    "adam",
+    "adamw",
+    "order_mean",
+    "order_regularized",
+    "sgd",
+)
+"""Modules that declare one."""
 
 Batch = tuple[Tensor, ...]
 By = Literal["position", "index"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trajstore.problems._module import ModuleProblem
 
 __all__ = [
+    "FAMILIES",
     "PROBES",
     "Batches",
     "DType",
@@ -34,6 +35,19 @@ __all__ = [
     "Problem",
     "torch_dtype",
 ]
+
+FAMILIES = (
+    "factory",
+    "least_squares",
+    "mlp",
+    "quadratic",
+    "regression",
+    "resnet18",
+    "resnet50",
+    "two_constants",
+    "vgg19",
+)
+"""Modules that declare one."""
 
 PROBES = 256
 """Examples that outputs are asked of."""

@@ -12,7 +12,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Schedule", "warmed_up"]
+__all__ = ["FAMILIES", "Schedule", "warmed_up"]
+
+FAMILIES = (
+    "constant",
+    "cosine",
+    "inverse_sqrt",
+    "step",
+)
+"""Modules that declare one."""
 
 
 class Schedule(Protocol):
