@@ -26,9 +26,9 @@ from trajstore.analysis.variance import (
     variance_ratio,
 )
 
-from trajstore._lazily import lazily
-from trajstore.distances import Distance, Norm, Successive
-from trajstore.streaming import PerLayer
+from trajstore._common.lazily import lazily
+from trajstore.reading.distances import Distance, Norm, Successive
+from trajstore.reading.streaming import PerLayer
 
 if TYPE_CHECKING:
     from trajstore.analysis.afterwards import compute

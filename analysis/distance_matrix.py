@@ -16,11 +16,11 @@ import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.streaming import stream
 
-from trajstore.iterates import Layers, Slab
-from trajstore.streaming import Block, Need
+from trajstore.reading.iterates import Layers, Slab
+from trajstore.reading.streaming import Block, Need
 
 if TYPE_CHECKING:
-    from trajstore.distributing import Scheduler
+    from trajstore.recording.workers import Scheduler
 
 __all__ = ["DistanceMatrix", "distance_matrix"]
 
@@ -41,7 +41,7 @@ def distance_matrix(
     those of `stream`; `cluster` is the former name of `scheduler`, deprecated.
     """
     if cluster is not None:
-        from trajstore.distributing.cluster import one_scheduler
+        from trajstore.recording.workers.cluster import one_scheduler
 
         scheduler = one_scheduler(scheduler, cluster)
     return stream(ds, [DistanceMatrix()], layers=layers, scheduler=scheduler)["distance_matrix"]

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trajstore.errors import StatisticError
-from trajstore.iterates import Slab
-from trajstore.streaming import Block, Need
+from trajstore.reading.iterates import Slab
+from trajstore.reading.streaming import Block, Need
 
 __all__ = ["ParameterLevelVariance", "ParameterTailVariance"]
 

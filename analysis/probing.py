@@ -14,8 +14,8 @@ from trajstore.analysis.spaces import OUTPUTS
 from trajstore.analysis.windows import SLABS, with_slabs
 
 from trajstore.errors import StatisticError
-from trajstore.iterates import Iterates
-from trajstore.recipe import Recipe
+from trajstore.reading.iterates import Iterates
+from trajstore.replay.recipe import Recipe
 
 __all__ = ["outputs", "outputs_of_slabs"]
 

@@ -19,7 +19,7 @@ from trajstore.analysis.rounding import of_size
 from trajstore.analysis.states import dot, norm
 
 from trajstore.errors import StatisticError
-from trajstore.state import Tensors
+from trajstore.operators.state import Tensors
 
 __all__ = ["LEAST", "Exponent", "Growth", "Push", "directions", "exponent_of", "follow"]
 

@@ -34,7 +34,7 @@ from trajstore.analysis.windows import (
 )
 
 from trajstore.errors import OrderError, StatisticError
-from trajstore.orders import Order
+from trajstore.engine.orders import Order
 
 __all__ = ["Reset", "resets"]
 

@@ -21,7 +21,7 @@ from trajstore.analysis.rounding import Precision, of_moves, of_zero
 from trajstore.analysis.windows import SLABS, Window, metrics_of, stored_window, window_of, with_slabs
 
 from trajstore.errors import NotFoundError, StatisticError, choices
-from trajstore.origin import attributes_of
+from trajstore.reading.origin import attributes_of
 
 __all__ = ["LAYER", "OUTPUTS", "PARAMETERS", "SUM", "Path", "embedded", "path_of", "paths_of"]
 
@@ -162,7 +162,7 @@ def _of_layer(ds: xr.Dataset, space: str, window: int | None, least: int) -> tup
     from trajstore.analysis.distance_matrix import DistanceMatrix
     from trajstore.analysis.streaming import stream
 
-    from trajstore.distances import Norm, Successive
+    from trajstore.reading.distances import Norm, Successive
 
     globs = space.removeprefix(LAYER)
     steps, before = _stored(ds, space, window, least)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from trajstore.state import State, Tensors
+from trajstore.operators.state import State, Tensors
 
 __all__ = ["distance", "dot", "norm", "signs"]
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from trajstore.iterates import Layers
-from trajstore.streaming import PerLayer, Statistic, streamed
+from trajstore.reading.iterates import Layers
+from trajstore.reading.streaming import PerLayer, Statistic, streamed
 
 if TYPE_CHECKING:
-    from trajstore.distributing import Scheduler
+    from trajstore.recording.workers import Scheduler
 
 __all__ = ["stream"]
 
@@ -36,7 +36,7 @@ def stream(
         An experiment's dataset; orders, seeds and snapshots may be selected.
     statistics
         What to compute: `Norm()`, `Distance("start")`, `Successive()`, `ParameterTailVariance(100)`, each also as
-        `PerLayer(…)`, or declarations of your own (`trajstore.streaming.Statistic`).
+        `PerLayer(…)`, or declarations of your own (`trajstore.reading.streaming.Statistic`).
     layers
         Names or globs of the parameters to take; by default all.
     scheduler
@@ -58,7 +58,7 @@ def stream(
     lazy = streamed(ds, statistics, layers)
     if scheduler is None and cluster is None:
         return lazy.compute(scheduler="threads")
-    from trajstore.distributing.cluster import connected_to, one_scheduler
+    from trajstore.recording.workers.cluster import connected_to, one_scheduler
 
     with connected_to(one_scheduler(scheduler, cluster)) as client:
         found: xr.Dataset = client.compute(lazy, sync=True)  # type: ignore[no-untyped-call]

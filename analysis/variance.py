@@ -26,7 +26,7 @@ from trajstore.analysis.rounding import Precision, of_moves, scale_of
 from trajstore.analysis.windows import SLABS, Window, resets_within, window_of
 
 from trajstore.errors import ConfigurationError, OrderError, StatisticError, choices
-from trajstore.orders import Order
+from trajstore.engine.orders import Order
 
 __all__ = [
     "Kind",

@@ -49,7 +49,7 @@ def opened(store: Path) -> xr.Dataset:
 def streaming(store: Path, cluster: str | None = None) -> xr.Dataset:
     """One pass."""
     from trajstore import analysis
-    from trajstore.distances import Distance, Successive
+    from trajstore.reading.distances import Distance, Successive
 
     asked = [Distance("start"), Distance("last"), Successive(), analysis.ParameterTailVariance(WINDOW)]
     return analysis.stream(opened(store), asked, cluster=cluster)
@@ -57,7 +57,7 @@ def streaming(store: Path, cluster: str | None = None) -> xr.Dataset:
 
 def on_a_cluster(store: Path) -> xr.Dataset:
     """One pass by two worker processes, which are there already."""
-    from trajstore.distributing import connected
+    from trajstore.recording.workers import connected
 
     with connected(2) as client:
         begun = time.perf_counter()
@@ -121,7 +121,8 @@ CONTENDERS: dict[str, Callable[[Path], xr.Dataset]] = {
 
 def alone(name: str, store: Path, out: Path) -> None:
     """Run one contender in this process and write what it took."""
-    from trajstore import analysis, dataset  # noqa: F401  importing is not timed
+    from trajstore import analysis  # noqa: F401  importing is not timed
+    from trajstore.reading import dataset  # noqa: F401
 
     begun, before = time.perf_counter(), time.process_time()
     found = matrix(store, int(name.split()[1])) if name.startswith("matrix") else CONTENDERS[name](store)

@@ -29,10 +29,10 @@ from trajstore.engine import Work
 from trajstore.engine.plan import Plan, ready
 from trajstore.engine.ticks import PROVEN_TICKS
 from trajstore.operators.sgd import SGD
-from trajstore.orders import Leg
+from trajstore.engine.orders import Leg
 from trajstore.problems import ModuleProblem, Problem
 from trajstore.problems.regression import Regression
-from trajstore.state import State, beginning
+from trajstore.operators.state import State, beginning
 
 Run = Callable[[float], float]
 """Work for about so many seconds, return microseconds per application."""

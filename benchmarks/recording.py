@@ -32,8 +32,8 @@ from engine import naive
 from trajstore.engine import Work
 from trajstore.engine.plan import Plan, ready
 from trajstore.engine.walk import applications
-from trajstore.experiment import Experiment
-from trajstore.orders import Leg
+from trajstore.experiment.experiment import Experiment
+from trajstore.engine.orders import Leg
 from trajstore.problems.regression import Regression
 
 PLANS = {

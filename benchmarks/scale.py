@@ -58,7 +58,7 @@ def measure(experiments: list[int], slabs: list[int], turns: int, scratch: Path)
 def _packed(folder: Path, name: str, turns: int) -> Measured:
     """Pack a copy of a store, and time what only reads it."""
     try:
-        from trajstore.packing import pack
+        from trajstore.exchange.pack import pack
     except ImportError:
         return {}  # of another trajstore, which knows nothing of it
 
@@ -136,8 +136,8 @@ def _many_experiments(folder: Path, number: int) -> None:
     """Record one experiment, and put copies beside it that say that they are others."""
     import zarr
 
-    from trajstore.storage.declaring import ATTRIBUTE, set_attributes
-    from trajstore.storage.digest import config_digest
+    from trajstore.storage.writing.declaring import ATTRIBUTE, set_attributes
+    from trajstore.storage.format.digest import config_digest
     from trajstore.store import open_root
 
     _record(str(folder), 0, "e0")
@@ -153,7 +153,7 @@ def _uploaded(folder: Path) -> str:
     """Copy a folder to a bucket in memory, and return its URL."""
     import obstore
 
-    from trajstore.storage.place import place_of
+    from trajstore.storage.places.place import place_of
 
     url = f"memory://{time.monotonic_ns()}.zarr"
     bucket: Any = place_of(url)
@@ -166,10 +166,10 @@ def _uploaded(folder: Path) -> str:
 @contextlib.contextmanager
 def _counted() -> Iterator[list[int]]:
     """Count the requests to buckets meanwhile, of any kind; a listing counts once."""
-    from trajstore.storage import objects
+    from trajstore.storage.places import requests
 
     count, names = [0], ("get", "head", "create", "replace", "delete", "below", "level")
-    before = {name: getattr(objects, name) for name in names}
+    before = {name: getattr(requests, name) for name in names}
 
     def counting(request: Callable[..., Any]) -> Callable[..., Any]:
         def made(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401
@@ -180,11 +180,11 @@ def _counted() -> Iterator[list[int]]:
 
     try:
         for name, request in before.items():
-            setattr(objects, name, counting(request))
+            setattr(requests, name, counting(request))
         yield count
     finally:
         for name, request in before.items():
-            setattr(objects, name, request)
+            setattr(requests, name, request)
 
 
 def _measured_by(python: str, given: argparse.Namespace) -> Measured:

@@ -28,11 +28,11 @@ import pandas as pd
 import zarr
 
 import trajstore as ts
-from trajstore.experiment import Experiment
-from trajstore.sql.index import refresh
-from trajstore.storage.declaring import declare
-from trajstore.storage.schema import Schema
-from trajstore.storage.segment import array_of
+from trajstore.experiment.experiment import Experiment
+from trajstore.reading.sql.index import refresh
+from trajstore.storage.writing.declaring import declare
+from trajstore.storage.format.schema import Schema
+from trajstore.storage.writing.segment import array_of
 from trajstore.store import open_root
 
 SEGMENTS = 10

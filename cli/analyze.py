@@ -13,7 +13,7 @@ from trajstore.cli.console import print_json, print_table, say
 from trajstore.cli.options import JSON, AnalysisName, ExperimentName, StorePath, Trust
 
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
-from trajstore.plugins import loaded, offered
+from trajstore._common.plugins import loaded, offered
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -40,7 +40,7 @@ def claims(
     from trajstore.analysis.examining import examine, frame
 
     import trajstore as ts
-    from trajstore.telling_apart import refuse_damaged, told_apart
+    from trajstore.reading.telling_apart import refuse_damaged, told_apart
 
     opened = ts.open(store, trust=trust)
     sound, damaged = ({}, {}) if exp else told_apart(opened, lambda experiment: experiment)
@@ -48,7 +48,7 @@ def claims(
         refuse_damaged(damaged)
     found = list(examine(opened, exp or list(sound) or None, claim or None, None if exp else damaged))
     if sql is not None:
-        from trajstore.sql import answer
+        from trajstore.reading.sql import answer
 
         print_answer(*answer(opened, sql, {"claims": frame(found)}), json)
     elif json:

@@ -16,8 +16,8 @@ from typing import Any
 from trajstore.cli.interrupting import stop_if_asked
 from trajstore.cli.writing import as_written, holds
 
-from trajstore.printable import printable
-from trajstore.units import human_bytes
+from trajstore._common.printable import printable
+from trajstore._common.units import human_bytes
 
 __all__ = [
     "counted",

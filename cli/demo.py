@@ -38,7 +38,7 @@ def demo(
     check_output(output, force=True)
     from trajstore.analysis.figures.learning_curves import draw
 
-    from trajstore.experiment import Experiment
+    from trajstore.experiment.experiment import Experiment
 
     experiment = Experiment.preset(
         "fig4", {"name": "demo", "seeds": [0, 1], "steps": 300, "orders": ["forward", "backward"]}

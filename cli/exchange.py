@@ -12,7 +12,7 @@ from trajstore.cli.options import ExperimentName, StorePath, parse_seeds
 from trajstore.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from trajstore.importing import Import
+    from trajstore.exchange.importing import Import
 
 __all__ = ["export", "import_"]
 
@@ -55,15 +55,15 @@ def export(
         assert step is not None
         if len(orders) != 1 or len(seeds) != 1:
             raise ConfigurationError(f"-o {output}: this is for one state; give one order and one seed")
-        from trajstore.exporting import export_state
+        from trajstore.exchange.export import export_state
 
         export_state(ts.open(store)[exp], output, order=orders[0], seed=seeds[0], step=step, force=force)
     elif kind == "metrics":
-        from trajstore.exporting import export_metrics
+        from trajstore.exchange.export import export_metrics
 
         export_metrics(ts.open(store)[exp], output, orders=orders, seeds=seeds, force=force)
     else:
-        from trajstore.dumping import export_arrays
+        from trajstore.exchange.export_arrays import export_arrays
 
         export_arrays(ts.open(store)[exp], output, orders=orders, seeds=seeds, force=force)
     say(str(output))
@@ -109,7 +109,7 @@ def import_(
     ] = False,
 ) -> None:
     """Make an experiment of checkpoints; those that are stored already are compared, and left as they are."""
-    from trajstore.importing import carry_out, prepare
+    from trajstore.exchange.importing import carry_out, prepare
 
     asked = prepare(
         store, exp, files, pattern, order=order, seed=seed, key=key, snapshot_dtype=snapshot_dtype, codec=codec

@@ -10,10 +10,10 @@ from trajstore.cli.console import counted, human_bytes, human_seconds, print_csv
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
 from trajstore.errors import ConfigurationError
-from trajstore.units import human_size
+from trajstore._common.units import human_size
 
 if TYPE_CHECKING:
-    from trajstore.storage.reader import Commits
+    from trajstore.storage.format.commits import Commits
     from trajstore.store import StoredExperiment
 
 __all__ = ["info", "ls", "sql"]
@@ -25,7 +25,7 @@ _WORTH = 10**7
 def ls(store: StorePath, json: JSON = False) -> None:
     """List the experiments of a store."""
     import trajstore as ts
-    from trajstore.telling_apart import refuse_damaged, told_apart
+    from trajstore.reading.telling_apart import refuse_damaged, told_apart
 
     found, damaged = told_apart(ts.open(store), _row)
     rows = [*found.values()]
@@ -140,7 +140,7 @@ def sql(
     ('EXPERIMENT', 'METRIC', steps := 100).
     """
     import trajstore as ts
-    from trajstore.sql import answer, definitions_file, write_answer
+    from trajstore.reading.sql import answer, definitions_file, write_answer
 
     if init:
         if query is not None or json or csv or parquet:

@@ -86,7 +86,7 @@ def main() -> None:
 
 def _system_said(error: OSError) -> str:
     from trajstore.errors import OpenFilesError
-    from trajstore.system import refuse_too_many, system_told
+    from trajstore._common.system import refuse_too_many, system_told
 
     try:
         refuse_too_many(error, "a file")

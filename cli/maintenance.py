@@ -12,7 +12,7 @@ from trajstore.cli.options import JSON, StorePath, Trust, complete_experiment
 from trajstore.errors import ConfigurationError, UntrustedError
 
 if TYPE_CHECKING:
-    from trajstore.replaying import Replayed
+    from trajstore.replay.compare import Replayed
     from trajstore.store import Store
 
 __all__ = ["copy", "merge", "pack", "rm", "unlock", "verify"]
@@ -36,7 +36,7 @@ def verify(
     from dataclasses import asdict
 
     import trajstore as ts
-    from trajstore.verifying import verify as found_in
+    from trajstore.storage.verify import verify as found_in
 
     opened = ts.Store(store, trust=trust)
     findings = list(found_in(opened, exp, repair=repair))
@@ -64,8 +64,8 @@ def verify(
 
 def _replayed(store: Store, exp: str | None) -> tuple[list[tuple[str, Replayed]], list[str]]:
     """Replay an experiment, or all that can be; return what came of it, and of which experiments nothing can come."""
-    from trajstore.recipe import why_not
-    from trajstore.replaying import Replayed, replay
+    from trajstore.replay.recipe import why_not
+    from trajstore.replay.compare import Replayed, replay
 
     if exp is not None:
         return [(exp, slab) for slab in replay(store[exp])], []
@@ -109,7 +109,7 @@ def _take_over(source: str, target: str, names: list[str] | None, json: bool) ->
     from dataclasses import asdict
 
     import trajstore as ts
-    from trajstore.merging import merge as merged
+    from trajstore.exchange.merge import merge as merged
 
     into = ts.Store(target)
     done = merged(ts.open(source), into, names)
@@ -142,9 +142,9 @@ def pack(
     from dataclasses import asdict
 
     import trajstore as ts
-    from trajstore.packing import pack as packed
-    from trajstore.packing import unpack
-    from trajstore.units import human_bytes
+    from trajstore.exchange.pack import pack as packed
+    from trajstore.exchange.pack import unpack
+    from trajstore._common.units import human_bytes
 
     opened = ts.open(store)
     rows = []
@@ -166,7 +166,7 @@ def rm(
 ) -> None:
     """Remove an experiment and everything recorded of it."""
     import trajstore as ts
-    from trajstore.merging import remove
+    from trajstore.exchange.merge import remove
 
     opened = ts.open(store)
     experiment = opened[exp]

@@ -41,7 +41,7 @@ def _complete_preset(incomplete: str) -> list[str]:
 def complete_experiment(ctx: typer.Context, incomplete: str) -> list[str]:
     """Offer the experiments of the store that was given."""
     store = Path(ctx.params.get("store") or "")
-    from trajstore.storage.checking import is_name  # a shell would obey what other folders may be called
+    from trajstore.storage.format.checking import is_name  # a shell would obey what other folders may be called
 
     names = [file.parent.name for file in sorted(store.glob("*/zarr.json"))]
     return [name for name in names if name.startswith(incomplete) and is_name(name)]

@@ -9,7 +9,7 @@ import typer
 from trajstore.cli.console import say
 from trajstore.cli.options import ExperimentName, FigureName, StorePath, Trust, parse_seeds
 
-from trajstore.appearing import whole_file
+from trajstore._common.atomic import whole_file
 from trajstore.errors import ConfigurationError, ConflictError
 
 __all__ = ["check_output", "plot", "save"]

@@ -21,9 +21,9 @@ from trajstore.cli.options import (
 from trajstore.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from trajstore.costing import Cost
-    from trajstore.experiment import Experiment
-    from trajstore.presets import Scale
+    from trajstore.recording.cost import Cost
+    from trajstore.experiment.experiment import Experiment
+    from trajstore.experiment.presets import Scale
     from trajstore.store import StoredExperiment
 
 __all__ = ["presets", "record", "record_with_progress"]
@@ -31,7 +31,7 @@ __all__ = ["presets", "record", "record_with_progress"]
 
 def presets(name: PresetName = None, json: JSON = False) -> None:
     """List the presets, or print one as TOML to start your own from."""
-    from trajstore.presets import about, preset_names, preset_table, preset_text, variants
+    from trajstore.experiment.presets import about, preset_names, preset_table, preset_text, variants
 
     if name is None:
         names = preset_names()
@@ -123,7 +123,7 @@ def record(
     if store is None:
         raise ConfigurationError("say where to record: --store PATH (or --dry-run to see what it takes)")
     if len(experiments) > 1:  # what contradicts is known before the first of them is recorded
-        from trajstore.recording import refuse_conflict
+        from trajstore.recording.running import refuse_conflict
 
         for experiment in experiments:
             refuse_conflict(experiment, store, resume=resume, extend=extend)
@@ -143,7 +143,7 @@ def record(
 def record_with_progress(experiment: Experiment, store: str | Path, **how: Any) -> StoredExperiment:  # noqa: ANN401
     """Record as `trajstore.run` does, with a bar on a terminal."""
     from trajstore.engine.walk import applications
-    from trajstore.recording import run
+    from trajstore.recording.running import run
 
     total = applications(experiment.orders, experiment.steps, experiment.grid) * len(experiment.seeds)
     with progress_bar(total, experiment.name, "operator applications") as progress:
@@ -154,9 +154,9 @@ def _experiments(
     what: str, scale: Scale, fields: dict[str, Any], recorded: dict[str, Any], settings: dict[str, Any]
 ) -> list[Experiment]:
     """Return what was asked for: one experiment, or the variants of a preset."""
-    from trajstore.configuration import merge
-    from trajstore.experiment import Experiment, read_toml
-    from trajstore.presets import FULL, preset_table, variants
+    from trajstore.experiment.configuration import merge
+    from trajstore.experiment.experiment import Experiment, read_toml
+    from trajstore.experiment.presets import FULL, preset_table, variants
 
     changes = {key: value for key, value in fields.items() if value is not None}
     if any(value is not None for value in recorded.values()):
@@ -177,8 +177,8 @@ def _experiments(
 
 
 def _from_function(reference: str, changes: dict[str, Any]) -> Experiment:
-    from trajstore.configuration import merge
-    from trajstore.experiment import Experiment
+    from trajstore.experiment.configuration import merge
+    from trajstore.experiment.experiment import Experiment
     from trajstore.problems.factory import call
 
     if sys.path[:1] != [str(Path.cwd())]:
@@ -199,8 +199,8 @@ def _dry_run(
 ) -> None:
     from dataclasses import asdict
 
-    from trajstore.costing import cost
-    from trajstore.recording import refuse_conflict
+    from trajstore.recording.cost import cost
+    from trajstore.recording.running import refuse_conflict
 
     told = []
     for experiment in experiments:

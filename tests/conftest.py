@@ -37,7 +37,7 @@ if not os.access(Path(__file__).parents[1], os.W_OK):  # it would keep its examp
 
 import trajstore as ts  # noqa: E402
 from trajstore.engine import Engine, Iterate, Work  # noqa: E402
-from trajstore.orders import Leg  # noqa: E402
+from trajstore.engine.orders import Leg  # noqa: E402
 from trajstore.problems import factory  # noqa: E402
 
 Record = Callable[..., ts.StoredExperiment]
@@ -73,14 +73,14 @@ def own_modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 def several_segments() -> Iterator[None]:
     """Have states lie in several chunks: for tests that use it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+        patch.setattr("trajstore.recording.schema.segment_length", lambda layout: 4)
         yield
 
 
 @pytest.fixture(autouse=True)
 def slow_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a machine does much else, a worker that compiles for a minute is not silent: that would be a warning."""
-    monkeypatch.setattr("trajstore.distributing.patience._SILENT", 1_200.0)
+    monkeypatch.setattr("trajstore.recording.workers.patience._SILENT", 1_200.0)
 
 
 def sampled(cases: Iterable[Any], every: int) -> list[Any]:

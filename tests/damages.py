@@ -21,8 +21,8 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.hostile import Document, put, rewrite
 from trajstore import analysis
-from trajstore.storage import fills
-from trajstore.storage.digest import config_digest
+from trajstore.storage.writing import fills
+from trajstore.storage.format.digest import config_digest
 
 __all__ = [
     "CKPT", "DAMAGES", "DOCUMENTS", "HOW", "LOOP", "NET", "SOUND", "TINY", "Damage", "Site", "loop", "sealed",

@@ -24,14 +24,14 @@ from tests.conftest import stop_after
 from tests.test_missing_files import Answer, asked, dataset, merged, parquet, plain, states
 from tests.torture import NAME, REFERENCE, TINY, Truth, files, lost, wrong
 from trajstore.errors import ResumedWarning, TrajstoreError
-from trajstore.exporting import export_state
-from trajstore.fills import noted
-from trajstore.merging import merge, remove
-from trajstore.storage.folder import Folder
-from trajstore.storage.late import LateSeries
-from trajstore.storage.place import DOCUMENT, TAKEN_OUT
+from trajstore.exchange.export import export_state
+from trajstore.storage.fills import noted
+from trajstore.exchange.merge import merge, remove
+from trajstore.storage.places.folder import Folder
+from trajstore.storage.writing.late_metrics import LateSeries
+from trajstore.storage.places.place import DOCUMENT, TAKEN_OUT
 from trajstore.store import StoredExperiment, open_root, standing
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 SHORT = {**TINY, "steps": 5, "seeds": [0]}
 LONG = {**SHORT, "steps": 7}
@@ -240,9 +240,9 @@ def prepared(folder: Path) -> None:
 
 def alone(folder: Path) -> None:
     """Have this process keep its cache in a folder, wait for no disk, and cut states into several chunks."""
-    import trajstore.flattening
+    import trajstore.recording.schema
 
-    trajstore.flattening.segment_length = lambda layout: 3
+    trajstore.recording.schema.segment_length = lambda layout: 3
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     os.fsync = lambda descriptor: None
 

@@ -11,9 +11,9 @@ import google_crc32c
 import numpy as np
 from numcodecs.pcodec import PCodec  # type: ignore[import-untyped]
 
-from trajstore.storage.declaring import ATTRIBUTE
-from trajstore.storage.digest import config_digest
-from trajstore.storage.schema import Schema
+from trajstore.storage.writing.declaring import ATTRIBUTE
+from trajstore.storage.format.digest import config_digest
+from trajstore.storage.format.schema import Schema
 
 __all__ = ["Document", "attributes_of", "config_of", "put", "rewrite", "state_chunk", "strangers", "with_checksum"]
 

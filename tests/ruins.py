@@ -40,7 +40,7 @@ import trajstore as ts
 from tests.damages import CKPT, DAMAGES, HOW, LOOP, NET, SOUND, TINY, Damage, Site, loop
 from trajstore import analysis
 from trajstore.errors import TrajstoreError
-from trajstore.printable import printable
+from trajstore._common.printable import printable
 
 __all__ = ["DAMAGES", "DOINGS", "Damage", "Doing", "Site", "all_of", "drawn", "examine", "part"]
 

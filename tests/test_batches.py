@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trajstore.batches import draws, generator
+from trajstore.problems.batches import draws, generator
 from trajstore.errors import ConfigurationError
 
 

@@ -30,9 +30,9 @@ from tests.torture import (
 )
 from tests.waiting import HANGS, until
 from trajstore.errors import BusyError, NotFoundError
-from trajstore.storage.writer import Ledger
+from trajstore.storage.writing.slab_writer import Ledger
 from trajstore.store import check_place
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 SEEDS = [5, 0, 7, 2, 1, 6, 3, 4]
 EXTENDING = {**REFERENCE, "extend": True}

@@ -20,14 +20,14 @@ from torch import nn
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
-from trajstore import copying
+from trajstore.exchange import copying
 from trajstore.errors import BusyError, DamageError
-from trajstore.storage.bucket import Bucket
-from trajstore.storage.folder import Folder
-from trajstore.storage.resume import ResumeSlots
-from trajstore.storage.writer import Ledger
+from trajstore.storage.places.bucket import Bucket
+from trajstore.storage.places.folder import Folder
+from trajstore.storage.writing.resume_slots import ResumeSlots
+from trajstore.storage.writing.slab_writer import Ledger
 from trajstore.store import open_root
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 COMMIT = 3
 """Steps between commits; a segment is begun and committed several times before it is full."""
@@ -40,9 +40,9 @@ def many_commits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def commit_often(patch: Callable[[str, object], None]) -> None:
-    patch("trajstore.flattening.segment_length", lambda layout: SEGMENT)
-    patch("trajstore.recorder.segment_length", lambda layout: SEGMENT)
-    patch("trajstore.recorder.COMMIT_STEPS", COMMIT)
+    patch("trajstore.recording.schema.segment_length", lambda layout: SEGMENT)
+    patch("trajstore.recording.loop.recorder.segment_length", lambda layout: SEGMENT)
+    patch("trajstore.recording.loop.recorder.COMMIT_STEPS", COMMIT)
 
 
 class Loop:
@@ -286,7 +286,7 @@ def test_what_ends_or_goes_on_meanwhile_is_not_called_complete(
     apart: bool, loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if apart:
-        monkeypatch.setattr("trajstore.storage.fills._MOST", 1)
+        monkeypatch.setattr("trajstore.storage.writing.fills._MOST", 1)
     source, target = tmp_path / "runs.zarr", tmp_path / "copy.zarr"
     other = Loop(source, seed=1)
     other.go(5)
@@ -440,7 +440,7 @@ def before_a_slab(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
             act()
         return copying.copy_slab(*slab)
 
-    patch.setattr("trajstore.merging.copy_slab", then)
+    patch.setattr("trajstore.exchange.merge.copy_slab", then)
 
 
 @pytest.mark.slow

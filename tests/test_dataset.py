@@ -155,7 +155,7 @@ def test_xarray_opens_an_experiment_and_a_tree_of_them(stored):
 
 
 def test_xarray_takes_other_zarr_groups_for_what_they_are(tmp_path):
-    from trajstore.backend import TrajstoreBackend
+    from trajstore.reading.xarray_engine import TrajstoreBackend
 
     xr.Dataset({"a": ("x", [1, 2])}).to_zarr(tmp_path / "other.zarr", consolidated=False)
     assert not TrajstoreBackend().guess_can_open(tmp_path / "other.zarr")
@@ -164,7 +164,7 @@ def test_xarray_takes_other_zarr_groups_for_what_they_are(tmp_path):
 
 
 def test_blocks_are_those_of_the_store(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+    monkeypatch.setattr("trajstore.recording.schema.segment_length", lambda layout: 4)
     stored = ts.run(ts.Experiment.of(SMALL_NET), tmp_path / "s.zarr", engine="reference", durability="none")
     ds = stored.dataset()
     assert ds.params.chunks == ((1, 1), (1, 1), (97,), (4, 4, 4, 1))

@@ -15,12 +15,12 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET, sampled
 from tests.waiting import until
-from trajstore.distributing import connected
-from trajstore.engine.parts import bundles, parts_of
+from trajstore.recording.workers import connected
+from trajstore.recording.workers.parts import bundles, parts_of
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.walk import Slab, applications, stretches_of, walk
 from trajstore.errors import ConfigurationError, WorkerError
-from trajstore.planning import run_seeds
+from trajstore.recording.planning import run_seeds
 
 ORDERS = ["forward", "backward", "backward/30", "forward+backward@50", "backward/7?train_loss"]
 TABLE = {**SMALL_NET, "orders": ORDERS, "steps": 80, "seeds": [0, 4], "record": {"snapshot_every": 2}}
@@ -60,7 +60,7 @@ def test_workers_record_what_one_process_records(tmp_path, cluster, grid):
 
 
 def test_segments_that_are_cut_into_parts_are_put_together(tmp_path, cluster, here, monkeypatch):
-    monkeypatch.setattr("trajstore.distributing.client._TASKS_A_WORKER", 200)
+    monkeypatch.setattr("trajstore.recording.workers.client._TASKS_A_WORKER", 200)
     address = cluster.scheduler.address
     assert_same(ts.run(ts.Experiment.of(TABLE), tmp_path / "s.zarr", engine="reference", scheduler=address), here)
 
@@ -120,7 +120,7 @@ def test_a_task_that_kills_every_worker_is_one_clear_error(tmp_path, monkeypatch
 
 
 def test_a_scheduler_that_is_not_there_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.distributing.cluster._PATIENCE", 1)
+    monkeypatch.setattr("trajstore.recording.workers.cluster._PATIENCE", 1)
     with pytest.raises(ConfigurationError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         ts.run(ts.Experiment.of(TABLE), tmp_path / "s.zarr", scheduler="tcp://127.0.0.1:9")
     with pytest.raises(ConfigurationError, match="give workers or a scheduler, not both"):

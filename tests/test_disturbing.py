@@ -28,8 +28,8 @@ from tests.disturbed import DOING, Stores, alone, prepared
 from tests.torture import Report, in_child, side_by_side, start
 from tests.waiting import HANGS
 from trajstore.errors import TrajstoreError
-from trajstore.storage.folder import Folder
-from trajstore.storage.local import DurableStore
+from trajstore.storage.places.folder import Folder
+from trajstore.storage.places.durable import DurableStore
 
 CODES = (errno.EIO, errno.ESTALE, errno.EMFILE)
 CHANGES = ("mkdir", "replace", "rename", "link", "symlink", "unlink", "remove", "rmdir")

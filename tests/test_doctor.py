@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from trajstore.engine.compilers import missing_for_compiling
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.ticks import Eager
 from trajstore.errors import ConfigurationError
 from trajstore.machine import checks, examine
@@ -90,14 +90,14 @@ def whole_machine(monkeypatch):
 
 def test_eager_ticks_in_the_compilers_place_are_no_fault(tmp_path, monkeypatch):
     whole_machine(monkeypatch)
-    monkeypatch.setattr("trajstore.engine.compiling.Compiled", Eager)
+    monkeypatch.setattr("trajstore.engine.compiled_tick.Compiled", Eager)
     assert [state for state, _ in found("compiling", tmp_path)] == ["good"] * 4
 
 
 @pytest.mark.parametrize("how", [shift_one_lane, leave_a_buffer, lose_precision, make_nan])
 def test_a_compiled_tick_that_is_broken_is_wrong(how, tmp_path, monkeypatch):
     whole_machine(monkeypatch)
-    monkeypatch.setattr("trajstore.engine.compiling.Compiled", broken(how))
+    monkeypatch.setattr("trajstore.engine.compiled_tick.Compiled", broken(how))
     findings = found("compiling", tmp_path)
     assert [state for state, _ in findings] == ["wrong"] * 4
     assert "computes something else than its definition" in findings[0][1]
@@ -152,7 +152,7 @@ def test_checksums_of_another_kind_are_wrong_and_those_of_python_slow(tmp_path, 
 
 
 def test_a_lock_that_excludes_nobody_is_wrong(tmp_path, monkeypatch):
-    from trajstore.storage.folder import Folder
+    from trajstore.storage.places.folder import Folder
 
     monkeypatch.setattr(Folder, "lock", lambda *_, **__: nullcontext(lambda folder: None))
     assert found("locks", tmp_path) == [("wrong", "a lock was taken twice by one process")]
@@ -261,10 +261,10 @@ def test_a_reader_that_loses_the_sign_of_a_zero_is_wrong(tmp_path, monkeypatch):
 def test_sql_that_reads_files_is_wrong(tmp_path, monkeypatch):
     import duckdb
 
-    import trajstore.sql
+    import trajstore.reading.sql
 
     monkeypatch.setattr(
-        trajstore.sql, "query_store", lambda store, query: duckdb.sql(query.replace("metrics", "range(4)"))
+        trajstore.reading.sql, "query_store", lambda store, query: duckdb.sql(query.replace("metrics", "range(4)"))
     )
     ((state, told),) = found("sql", tmp_path)
     assert state == "wrong"
@@ -327,7 +327,7 @@ def test_workers_that_do_not_start_are_slow_and_sums_that_are_wrong_wrong(tmp_pa
     def refuse(workers):
         raise OSError("no process")
 
-    monkeypatch.setattr("trajstore.distributing.cluster.connected", refuse)
+    monkeypatch.setattr("trajstore.recording.workers.cluster.connected", refuse)
     assert states("dask", tmp_path) == {"slow"}
     monkeypatch.setattr("dask.array.core.Array.sum", lambda array: array[0])
     assert states("dask", tmp_path) == {"wrong"}

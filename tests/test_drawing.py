@@ -8,9 +8,9 @@ import pytest
 
 import trajstore as ts
 from tests.conftest import forget
-from trajstore.drawing import Drawing, drawing_of
+from trajstore.reading.drawing import Drawing, drawing_of
 from trajstore.errors import ConfigurationError
-from trajstore.origin import attributes_of
+from trajstore.reading.origin import attributes_of
 
 OWN = """
 import torch, trajstore as ts

@@ -17,8 +17,8 @@ from torch import nn
 import trajstore as ts
 from tests.conftest import stop_after
 from trajstore.engine import Work, bracket
-from trajstore.engine.compilers import missing_for_compiling
-from trajstore.engine.compiling import Compiled
+from trajstore.engine.toolchain import missing_for_compiling
+from trajstore.engine.compiled_tick import Compiled
 from trajstore.engine.reference import ReferenceEngine, gradient_of
 from trajstore.engine.ticks import Eager, step_of
 from trajstore.engine.wavefront import WavefrontEngine
@@ -26,9 +26,9 @@ from trajstore.errors import ConfigurationError
 from trajstore.operators.order_mean import OrderMean
 from trajstore.operators.order_regularized import OrderRegularized
 from trajstore.operators.sgd import SGD
-from trajstore.orders import Leg
+from trajstore.engine.orders import Leg
 from trajstore.problems import ModuleProblem
-from trajstore.state import beginning
+from trajstore.operators.state import beginning
 
 STEPS = [0.05 / 2**k for k in range(6)]
 

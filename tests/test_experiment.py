@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trajstore as ts
-from trajstore.configuration import build, describe, differences, merge
+from trajstore.experiment.configuration import build, describe, differences, merge
 from trajstore.errors import ConfigurationError
-from trajstore.experiment import read_toml
+from trajstore.experiment.experiment import read_toml
 from trajstore.operators.adam import Adam
-from trajstore.schedules.cosine import Cosine
+from trajstore.operators.schedules.cosine import Cosine
 
 PLAIN = {"name": "q", "problem": {"family": "quadratic"}, "operator": {"family": "sgd", "lr": 0.1}, "steps": 5}
 
@@ -189,9 +189,8 @@ def test_functions_typed_at_a_prompt_are_told_apart():
 
 def test_functions_of_a_command_line_are_told_apart():
     """From Python 3.13 on the whole line would count as the source of each."""
-    program = (
-        "from trajstore.configuration import describe; print(*(describe(eval(t)) for t in ('lambda: 1', 'lambda: 2')))"
-    )
+    program = "from trajstore.experiment.configuration import describe as d; "
+    program += "print(*(d(eval(t)) for t in ('lambda: 1', 'lambda: 2')))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     one, other = re.findall(r"(?<=.source.: .)\w+", done.stdout)
     assert one != other

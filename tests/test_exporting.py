@@ -19,10 +19,10 @@ from torch import nn
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
-from trajstore.dumping import export_arrays
+from trajstore.exchange.export_arrays import export_arrays
 from trajstore.errors import NotFoundError, WriteError
-from trajstore.exporting import export_metrics, export_state
-from trajstore.storage.segment import array_of
+from trajstore.exchange.export import export_metrics, export_state
+from trajstore.storage.writing.segment import array_of
 
 ORDERS = ["forward", "backward", "backward+backward@4", "backward/3?train_loss"]
 SERIES = {"steps", "leg", "metrics", "measured", "sketch"}
@@ -74,7 +74,7 @@ def recordings(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         whole = ts.Experiment.of({**table, "problem": net_problem()})
         ts.run(whole, folder / "whole.zarr", engine="reference")
-        patch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+        patch.setattr("trajstore.recording.schema.segment_length", lambda layout: 4)
         with pytest.raises(KeyboardInterrupt):
             ts.run(ts.Experiment.of(SMALL_NET), folder / "half.zarr", progress=interrupt, engine="reference")
     return folder
@@ -269,9 +269,9 @@ def test_arrays_are_those_of_the_dataset(stored, tmp_path):
     ids=str,
 )  # fmt: skip
 def test_arrays_of_any_grid(record, tmp_path, monkeypatch, grid):
-    monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 3)
-    monkeypatch.setattr("trajstore.storage.schema._PARAM_CHUNK", 10)
-    monkeypatch.setattr("trajstore.dumping._BLOCK_BYTES", 300)
+    monkeypatch.setattr("trajstore.recording.schema.segment_length", lambda layout: 3)
+    monkeypatch.setattr("trajstore.storage.format.schema._PARAM_CHUNK", 10)
+    monkeypatch.setattr("trajstore.exchange.export_arrays._BLOCK_BYTES", 300)
     experiment = record(record=grid, operator={"family": "adam", "lr": 0.01}, orders=["backward"])
     export_arrays(experiment, tmp_path / "out")
     check_folder(tmp_path / "out", experiment)
@@ -332,7 +332,7 @@ def test_of_a_half_recorded_experiment_only_what_is_committed_is_exported(half, 
 
 
 def test_what_lies_beyond_the_commit_record_is_not_exported(record, tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+    monkeypatch.setattr("trajstore.recording.schema.segment_length", lambda layout: 4)
     experiment = record(record={"snapshot_every": 2})
     committed = array_of(ts.store.open_root(tmp_path / "runs.zarr")["net"], "committed")
     records = committed[0, 1]
@@ -356,9 +356,9 @@ def test_what_lies_beyond_the_commit_record_is_not_exported(record, tmp_path, mo
 
 
 def test_a_slab_is_never_in_memory_as_a_whole(record, tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 8)
-    monkeypatch.setattr("trajstore.storage.schema._PARAM_CHUNK", 4096)
-    monkeypatch.setattr("trajstore.dumping._BLOCK_BYTES", 2**17)
+    monkeypatch.setattr("trajstore.recording.schema.segment_length", lambda layout: 8)
+    monkeypatch.setattr("trajstore.storage.format.schema._PARAM_CHUNK", 4096)
+    monkeypatch.setattr("trajstore.exchange.export_arrays._BLOCK_BYTES", 2**17)
     problem = {"family": "regression", "width": 100, "depth": 2, "points": 5}
     experiment = record(problem=problem, steps=120, orders=["forward"], seeds=[0], record={"sketch": 1})
     export_arrays(experiment, tmp_path / "warm")
@@ -532,7 +532,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(trajstore, half, tmp_path, m
 
 def test_a_folder_that_vanishes_is_an_error_of_writing(half, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("trajstore.sql.write_slab", lambda *_: shutil.rmtree(tmp_path / "out"))
+    monkeypatch.setattr("trajstore.reading.sql.write_slab", lambda *_: shutil.rmtree(tmp_path / "out"))
     with pytest.raises(WriteError, match="could not be written"):
         export_metrics(half, tmp_path / "out" / "m.parquet")
     assert not (tmp_path / "out").exists()
@@ -543,8 +543,8 @@ def test_an_interrupted_export_leaves_nothing(half, tmp_path, monkeypatch, expor
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trajstore.sql.write_slab", interrupt)
-    monkeypatch.setattr("trajstore.dumping._write_sketch", interrupt)
+    monkeypatch.setattr("trajstore.reading.sql.write_slab", interrupt)
+    monkeypatch.setattr("trajstore.exchange.export_arrays._write_sketch", interrupt)
     before = everything(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         export(half, tmp_path / "x")

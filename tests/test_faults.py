@@ -33,7 +33,7 @@ from tests.torture import (
 )
 from tests.waiting import HANGS
 from trajstore.errors import TrajstoreError
-from trajstore.storage.local import DurableStore
+from trajstore.storage.places.durable import DurableStore
 
 
 class Scenario(NamedTuple):

@@ -18,16 +18,16 @@ from trajstore.cli.inspection import info
 import trajstore as ts
 from tests.hostile import attributes_of
 from trajstore.errors import DamageError, FormatError
-from trajstore.fills import noted
-from trajstore.merging import merge
-from trajstore.storage import objects
-from trajstore.storage.checking import is_metric
-from trajstore.storage.digest import config_digest
-from trajstore.storage.fills import FOLDER
-from trajstore.storage.local import DurableStore
-from trajstore.storage.schema import check_format
+from trajstore.storage.fills import noted
+from trajstore.exchange.merge import merge
+from trajstore.storage.places import requests
+from trajstore.storage.format.checking import is_metric
+from trajstore.storage.format.digest import config_digest
+from trajstore.storage.writing.fills import FOLDER
+from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.format.schema import check_format
 from trajstore.store import StoredExperiment, open_root
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 WHERE = {"versions": {"torch": "2.9.0"}, "device": "cpu", "threads": 1}
 IN_A_DOCUMENT = 32
@@ -106,14 +106,14 @@ def test_a_note_writes_one_file_of_the_same_size_however_many_there_were(monkeyp
     record(place)
     note(place, range(1, IN_A_DOCUMENT + 1))
     stored, sizes = writable(place), []
-    put = objects.put
+    put = requests.put
 
     def seen(there: Any, key: str, content: Any, version: Any) -> Any:
         if not key.startswith("locks/"):
             sizes.append(len(bytes(content)))
         return put(there, key, content, version)
 
-    monkeypatch.setattr(objects, "put", seen)
+    monkeypatch.setattr(requests, "put", seen)
     for _ in range(2 * IN_A_DOCUMENT):
         with noted(stored, [("forward", 0)], WHERE):
             pass

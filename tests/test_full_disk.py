@@ -17,9 +17,9 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.waiting import HANGS
 from trajstore.errors import ConfigurationError, WriteError
-from trajstore.merging import remove
-from trajstore.storage.place import place_of
-from trajstore.verifying import verify
+from trajstore.exchange.merge import remove
+from trajstore.storage.places.place import place_of
+from trajstore.storage.verify import verify
 
 NET = {
     **SMALL_NET, "problem": {"family": "regression", "width": 24, "depth": 2, "points": 21}, "steps": 300,

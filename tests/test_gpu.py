@@ -8,7 +8,7 @@ import torch
 
 import trajstore as ts
 from tests.conftest import SMALL_NET
-from trajstore.leaving import Leaving
+from trajstore.recording.leaving import Leaving
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
 DOUBLE = {**SMALL_NET, "problem": {**SMALL_NET["problem"], "dtype": "float64"}, "orders": ["forward", "backward"]}
@@ -29,7 +29,7 @@ def test_a_compiled_wave_is_replayed_as_a_graph():
     from trajstore.engine import Work
     from trajstore.engine.plan import Plan, make_engine, ready
     from trajstore.operators.adam import Adam
-    from trajstore.orders import Leg
+    from trajstore.engine.orders import Leg
 
     experiment = ts.Experiment.of(DOUBLE)
     live, operator = experiment.problem.build(torch.device("cuda")), Adam(1e-3)
@@ -70,6 +70,6 @@ def test_iterates_that_wait_to_arrive_arrive_in_order(tmp_path, monkeypatch):
     """On the CPU nothing waits; here it does, as on a GPU."""
     experiment = ts.Experiment.of({**DOUBLE, "orders": ["forward", "backward", "backward+backward@5"]})
     whole = ts.run(experiment, tmp_path / "one.zarr", engine="reference")
-    monkeypatch.setattr("trajstore.filling._ON_THE_WAY", {"cpu": 4})
+    monkeypatch.setattr("trajstore.recording.here._ON_THE_WAY", {"cpu": 4})
     waited = ts.run(experiment, tmp_path / "other.zarr", engine="reference")
     assert np.array_equal(waited.commits().records, whole.commits().records)

@@ -17,13 +17,15 @@ import zarr
 
 import trajstore as ts
 from tests.conftest import SMALL_NET, Record
-from trajstore import origin
+from trajstore.reading import origin
 from trajstore.errors import OutdatedError
-from trajstore.merging import merge, remove
-from trajstore.storage import expected, identity, objects
-from trajstore.storage.declaring import set_attributes
+from trajstore.exchange.merge import merge, remove
+from trajstore.storage.places import expected
+from trajstore.storage.places import identity
+from trajstore.storage.places import requests
+from trajstore.storage.writing.declaring import set_attributes
 from trajstore.store import Store, open_root
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 NET = {**SMALL_NET, "orders": ["forward"], "seeds": [0], "steps": 6}
 OTHER = {"operator": {"family": "sgd", "lr": 0.1}}
@@ -223,13 +225,13 @@ def test_in_a_bucket_looking_costs_no_request_a_chunk(
     asked: Counter[str] = Counter()
 
     def counted(name: str) -> None:
-        original = getattr(objects, name)
+        original = getattr(requests, name)
 
         def call(store: object, key: str, *rest: object) -> object:
             asked[f"{name} {'document' if key == 'net/zarr.json' else 'other'}"] += 1
             return original(store, key, *rest)
 
-        monkeypatch.setattr(objects, name, call)
+        monkeypatch.setattr(requests, name, call)
 
     counted("head")
     counted("get")

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 import trajstore as ts
-from trajstore import analysis, images
-from trajstore.configuration import build
+from trajstore import analysis
+from trajstore.problems import images
+from trajstore.experiment.configuration import build
 from trajstore.errors import ConfigurationError, ConflictError
-from trajstore.replaying import replay
+from trajstore.replay.compare import replay
 
 CPU = torch.device("cpu")
 

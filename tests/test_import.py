@@ -22,8 +22,10 @@ def test_import_trajstore_loads_nothing_heavy():
 
 
 def test_reading_a_store_loads_no_torch():
-    assert "torch" not in loaded("import trajstore as ts; ts.open; import trajstore.dataset, trajstore.sql")
-    assert "torch" not in loaded("import trajstore.merging")
+    assert "torch" not in loaded(
+        "import trajstore as ts; ts.open; import trajstore.reading.dataset, trajstore.reading.sql"
+    )
+    assert "torch" not in loaded("import trajstore.exchange.merge")
 
 
 def test_statistics_of_metrics_load_neither_torch_nor_what_draws():

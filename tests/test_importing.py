@@ -22,10 +22,10 @@ import trajstore as ts
 from tests.hostile import state_chunk
 from tests.test_resume import contents
 from trajstore.errors import ConfigurationError, ConflictError, DamageError, NotFoundError, WriteError
-from trajstore.exporting import export_metrics, export_state
-from trajstore.filenames import Pattern
-from trajstore.importing import import_checkpoints
-from trajstore.verifying import verify
+from trajstore.exchange.export import export_metrics, export_state
+from trajstore.exchange.importing.pattern import Pattern
+from trajstore.exchange.importing import import_checkpoints
+from trajstore.storage.verify import verify
 
 PATTERN = "seed{seed}/step{step}.*"
 QUICK = {"durability": "none"}
@@ -128,7 +128,7 @@ def test_norms_distances_and_sketches_are_measured_from_the_first_step_of_each_s
 
 
 def test_steps_far_apart_leave_segments_empty(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.importing.asking.segment_length", lambda layout: 2)
+    monkeypatch.setattr("trajstore.exchange.importing.request.segment_length", lambda layout: 2)
     steps = {0: range(1, 10), 1: [9], 2: [4, 5, 9]}
     files = [write(tmp_path, seed, n) for seed, those in steps.items() for n in those]
     stored = import_checkpoints(tmp_path / "s.zarr", "mine", files, PATTERN, **QUICK)
@@ -186,7 +186,7 @@ def test_a_session(trajstore, tmp_path):
 
 @pytest.mark.parametrize("rounded", [None, "bfloat16"])
 def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch, rounded):
-    monkeypatch.setattr("trajstore.importing.asking.segment_length", lambda layout: 4)
+    monkeypatch.setattr("trajstore.exchange.importing.request.segment_length", lambda layout: 4)
     files = [write(tmp_path, seed, n) for seed in (0, 1) for n in range(1, 21, 2)]
     how = {"snapshot_dtype": rounded, **QUICK}
     whole = import_checkpoints(tmp_path / "whole.zarr", "mine", files, PATTERN, **how)
@@ -254,7 +254,7 @@ def test_an_import_that_stopped_before_its_fill_ended_is_ended_by_another(tmp_pa
         raise time
 
     with monkeypatch.context() as patch:
-        patch.setattr("trajstore.fills.now", now)
+        patch.setattr("trajstore.storage.fills.now", now)
         with pytest.raises(KeyboardInterrupt):
             import_checkpoints(tmp_path / "s.zarr", "mine", files[:2], PATTERN, **QUICK)
     stopped = ts.open(tmp_path / "s.zarr")["mine"]
@@ -347,7 +347,7 @@ def test_rounded_states_are_measured_before_they_are_rounded(tmp_path):
 
 
 def test_what_a_repair_took_out_is_imported_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.importing.asking.segment_length", lambda layout: 4)
+    monkeypatch.setattr("trajstore.exchange.importing.request.segment_length", lambda layout: 4)
     path = tmp_path / "s.zarr"
     files = [write(tmp_path, 0, n) for n in range(1, 20)]
     stored = import_checkpoints(path, "mine", files, PATTERN, **QUICK)

@@ -17,10 +17,10 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import DamageError, QueryError, WriteError
-from trajstore.sql import answer, query, write_answer
-from trajstore.sql.catalog import Catalog
-from trajstore.sql.index import places_of
-from trajstore.verifying import verify
+from trajstore.reading.sql import answer, query, write_answer
+from trajstore.reading.sql.catalog import Catalog
+from trajstore.reading.sql.index import places_of
+from trajstore.storage.verify import verify
 
 ALL = "SELECT * FROM metrics, runs, experiments, segments ORDER BY ALL"
 TINY = {**SMALL_NET, "steps": 3, "seeds": [0], "orders": ["forward"]}

@@ -14,16 +14,16 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.test_resume import contents, stop_after
 from trajstore.errors import BusyError, ConflictError, FormatError, NotFoundError, TrajstoreError
-from trajstore.merging import merge, remove
-from trajstore.storage.folder import Folder
-from trajstore.verifying import verify
+from trajstore.exchange.merge import merge, remove
+from trajstore.storage.places.folder import Folder
+from trajstore.storage.verify import verify
 
 HOW = {"engine": "reference", "durability": "none"}
 
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
-    monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+    monkeypatch.setattr("trajstore.recording.schema.segment_length", lambda layout: 4)
 
 
 def recorded(place: Path, **changes) -> ts.Store:

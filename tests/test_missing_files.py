@@ -19,11 +19,11 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.torture import Report, in_child, side_by_side
 from trajstore import analysis
-from trajstore.dumping import export_arrays
+from trajstore.exchange.export_arrays import export_arrays
 from trajstore.errors import DamageError, FormatError, ResumedWarning, TrajstoreError
-from trajstore.exporting import export_metrics
-from trajstore.merging import merge
-from trajstore.verifying import verify
+from trajstore.exchange.export import export_metrics
+from trajstore.exchange.merge import merge
+from trajstore.storage.verify import verify
 
 TINY = {
     **SMALL_NET, "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5}, "steps": 9, "seeds": [0],
@@ -232,9 +232,9 @@ def batch_of_damages(
 
 def _alone(place: Path) -> None:
     """Have this process keep its cache beside a store, wait for no disk, and cut states into several chunks."""
-    import trajstore.flattening
+    import trajstore.recording.schema
 
-    trajstore.flattening.segment_length = lambda layout: 4
+    trajstore.recording.schema.segment_length = lambda layout: 4
     os.environ["XDG_CACHE_HOME"] = str(place.parent / "cache")
     os.fsync = lambda descriptor: None
 

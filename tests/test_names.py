@@ -12,9 +12,9 @@ import torch
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import ConfigurationError, ConflictError
-from trajstore.experiment import Record
-from trajstore.presets import family_of
-from trajstore.storage.digest import config_digest
+from trajstore.experiment.experiment import Record
+from trajstore.experiment.presets import family_of
+from trajstore.storage.format.digest import config_digest
 from trajstore.store import Store
 
 TINY = {**SMALL_NET, "steps": 4, "seeds": [0]}
@@ -155,7 +155,7 @@ def test_what_is_a_variant_is_stored_and_not_read_from_a_dot(trajstore, tmp_path
 
 
 def test_what_a_variant_takes_is_predicted():
-    from trajstore.costing import cost
+    from trajstore.recording.cost import cost
 
     assert cost(ts.Experiment.of({**TINY, "name": "mine.a", "variant_of": "mine"}), engine="reference").snapshots == 10
 

@@ -26,11 +26,11 @@ from tests.test_resume import contents
 from tests.torture import start
 from tests.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, NotFoundError, ResumedWarning, UnreachableError
-from trajstore.merging import merge, remove
-from trajstore.storage.bucket import Bucket
-from trajstore.storage.place import TAKEN_OUT, slab_lock
-from trajstore.storage.writer import Ledger
-from trajstore.verifying import verify
+from trajstore.exchange.merge import merge, remove
+from trajstore.storage.places.bucket import Bucket
+from trajstore.storage.places.place import TAKEN_OUT, slab_lock
+from trajstore.storage.writing.slab_writer import Ledger
+from trajstore.storage.verify import verify
 
 HOW = {"engine": "reference"}
 

@@ -16,12 +16,12 @@ from trajstore.operators import Operator
 from trajstore.operators.adam import Adam
 from trajstore.operators.adamw import AdamW
 from trajstore.operators.sgd import SGD
-from trajstore.orders import Leg
+from trajstore.engine.orders import Leg
 from trajstore.problems import ModuleProblem
-from trajstore.schedules.cosine import Cosine
-from trajstore.schedules.inverse_sqrt import InverseSqrt
-from trajstore.schedules.step import Step
-from trajstore.state import State
+from trajstore.operators.schedules.cosine import Cosine
+from trajstore.operators.schedules.inverse_sqrt import InverseSqrt
+from trajstore.operators.schedules.step import Step
+from trajstore.operators.state import State
 
 STEPS = 50
 

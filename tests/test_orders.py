@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trajstore.errors import OrderError
-from trajstore.orders import Leg, Order
+from trajstore.engine.orders import Leg, Order
 
 
 @st.composite

@@ -14,8 +14,8 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore import analysis
 from trajstore.errors import ConfigurationError
-from trajstore.origin import ORIGIN, attributes_of
-from trajstore.recipe import Recipe
+from trajstore.reading.origin import ORIGIN, attributes_of
+from trajstore.replay.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -18,26 +18,27 @@ from zarr.core.buffer.cpu import Buffer
 
 from tests.storage.test_bucket import SCHEMA, SLAB, content, declared
 from tests.waiting import HANGS
-from trajstore.distributing.job import Shape
+from trajstore.recording.workers.job import Shape
 from trajstore.engine.walk import Slab
 from trajstore.errors import BusyError, IrreproducibleError
-from trajstore.orders import Order
-from trajstore.storage import holders, locks
-from trajstore.storage.late import LateSeries
-from trajstore.storage.local import DurableStore
-from trajstore.storage.pipeline import Pipeline
-from trajstore.storage.place import Place, keeper_of, place_of, slab_folder
-from trajstore.storage.reader import Commits
-from trajstore.storage.segment import Observation
-from trajstore.storage.writer import Ledger, SlabWriter
+from trajstore.engine.orders import Order
+from trajstore.storage.places import holders
+from trajstore.storage.places import locks
+from trajstore.storage.writing.late_metrics import LateSeries
+from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.writing.pipeline import Pipeline
+from trajstore.storage.places.place import Place, keeper_of, place_of, slab_folder
+from trajstore.storage.format.commits import Commits
+from trajstore.storage.writing.segment import Observation
+from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
 from trajstore.store import Store
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 WHOSE = Slab(Order.parse("forward"), 0)
 SEGMENTS = {0: range(8), 1: range(8, 12)}
 CLIENT = f"""
 import pickle, sys, time
-from trajstore.storage.place import place_of, slab_folder
+from trajstore.storage.places.place import place_of, slab_folder
 place = place_of(sys.argv[1])
 with place.lock({SLAB!r}, "it") as also:
     also(slab_folder("e", (0, 0)))

@@ -22,14 +22,16 @@ import trajstore as ts
 from tests import test_missing_files
 from trajstore import analysis
 from trajstore.errors import BusyError, ConfigurationError, DamageError, TrajstoreError
-from trajstore.merging import merge, remove
-from trajstore.packing import pack, unpack
-from trajstore.storage import packed, packing, removing
-from trajstore.storage.local import DurableStore
-from trajstore.storage.resume import ResumeSlots
-from trajstore.storage.writer import guarded
+from trajstore.exchange.merge import merge, remove
+from trajstore.exchange.pack import pack, unpack
+from trajstore.storage import packing
+from trajstore.storage.places import packed
+from trajstore.storage.places import removing
+from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.writing.resume_slots import ResumeSlots
+from trajstore.storage.writing.slab_writer import guarded
 from trajstore.store import open_root
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 TINY: dict[str, Any] = {**test_missing_files.TINY, "seeds": [0, 3]}
 HOW: dict[str, Any] = test_missing_files.HOW

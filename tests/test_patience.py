@@ -15,8 +15,8 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.test_distributing import _workers_of
-from trajstore.distributing import cluster as clusters
-from trajstore.distributing import connected, patience
+from trajstore.recording.workers import cluster as clusters
+from trajstore.recording.workers import connected, patience
 from trajstore.errors import WorkerError
 
 NET = ts.Experiment.of({**SMALL_NET, "steps": 20, "seeds": [0]})

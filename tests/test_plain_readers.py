@@ -94,7 +94,7 @@ def test_a_store_reads_without_trajstore(tmp_path, pythons, codec):
 
 
 def test_a_store_reads_while_it_is_being_recorded(tmp_path, pythons, monkeypatch):
-    monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+    monkeypatch.setattr("trajstore.recording.schema.segment_length", lambda layout: 4)
     whole = ts.run(ts.Experiment.of(SMALL_NET), tmp_path / "whole.zarr", engine="reference", durability="none")
     truth = whole.dataset().load()
     halfway, go_on = threading.Event(), threading.Event()

@@ -10,9 +10,9 @@ from trajstore.analysis.figures._paper import PAPER
 
 import trajstore as ts
 from tests.conftest import sampled
-from trajstore.configuration import merge
+from trajstore.experiment.configuration import merge
 from trajstore.errors import ConfigurationError
-from trajstore.presets import about, preset_names, preset_table, variants
+from trajstore.experiment.presets import about, preset_names, preset_table, variants
 
 MLP = {"family": "mlp", "images": {"family": "fashion-mnist"}, "depth": 5, "width": 500, "init": "lecun"}
 RESNET, VGG, DEEP = (

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from tests.conftest import last_of
-from trajstore.batches import generator
+from trajstore.problems.batches import generator
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.errors import ConfigurationError
-from trajstore.noise import keyed_uniform
+from trajstore._common.keyed import keyed_uniform
 from trajstore.operators.sgd import SGD
-from trajstore.orders import Leg
+from trajstore.engine.orders import Leg
 from trajstore.problems import ModuleProblem, NamesOfModule
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.quadratic import Quadratic

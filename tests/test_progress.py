@@ -13,7 +13,7 @@ from torch import nn
 
 import trajstore as ts
 from tests.conftest import record_half
-from trajstore.merging import merge
+from trajstore.exchange.merge import merge
 
 
 def loop(path, seed=0, length=10, **options):
@@ -112,7 +112,7 @@ def test_late_metrics_sparse_steps_and_few_states_end_there_too(tmp_path, trajst
 
 
 def test_a_loop_longer_than_its_first_room_is_told_at_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.recorder._GROWTH", 8)
+    monkeypatch.setattr("trajstore.recording.loop.recorder._GROWTH", 8)
     experiment = loop(tmp_path / "s.zarr", length=30)
     assert experiment.schema.steps > 30
     assert experiment.progress().steps == 30

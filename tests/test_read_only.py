@@ -13,7 +13,7 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import ConfigurationError, WriteError
 from trajstore.store import Store
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import trajstore as ts
 from tests.hostile import rewrite
 from tests.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, ConflictError, NotFoundError, ResumedWarning
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 X = torch.linspace(-1, 1, 32)[:, None]
 QUICK = {"durability": "none"}
@@ -244,7 +244,7 @@ def test_what_is_known_later_may_come_in_any_order_of_steps(tmp_path):
 
 
 def test_a_recording_may_be_longer_than_was_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.recorder._GROWTH", 16)
+    monkeypatch.setattr("trajstore.recording.loop.recorder._GROWTH", 16)
     net = nn.Linear(2, 1)
     with ts.record(tmp_path / "s.zarr", "a", net, steps=10, **QUICK) as rec, torch.no_grad():
         for n in range(1, 100):
@@ -309,7 +309,7 @@ def test_wrong_requests_are_told(tmp_path):
 
 def test_an_error_on_the_way_reaches_the_loop(tmp_path, monkeypatch):
     from trajstore.errors import WriteError
-    from trajstore.storage.local import DurableStore
+    from trajstore.storage.places.durable import DurableStore
 
     original = DurableStore.set_sync
 

@@ -21,9 +21,9 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import BusyError, ConfigurationError, ConflictError, DamageError, FormatError, NotFoundError
 from trajstore.problems.regression import Regression
-from trajstore.storage.segment import array_of
-from trajstore.storage.sketch import Sketch
-from trajstore.storage.writer import SlabWriter
+from trajstore.storage.writing.segment import array_of
+from trajstore.storage.format.sketch import Sketch
+from trajstore.storage.writing.slab_writer import SlabWriter
 
 
 def test_forward_iterates_are_plain_training(record):
@@ -371,7 +371,9 @@ def test_a_fill_tells_what_its_seconds_went_into(tmp_path):
 
 
 def test_disk_and_time_are_foretold(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.costing._TRIAL_SECONDS", 600.0)  # where a machine is slow, it would see fewer steps
+    monkeypatch.setattr(
+        "trajstore.recording.cost._TRIAL_SECONDS", 600.0
+    )  # where a machine is slow, it would see fewer steps
     experiment = ts.Experiment.of({**SMALL_NET, "problem": {"family": "regression", "width": 64}, "steps": 60})
     cost = ts.cost(experiment, engine="wavefront", lanes=4)
     stored = ts.run(experiment, tmp_path / "s.zarr", engine="wavefront", lanes=4)
@@ -423,7 +425,7 @@ def test_a_declaration_that_died_is_done_again(record, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("trajstore.storage.declaring.config_digest", die)
+        patch.setattr("trajstore.storage.writing.declaring.config_digest", die)
         with pytest.raises(KeyboardInterrupt):
             record()
     assert list(ts.open(tmp_path / "runs.zarr")) == []

@@ -13,10 +13,10 @@ from trajstore.analysis import figures
 from trajstore.cli.plotting import save
 
 import trajstore as ts
-from trajstore import appearing
-from trajstore.appearing import whole_folder
+from trajstore._common import atomic
+from trajstore._common.atomic import whole_folder
 from trajstore.errors import ConfigurationError
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 QUADRATIC = {"steps": 3, "seeds": [0], "orders": ["forward"]}
 
@@ -90,7 +90,7 @@ def test_a_folder_that_is_replaced_by_force_is_always_there(
 ) -> None:
     folder, seen = tmp_path / "out", list[bool]()
     if not exchanging:  # as on a file system that cannot: then there is a moment of neither
-        monkeypatch.setattr(appearing, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(atomic, "_exchanged", lambda one, other: False)
     rename = Path.rename
 
     def watched(path: Path, target: Any) -> Path:

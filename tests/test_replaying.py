@@ -11,9 +11,9 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.test_resume import stop_after
 from trajstore.errors import ConfigurationError
-from trajstore.replaying import replay
-from trajstore.storage.segment import array_of
-from trajstore.storage.writer import Ledger
+from trajstore.replay.compare import replay
+from trajstore.storage.writing.segment import array_of
+from trajstore.storage.writing.slab_writer import Ledger
 
 ORDERS = ["forward", "backward", "backward/4", "forward+backward@5"]
 
@@ -39,7 +39,7 @@ def test_what_differs_is_told_with_its_step_and_size(tmp_path):
     ledger = Ledger(group, ts.open(tmp_path / "s.zarr")["net"].schema, 1, 0)
     record = ledger.records.copy()
     rows = [row for rows in ledger._stored_rows(0) for row in rows]
-    from trajstore.storage.segment import Segment
+    from trajstore.storage.writing.segment import Segment
 
     segment = Segment(group, ledger.schema, ledger.corner, 0)
     for row in rows:

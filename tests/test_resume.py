@@ -10,9 +10,9 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET, stop_after
 from trajstore.errors import ConflictError
-from trajstore.storage import writer
-from trajstore.storage.place import TAKEN_OUT
-from trajstore.storage.segment import array_of
+from trajstore.storage.writing import slab_writer
+from trajstore.storage.places.place import TAKEN_OUT
+from trajstore.storage.writing.segment import array_of
 
 PLAIN = {"engine": "reference", "durability": "none"}
 WAVE = {"engine": "wavefront", "lanes": 3, "durability": "none"}
@@ -38,7 +38,7 @@ def contents(store: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
-    monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+    monkeypatch.setattr("trajstore.recording.schema.segment_length", lambda layout: 4)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_holes_are_filled_and_the_rest_is_left_alone(tmp_path, monkeypatch):
     for order, seed, segment in [(0, 0, 2), (1, 0, 0), (1, 1, 5), (2, 1, 3), (2, 1, 7)]:
         committed[order, seed, segment] = -1
     appended: list[int] = []
-    original = writer.Segment.append
-    monkeypatch.setattr(writer.Segment, "append", lambda self, *a: (appended.append(a[0]), original(self, *a))[1])
+    original = slab_writer.Segment.append
+    monkeypatch.setattr(slab_writer.Segment, "append", lambda self, *a: (appended.append(a[0]), original(self, *a))[1])
     ts.run(experiment, tmp_path / "s.zarr", resume=True, **PLAIN)
     assert contents(tmp_path / "s.zarr") == whole
     assert len(appended) == 4 * 4 + 3  # the last segment has three steps

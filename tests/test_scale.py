@@ -18,9 +18,9 @@ from torch import nn
 from trajstore.cli.inspection import info, ls
 
 import trajstore as ts
-from trajstore.storage import objects
-from trajstore.storage.place import place_of
-from trajstore.units import human_bytes
+from trajstore.storage.places import requests
+from trajstore.storage.places.place import place_of
+from trajstore._common.units import human_bytes
 
 AN_EXPERIMENT = 10
 """Requests that a listing makes at most for an experiment with one slab."""
@@ -45,7 +45,7 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     with patch.context() as patched:
         for name in ("get", "head", "create", "replace", "delete", "below", "level"):
-            patched.setattr(objects, name, counting(getattr(objects, name)))
+            patched.setattr(requests, name, counting(getattr(requests, name)))
         yield asked
 
 

@@ -20,11 +20,11 @@ from trajstore.cli.demo import VERDICT
 import trajstore as ts
 from trajstore import analysis
 from trajstore.errors import ConflictError, QueryError, StatisticError
-from trajstore.sql import definitions_file, rows_of, write_answer
-from trajstore.sql.catalog import Catalog
-from trajstore.sql.index import refresh
-from trajstore.sql.query import _confined
-from trajstore.sql.reading import reading, reads
+from trajstore.reading.sql import definitions_file, rows_of, write_answer
+from trajstore.reading.sql.catalog import Catalog
+from trajstore.reading.sql.index import refresh
+from trajstore.reading.sql.query import _confined
+from trajstore.reading.sql.reading import reading, reads
 
 
 def test_metrics_are_those_of_the_dataset(record):
@@ -674,7 +674,7 @@ def test_a_plain_duckdb_has_the_same_views_and_macros(tmp_path, record):
 
 
 def test_small_files_are_merged_and_say_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajstore.sql.index._SMALL_FILES", 3)
+    monkeypatch.setattr("trajstore.reading.sql.index._SMALL_FILES", 3)
     query = "SELECT seed, step, m, param_norm FROM metrics ORDER BY ALL"
     curves, counts = [], []
     for seed in range(6):

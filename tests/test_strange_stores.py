@@ -23,12 +23,12 @@ import trajstore as ts
 from tests.conftest import SMALL_NET, sampled
 from tests.hostile import Document, attributes_of, put, rewrite, state_chunk, with_checksum
 from trajstore.errors import ConfigurationError, DamageError, FormatError, NotFoundError, TrajstoreError
-from trajstore.merging import merge, remove
-from trajstore.printable import printable
-from trajstore.storage.checking import checked
-from trajstore.storage.codecs import refuse_bomb, zstd_size
-from trajstore.storage.schema import Schema
-from trajstore.verifying import verify
+from trajstore.exchange.merge import merge, remove
+from trajstore._common.printable import printable
+from trajstore.storage.format.checking import checked
+from trajstore.storage.format.codecs import refuse_bomb, zstd_size
+from trajstore.storage.format.schema import Schema
+from trajstore.storage.verify import verify
 
 Program = Callable[..., tuple[Any, str, str]]
 ESCAPES = "\x1b]0;owned\x07\x1b[31m\x9b2J\u202egnp\x00"
@@ -399,8 +399,8 @@ def test_a_repair_keeps_what_is_larger_than_the_disk_without_copying_it(store: P
 
 def test_a_document_that_nobody_could_read_is_not_written(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file: file.read_bytes() for file in store.rglob("zarr.json")}
-    monkeypatch.setattr("trajstore.storage.local.DOCUMENT_BYTES", 5_000)
-    monkeypatch.setattr("trajstore.storage.local.refuse_large", lambda path, most: None)
+    monkeypatch.setattr("trajstore.storage.places.durable.DOCUMENT_BYTES", 5_000)
+    monkeypatch.setattr("trajstore.storage.places.durable.refuse_large", lambda path, most: None)
     with pytest.raises(ConfigurationError, match="bytes, and a document has at most 5,000: record fewer seeds"):
         ts.run(ts.Experiment.of({**SMALL_NET, "seeds": list(range(100))}), store, extend=True)
     assert (store / "net" / "zarr.json").read_bytes() == before[store / "net" / "zarr.json"]

@@ -17,7 +17,7 @@ from trajstore.cli import main as program
 import trajstore as ts
 from tests.conftest import SMALL_NET, sampled
 from trajstore.errors import OpenFilesError, TrajstoreError
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 TINY = {**SMALL_NET, "steps": 5, "seeds": [0]}
 
@@ -44,8 +44,8 @@ def exhausted(left: int) -> Iterator[None]:
 @pytest.fixture
 def granted_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hard limit could not be raised again by the tests that follow: the soft one stands for it."""
-    monkeypatch.setattr("trajstore.system.allow_more_files", lambda error: False)
-    monkeypatch.setattr("trajstore.storage.local.allow_more_files", lambda error: False)
+    monkeypatch.setattr("trajstore._common.system.allow_more_files", lambda error: False)
+    monkeypatch.setattr("trajstore.storage.places.durable.allow_more_files", lambda error: False)
 
 
 def content(store: Path) -> dict[Path, bytes]:
@@ -91,7 +91,7 @@ def test_as_many_are_opened_as_the_system_grants(doing: str, store: Path) -> Non
 
 
 def test_what_duckdb_cannot_open_is_said_likewise(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trajstore.sql import query
+    from trajstore.reading.sql import query
 
     def refused(*_: object) -> None:
         raise duckdb.IOException('IO Error: Cannot open file "/a/b.parquet": Too many open files')

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tests.torture import NET, REFERENCE, Variant, examine, in_child, kill, record, recorded, start
-from trajstore.storage.writer import Ledger
+from trajstore.storage.writing.slab_writer import Ledger
 
 SEED = 0
 SHORT = {**NET, "steps": 6, "seeds": [0]}

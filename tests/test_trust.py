@@ -19,9 +19,9 @@ from tests.conftest import SMALL_NET, Record, forget
 from tests.hostile import Document, attributes_of, rewrite, strangers
 from tests.waiting import HANGS
 from trajstore.errors import ConfigurationError, FormatError, UntrustedError
-from trajstore.recipe import Recipe
-from trajstore.replaying import replay
-from trajstore.storage.local import user_cache
+from trajstore.replay.recipe import Recipe
+from trajstore.replay.compare import replay
+from trajstore.storage.places.durable import user_cache
 
 Program = Callable[..., tuple[Any, str, str]]
 
@@ -185,7 +185,7 @@ def test_what_was_recorded_here_needs_no_trust_wherever_the_store_goes(
     assert canary.exists()
     shutil.move(recorded, tmp_path / "moved.zarr")
     list(replay(ts.open(tmp_path / "moved.zarr")["net"]))
-    from trajstore.merging import merge
+    from trajstore.exchange.merge import merge
 
     merge(ts.open(tmp_path / "moved.zarr"), ts.Store(tmp_path / "merged.zarr"))
     list(replay(ts.open(tmp_path / "merged.zarr")["net"]))
@@ -328,7 +328,7 @@ def test_what_is_not_trusted_is_left_out_of_a_replay_and_the_others_are_replayed
 SCRIPT = """
 import sys
 import trajstore as ts
-from trajstore.replaying import replay
+from trajstore.replay.compare import replay
 
 def make(width):
     return ts.Experiment.of({net!r}).problem

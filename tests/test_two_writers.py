@@ -19,10 +19,10 @@ import trajstore as ts
 from tests.conftest import SMALL_NET, Record
 from tests.waiting import HANGS, until
 from trajstore.errors import BusyError, ResumedWarning, WriteError
-from trajstore.storage.place import ReplacedError
-from trajstore.storage.schema import Schema
-from trajstore.storage.writer import Ledger
-from trajstore.verifying import verify
+from trajstore.storage.places.place import ReplacedError
+from trajstore.storage.format.schema import Schema
+from trajstore.storage.writing.slab_writer import Ledger
+from trajstore.storage.verify import verify
 
 HALF, WHOLE = 10, 20
 FIRST = f"""
@@ -132,7 +132,7 @@ def test_a_second_writer_is_refused_by_whatever_path_it_comes_and_whatever_was_d
 
 
 def test_a_release_that_locks_beside_a_link_is_kept_out(tmp_path: Path) -> None:
-    from trajstore.storage.locks import lock
+    from trajstore.storage.places.locks import lock
 
     (tmp_path / "runs.zarr").mkdir()
     (tmp_path / "link.zarr").symlink_to(tmp_path / "runs.zarr")
@@ -231,7 +231,7 @@ def test_many_slabs_are_locked_though_few_files_may_be_open(tmp_path: Path) -> N
     import resource
     from contextlib import ExitStack
 
-    from trajstore.storage.locks import lock
+    from trajstore.storage.places.locks import lock
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))

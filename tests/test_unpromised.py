@@ -19,11 +19,11 @@ import xarray as xr
 import zarr
 
 import trajstore as ts
-from trajstore.engine import compilers
+from trajstore.engine import toolchain
 from trajstore.engine.plan import Plan, choose, ready
 from trajstore.operators.sgd import SGD
 from trajstore.problems.quadratic import Quadratic
-from trajstore.unpromised import COMPILING, USES
+from trajstore._common.unpromised import COMPILING, USES
 
 ROOT = Path(__file__).parent.parent
 LIST = ROOT / "trajstore" / "unpromised.py"
@@ -114,7 +114,7 @@ def test_no_class_of_ours_replaces_a_private_part_of_another_librarys():
             if ".adapters" in module.name or module.name.endswith("_ends_with_parent"):
                 continue  # the former need what may be missing, the latter waits for a process to end
             for name, kind in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-                if kind.__module__ == module.name and kind.__module__ != "trajstore.unpromised":
+                if kind.__module__ == module.name and kind.__module__ != "trajstore._common.unpromised":
                     others = [base for base in kind.__mro__[1:] if base.__module__.split(".")[0] in LIBRARIES]
                     mine = {attribute for attribute in vars(kind) if private(attribute)} - OF_EVERY_CLASS
                     found += [f"{name}.{each}" for base in others for each in mine & set(vars(base))]
@@ -128,7 +128,7 @@ OF_EVERY_CLASS = {"_abc_impl", "_is_protocol"}
 def test_all_that_is_listed_is_there():
     for use in USES:
         assert use.gone() == ""
-    import trajstore.unpromised as listed
+    import trajstore._common.unpromised as listed
 
     for name in listed.__all__:
         assert getattr(listed, name) is not None
@@ -139,12 +139,12 @@ def test_without_an_interface_of_the_compiler_a_wave_runs_eagerly_and_says_so(in
     module, name = interface.split(":")
     importlib.import_module(module)
     monkeypatch.delattr(f"{module}.{name}")
-    compilers.missing_for_compiling.cache_clear()
+    toolchain.missing_for_compiling.cache_clear()
     monkeypatch.setattr("trajstore.engine.plan._seconds_an_application", lambda *_: 1e-4)
     try:
         chosen = choose(Quadratic().build(CPU), SGD(0.1), [(0, 0)], 10**9, 10**6, 8, 1000)
     finally:
-        compilers.missing_for_compiling.cache_clear()
+        toolchain.missing_for_compiling.cache_clear()
     assert (chosen.compiled, chosen.slowed) == (False, True)
     assert f"{module}.{name} (torch {torch.__version__.split('+')[0]}" in chosen.reason
     assert "\n" not in chosen.reason
@@ -153,7 +153,7 @@ def test_without_an_interface_of_the_compiler_a_wave_runs_eagerly_and_says_so(in
 @pytest.mark.parametrize("gone", ["torch._inductor.compile_fx.compile_fx_inner", "torch._inductor.exc.InductorError"])
 def test_a_compiled_plan_made_elsewhere_is_computed_eagerly_without_them(gone, monkeypatch):
     monkeypatch.delattr(gone)
-    monkeypatch.delitem(sys.modules, "trajstore.engine.compiling", raising=False)
+    monkeypatch.delitem(sys.modules, "trajstore.engine.compiled_tick", raising=False)
     plan, engine = ready(Plan("wavefront", 2, compiled=True), Quadratic().build(CPU), SGD(0.1), [(0, 0)])
     assert (plan.compiled, plan.slowed) == (False, True)
     assert gone.rpartition(".")[2] in plan.reason
@@ -161,7 +161,7 @@ def test_a_compiled_plan_made_elsewhere_is_computed_eagerly_without_them(gone, m
 
 
 def test_an_option_of_the_compiler_that_is_gone_is_missed_before_anything_is_compiled(monkeypatch):
-    monkeypatch.setattr("trajstore.unpromised._found", lambda interface: getattr(torch, interface))
+    monkeypatch.setattr("trajstore._common.unpromised._found", lambda interface: getattr(torch, interface))
     assert COMPILING.gone().startswith("torch._dynamo.exc.BackendCompilerFailed (torch ")
 
 
@@ -183,7 +183,7 @@ def test_without_lazy_arrays_dask_reads_the_same_numbers(record, monkeypatch):
 
 def test_without_either_everything_else_can_still_be_imported():
     names = ("recording", "recorder", "store", "dataset", "sql", "merging", "verifying", "engine.plan")
-    program = "import trajstore.unpromised as u; u._found = lambda interface: getattr(object, interface)\n"
+    program = "import trajstore._common.unpromised as u; u._found = lambda interface: getattr(object, interface)\n"
     program += "import " + ", ".join(f"trajstore.{name}" for name in names)
     # In a process of its own: modules that are imported twice are not those that other tests patch.
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -192,7 +192,7 @@ def test_without_either_everything_else_can_still_be_imported():
 def test_a_store_that_is_open_to_be_read_is_not_written(tmp_path):
     from zarr.buffer.cpu import Buffer
 
-    from trajstore.storage.local import DurableStore
+    from trajstore.storage.places.durable import DurableStore
 
     zarr.open_group(tmp_path / "s.zarr", mode="w")
     with pytest.raises(ValueError, match=r"s\.zarr was opened to be read"):

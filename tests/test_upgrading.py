@@ -9,9 +9,9 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import ConflictError
-from trajstore.merging import merge
-from trajstore.replaying import replay
-from trajstore.storage.declaring import ATTRIBUTE, set_attributes
+from trajstore.exchange.merge import merge
+from trajstore.replay.compare import replay
+from trajstore.storage.writing.declaring import ATTRIBUTE, set_attributes
 
 IMAGES = {"family": "shapes", "train": 12, "test": 4, "size": 8}
 MLP = {"family": "mlp", "width": 4, "depth": 1, "batch_size": 2, "images": IMAGES}

@@ -14,9 +14,9 @@ import trajstore as ts
 from tests.conftest import SMALL_NET, sampled
 from tests.test_resume import contents
 from trajstore.errors import FormatError
-from trajstore.storage.place import TAKEN_OUT
-from trajstore.storage.segment import array_of
-from trajstore.verifying import verify
+from trajstore.storage.places.place import TAKEN_OUT
+from trajstore.storage.writing.segment import array_of
+from trajstore.storage.verify import verify
 
 HOW = {"engine": "reference", "durability": "none"}
 TINY = {
@@ -27,7 +27,7 @@ TINY = {
 
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr("trajstore.flattening.segment_length", lambda layout: 4)
+    monkeypatch.setattr("trajstore.recording.schema.segment_length", lambda layout: 4)
     ts.run(ts.Experiment.of(TINY), tmp_path / "s.zarr", **HOW)
     return tmp_path / "s.zarr"
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tests.lowest import PROJECT, lowest
-from trajstore.unpromised import USES
+from trajstore._common.unpromised import USES
 
 TABLE = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
 

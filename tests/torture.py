@@ -33,17 +33,17 @@ from typing import Any
 import numpy as np
 
 import trajstore as ts
-import trajstore.flattening
-import trajstore.storage.writer
+import trajstore.recording.schema
+import trajstore.storage.writing.slab_writer
 from tests.conftest import SMALL_NET
 from tests.waiting import HANGS
 from trajstore.errors import TrajstoreError
-from trajstore.storage.fills import FOLDER
-from trajstore.storage.folder import Folder
-from trajstore.storage.schema import Schema
-from trajstore.storage.writer import Ledger
+from trajstore.storage.writing.fills import FOLDER
+from trajstore.storage.places.folder import Folder
+from trajstore.storage.format.schema import Schema
+from trajstore.storage.writing.slab_writer import Ledger
 from trajstore.store import standing
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 NAME = SMALL_NET["name"]
 TINY = {
@@ -52,7 +52,9 @@ TINY = {
 
 # Processes are forked from one that has everything imported and no threads: zarr starts a thread at its first use.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["trajstore.recording", "trajstore.verifying", "trajstore.dataset", "tests.conftest"])
+_context.set_forkserver_preload(
+    ["trajstore.recording.running", "trajstore.storage.verify", "trajstore.reading.dataset", "tests.conftest"]
+)
 
 
 def start(function: Callable[..., Any], *args: Any) -> tuple[Any, Connection]:
@@ -129,8 +131,8 @@ def record(variant: Variant, place: Path, announced: Path | None = None) -> floa
     """Record, going on with what is there, in a process of its own; return the seconds that took."""
     began = time.monotonic()
     os.environ["XDG_CACHE_HOME"] = str(place.parent / "cache")
-    trajstore.flattening.segment_length = lambda layout: variant.segment
-    trajstore.storage.writer.COMMIT_STEPS = variant.commit_steps
+    trajstore.recording.schema.segment_length = lambda layout: variant.segment
+    trajstore.storage.writing.slab_writer.COMMIT_STEPS = variant.commit_steps
     if not variant.fsync:
         os.fsync = lambda descriptor: None
     if announced is not None:

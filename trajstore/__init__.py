@@ -16,18 +16,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trajstore._lazily import lazily
+from trajstore._common.lazily import lazily
 
 if TYPE_CHECKING:
-    from trajstore.costing import cost
+    from trajstore.recording.cost import cost
     from trajstore.errors import TrajstoreError
-    from trajstore.experiment import Experiment, Record
-    from trajstore.importing import import_checkpoints
-    from trajstore.orders import Order
-    from trajstore.policies import every, log_then_every, window
+    from trajstore.experiment.experiment import Experiment, Record
+    from trajstore.exchange.importing import import_checkpoints
+    from trajstore.engine.orders import Order
+    from trajstore.experiment.steps import every, log_then_every, window
     from trajstore.problems._module import ModuleProblem
-    from trajstore.recorder import Recorder, record
-    from trajstore.recording import run
+    from trajstore.recording.loop.recorder import Recorder, record
+    from trajstore.recording.running import run
     from trajstore.store import Store, StoredExperiment, open
 
 __all__ = [
@@ -52,22 +52,22 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
-    "Experiment": "experiment",
+    "Experiment": "experiment.experiment",
     "ModuleProblem": "problems._module",
-    "Order": "orders",
-    "Record": "experiment",
-    "Recorder": "recorder",
+    "Order": "engine.orders",
+    "Record": "experiment.experiment",
+    "Recorder": "recording.loop.recorder",
     "Store": "store",
     "StoredExperiment": "store",
     "TrajstoreError": "errors",
-    "cost": "costing",
-    "every": "policies",
-    "import_checkpoints": "importing",
-    "log_then_every": "policies",
+    "cost": "recording.cost",
+    "every": "experiment.steps",
+    "import_checkpoints": "exchange.importing",
+    "log_then_every": "experiment.steps",
     "open": "store",
-    "record": "recorder",
-    "run": "recording",
-    "window": "policies",
+    "record": "recording.loop.recorder",
+    "run": "recording.running",
+    "window": "experiment.steps",
 }
 
 

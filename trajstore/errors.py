@@ -39,7 +39,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
-from trajstore.printable import printable
+from trajstore._common.printable import printable
 
 __all__ = [
     "BusyError",

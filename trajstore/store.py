@@ -33,19 +33,28 @@ from trajstore.errors import (
     damage_told,
     slab_named,
 )
-from trajstore.grids import planned
-from trajstore.measures import maker_of
-from trajstore.storage.checking import checked, is_name
-from trajstore.storage.fills import stored_fills
-from trajstore.storage.identity import opened, version_of
-from trajstore.storage.late import LateSeries
-from trajstore.storage.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, place_of, slab_folder, slab_lock
-from trajstore.storage.reader import Commits, blocks, refuse_to_hold
-from trajstore.storage.schema import APART, FORMAT, ArraySpec, Schema, check_format
-from trajstore.storage.segment import array_of
+from trajstore.experiment.grids import planned
+from trajstore.storage.format.metrics import maker_of
+from trajstore.storage.format.checking import checked, is_name
+from trajstore.storage.writing.fills import stored_fills
+from trajstore.storage.places.identity import opened, version_of
+from trajstore.storage.writing.late_metrics import LateSeries
+from trajstore.storage.places.place import (
+    DECLARING,
+    DOCUMENT,
+    PARTIAL,
+    Durability,
+    Place,
+    place_of,
+    slab_folder,
+    slab_lock,
+)
+from trajstore.storage.format.commits import Commits, blocks, refuse_to_hold
+from trajstore.storage.format.schema import APART, FORMAT, ArraySpec, Schema, check_format
+from trajstore.storage.writing.segment import array_of
 from trajstore.storage.states import States
-from trajstore.system import refuse_too_many, system_told
-from trajstore.trust import allow
+from trajstore._common.system import refuse_too_many, system_told
+from trajstore.experiment.trust import allow
 
 if TYPE_CHECKING:
     import duckdb
@@ -265,18 +274,18 @@ class Store:
         return {name: of for name, of in found.items() if of is not None}
 
     def __repr__(self) -> str:
-        from trajstore.representation import store_text
+        from trajstore.reading.display import store_text
 
         return store_text(self)
 
     def _repr_html_(self) -> str:
-        from trajstore.representation import store_html
+        from trajstore.reading.display import store_html
 
         return store_html(self)
 
     def datatree(self) -> xr.DataTree:
         """Return a lazy tree with a dataset an experiment."""
-        from trajstore.dataset import datatree
+        from trajstore.reading.dataset import datatree
 
         return datatree(self)
 
@@ -286,7 +295,7 @@ class Store:
         What is committed as the turn of a slab comes is copied, read back and compared. Into an earlier copy goes what
         it lacks; what both have must be the same.
         """
-        from trajstore.merging import merge
+        from trajstore.exchange.merge import merge
 
         copied = Store(target)
         merge(self, copied, names)
@@ -297,7 +306,7 @@ class Store:
 
         Data frames can be asked too, by the names that they are given by: ``sql("... claims ...", claims=frame)``.
         """
-        from trajstore.sql import query_store
+        from trajstore.reading.sql import query_store
 
         return query_store(self, query, tables)
 
@@ -338,7 +347,7 @@ class StoredExperiment:
         config = self.config
         if "variant_of" in config:
             return str(config["variant_of"]) if config["variant_of"] is not None else None
-        from trajstore.presets import family_of
+        from trajstore.experiment.presets import family_of
 
         return family_of(self.name) if maker_of(config) == "problem" else None
 
@@ -475,7 +484,7 @@ class StoredExperiment:
 
     def dataset(self) -> xr.Dataset:
         """Return a lazy dataset of what is committed."""
-        from trajstore.dataset import dataset
+        from trajstore.reading.dataset import dataset
 
         return dataset(self)
 
@@ -525,7 +534,7 @@ class StoredExperiment:
 
     def state_dict(self, *, order: str, seed: int, step: int) -> dict[str, torch.Tensor]:
         """Return one stored state for `module.load_state_dict`, strict."""
-        from trajstore.tensors import state_dict
+        from trajstore.storage.tensors import state_dict
 
         return state_dict(self.schema.layout, *self._state(order=order, seed=seed, step=step))
 
@@ -538,12 +547,12 @@ class StoredExperiment:
         return self.store.place.taken(self.name)
 
     def __repr__(self) -> str:
-        from trajstore.representation import experiment_text
+        from trajstore.reading.display import experiment_text
 
         return experiment_text(self)
 
     def _repr_html_(self) -> str:
-        from trajstore.representation import experiment_html
+        from trajstore.reading.display import experiment_html
 
         return experiment_html(self)
 

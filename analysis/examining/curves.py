@@ -19,7 +19,7 @@ from trajstore.analysis.variance import Kind, pairs_of
 from trajstore.analysis.windows import own_metrics, window_of
 
 from trajstore.errors import StatisticError
-from trajstore.orders import Order
+from trajstore.engine.orders import Order
 from trajstore.store import StoredExperiment
 
 __all__ = ["converges", "elsewhere", "forward_wanders", "less_variance", "lower_loss", "oscillates", "windows"]

@@ -10,7 +10,7 @@ from trajstore.analysis.law import law
 from trajstore.analysis.spaces import PARAMETERS
 from trajstore.analysis.windows import own_metrics
 
-from trajstore.measures import OF_MORE_THAN_THE_ITERATE
+from trajstore.storage.format.metrics import OF_MORE_THAN_THE_ITERATE
 from trajstore.store import StoredExperiment
 
 __all__ = ["same_law"]

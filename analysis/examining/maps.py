@@ -16,7 +16,7 @@ from trajstore.analysis.seeds import DECIDES, FEWEST, over_seeds
 
 from trajstore.operators.sgd import is_plain
 from trajstore.problems.quadratic import Quadratic
-from trajstore.recipe import Recipe, experiment_of, why_not
+from trajstore.replay.recipe import Recipe, experiment_of, why_not
 from trajstore.store import StoredExperiment
 
 __all__ = ["bound", "closed_form", "curvature", "jumps", "lemma", "loss_contracts", "loss_metric", "rate"]

@@ -32,7 +32,7 @@ from trajstore.analysis.windows import measured_steps, metrics_of
 from trajstore.analysis.writing import interval
 
 from trajstore.errors import StatisticError
-from trajstore.origin import attributes_of
+from trajstore.reading.origin import attributes_of
 
 __all__ = ["draw"]
 

@@ -14,7 +14,7 @@ from trajstore.analysis.figures._panels import Drawn, Given, Orders, Seeds, seed
 from trajstore.analysis.figures.distance_matrix import evenly
 
 from trajstore.errors import StatisticError
-from trajstore.iterates import Iterates
+from trajstore.reading.iterates import Iterates
 
 __all__ = ["draw"]
 

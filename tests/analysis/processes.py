@@ -15,7 +15,7 @@ from trajstore.analysis.spaces import Path, path_of
 
 import trajstore as ts
 from trajstore.operators.sgd import SGD
-from trajstore.recipe import Recipe
+from trajstore.replay.recipe import Recipe
 
 
 def path(points):

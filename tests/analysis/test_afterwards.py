@@ -10,7 +10,7 @@ from trajstore.analysis.afterwards import compute
 import trajstore as ts
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 from trajstore.problems.least_squares import LeastSquares
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 TABLE = {
     "name": "lsq",
@@ -117,7 +117,7 @@ def test_the_program_computes_and_the_result_is_a_metric_like_any_other(stored, 
 def measured(stored, metric, step, samples):
     from trajstore.analysis.afterwards import METRICS, At
 
-    from trajstore.reviving import revive
+    from trajstore.replay.reviving import revive
 
     revived = revive(stored)
     (state,) = revived.states("forward", 0, [step])
@@ -275,7 +275,7 @@ def test_under_batch_normalisation_noise_is_that_of_training_gradients(moded):
 def test_where_training_sees_another_loss_is_told(moded, body, otherwise):
     from trajstore.analysis.modes import trains_otherwise
 
-    from trajstore.reviving import revive
+    from trajstore.replay.reviving import revive
 
     assert trains_otherwise(revive(moded("make", body=body, batch_size=4))) == otherwise
 
@@ -302,7 +302,7 @@ def test_a_loss_that_is_linear_has_no_curvature(moded):
 
 
 def test_noise_of_one_example_takes_how_it_was_drawn(moded, monkeypatch):
-    from trajstore.drawing import Drawing
+    from trajstore.reading.drawing import Drawing
 
     monkeypatch.setattr(afterwards, "drawing_of", lambda attributes: Drawing(4, None))
     with pytest.raises(

@@ -19,7 +19,7 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore import analysis
 from trajstore.errors import ConfigurationError, UnreachableError
-from trajstore.storage.place import place_of
+from trajstore.storage.places.place import place_of
 from trajstore.store import open_root
 
 

@@ -12,11 +12,11 @@ from trajstore.analysis.states import norm
 
 from tests.analysis import processes
 from tests.analysis.processes import ar1, products_of
-from trajstore.batches import generator
+from trajstore.problems.batches import generator
 from trajstore.errors import ConfigurationError, NotFoundError, RefusedWarning, StatisticError
 from trajstore.operators.sgd import SGD
 from trajstore.problems.least_squares import LeastSquares
-from trajstore.recipe import Recipe
+from trajstore.replay.recipe import Recipe
 
 RIDGE = {
     "name": "ridge", "problem": {"family": "least-squares", "n": 40, "d": 4, "ridge": 0.5},
@@ -152,7 +152,7 @@ def test_an_operators_own_derivative_is_the_one_that_is_had_without_it(record, m
     here, batch = recipe.start(0), recipe.batches(0)[3]
     (tangent,) = directions(here.params, 1, generator(0, "analysis"))
     after, (known,) = recipe.pushed(here, [tangent], batch, 3)
-    monkeypatch.setattr("trajstore.recipe.Pushes", type("Nobody", (), {}))
+    monkeypatch.setattr("trajstore.replay.recipe.Pushes", type("Nobody", (), {}))
     again, (found,) = recipe.pushed(here, [tangent], batch, 3)
     assert known["theta"].numpy() == pytest.approx(found["theta"].numpy(), abs=1e-14)
     assert again.params["theta"].numpy() == pytest.approx(after.params["theta"].numpy(), abs=1e-14)

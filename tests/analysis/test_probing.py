@@ -16,8 +16,8 @@ import trajstore as ts
 from tests.conftest import SMALL_NET, forget, record_half, sampled
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, StatisticError
 from trajstore.problems.least_squares import LeastSquares
-from trajstore.replaying import replay
-from trajstore.reviving import revive
+from trajstore.replay.compare import replay
+from trajstore.replay.reviving import revive
 
 ROWS = {
     "name": "rows", "problem": {"family": "least-squares", "n": 30, "d": 4, "ridge": 0.5},
@@ -52,7 +52,7 @@ def test_distances_in_the_space_of_outputs_are_root_mean_squares_over_the_probe(
 def test_outputs_that_a_dataset_has_are_not_computed_again(record, monkeypatch):
     ds = record(ROWS).dataset()
     found, known = convergence(ds, "outputs"), ds.assign(outputs=outputs(ds))
-    monkeypatch.setattr("trajstore.recipe.Recipe.outputs", None)
+    monkeypatch.setattr("trajstore.replay.recipe.Recipe.outputs", None)
     assert convergence(known, "outputs").identical(found)
     assert convergence(known.sel(seed=1, order=["backward"]), "outputs")["verdict"].item() == "point"
 
@@ -75,8 +75,8 @@ def test_running_statistics_are_those_of_the_state_and_the_probe_is_of_the_test_
         lambda out, target: (out.sum(1, keepdim=True) - target).square().mean(),
         train=(x, y), test=(x[:5] + 1, y[:5]), batch_size=4,
     )  # fmt: skip
-    from trajstore.recipe import Recipe
-    from trajstore.state import State
+    from trajstore.replay.recipe import Recipe
+    from trajstore.operators.state import State
 
     live = problem.build(torch.device("cpu"))
     params, buffers = live.initial(0)

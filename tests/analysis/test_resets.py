@@ -22,7 +22,7 @@ def ds(record):
 
 def limits(ds, seed):
     """Where backward goes to: Σ h(1 − h)^(i−1) ε_i over all batches, and over those after the reset."""
-    from trajstore.batches import generator
+    from trajstore.problems.batches import generator
 
     noise = np.array([generator(seed, "noise", i).standard_normal(1)[0] for i in range(1, 501)])
     weights = H * (1 - H) ** np.arange(500)

@@ -25,7 +25,7 @@ from trajstore.cli.options import parse_seeds, parse_settings, parse_size
 import trajstore as ts
 from tests.waiting import HANGS, until
 from trajstore.errors import ConfigurationError
-from trajstore.storage.local import DurableStore
+from trajstore.storage.places.durable import DurableStore
 
 SMALL = ["--seeds", "0-1", "--steps", "6", "--set", "problem.width=4", "--set", "problem.points=11"]
 

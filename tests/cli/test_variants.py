@@ -6,7 +6,7 @@ import json
 
 import trajstore as ts
 from tests.test_resume import contents, stop_after
-from trajstore import recording
+from trajstore.recording import running
 
 TINY = ("--scale", "small", "--seeds", "0-2", "--steps", "8", "--record-every", "2", "--engine", "reference",
         "--set", "problem.width=4", "--set", "problem.batch_size=12", "--set", "problem.images.train=24",
@@ -70,7 +70,7 @@ def test_a_preset_of_several_experiments(trajstore, tmp_path):
 
 def test_an_interrupted_preset_goes_on_where_it_stopped(trajstore, tmp_path, monkeypatch):
     assert trajstore("record", "fig14", *TINY, "--store", "whole.zarr")[0] == 0
-    begun, really = [], recording.run
+    begun, really = [], running.run
 
     def interrupted(experiment, store, *, progress, **how):
         begun.append(experiment.name)
@@ -78,7 +78,7 @@ def test_an_interrupted_preset_goes_on_where_it_stopped(trajstore, tmp_path, mon
 
     command = ("record", "fig14", *TINY, "--store", "s.zarr", "--workers", "0")
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "run", interrupted)
+        patch.setattr(running, "run", interrupted)
         code, out, err = trajstore(*command)
     assert code == 130
     assert out.count("complete") == 2

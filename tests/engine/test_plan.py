@@ -14,17 +14,17 @@ from torch import nn
 
 import trajstore as ts
 from trajstore.engine import Work, plan
-from trajstore.engine.compilers import missing_for_compiling
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.plan import Plan, choose, make_engine, ready
 from trajstore.errors import ConfigurationError, SlowPlanWarning
-from trajstore.flattening import schema_of
+from trajstore.recording.schema import schema_of
 from trajstore.operators.sgd import SGD
-from trajstore.orders import Leg
-from trajstore.planning import Wishes, afford
+from trajstore.engine.orders import Leg
+from trajstore.recording.planning import Wishes, afford
 from trajstore.problems import ModuleProblem
 from trajstore.problems.quadratic import Quadratic
 from trajstore.problems.regression import Regression
-from trajstore.storage.segment import array_of
+from trajstore.storage.writing.segment import array_of
 
 CPU = torch.device("cpu")
 SMALL = Regression(width=8, depth=2, points=21)
@@ -75,7 +75,7 @@ def test_where_nothing_can_be_compiled_it_says_what_is_missing(monkeypatch):
 
 
 def test_what_is_missing_is_found_without_a_compiler(tmp_path):
-    program = "from trajstore.engine.compilers import missing_for_compiling as m; print(*m(), sep='|')"
+    program = "from trajstore.engine.toolchain import missing_for_compiling as m; print(*m(), sep='|')"
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
     told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert "a C++ compiler" in told.stdout
@@ -88,8 +88,8 @@ def test_a_compilation_that_fails_runs_eagerly_and_says_so(monkeypatch, tmp_path
 
         return fail
 
-    monkeypatch.setattr("trajstore.engine.compiling.Compiled", broken)
-    monkeypatch.setattr("trajstore.planning.remembered", lambda *_: Plan("wavefront", 8, compiled=True))
+    monkeypatch.setattr("trajstore.engine.compiled_tick.Compiled", broken)
+    monkeypatch.setattr("trajstore.recording.planning.remembered", lambda *_: Plan("wavefront", 8, compiled=True))
     experiment = ts.Experiment.of(QUADRATIC)
     with pytest.warns(SlowPlanWarning, match=r"torch\.compile failed: RuntimeError: no luck"):
         stored = ts.run(experiment, tmp_path / "s.zarr")
@@ -192,7 +192,7 @@ def test_little_work_is_done_plainly_and_a_choice_is_remembered(tmp_path, monkey
         asked.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr("trajstore.planning.choose", spy)
+    monkeypatch.setattr("trajstore.recording.planning.choose", spy)
     ts.run(ts.Experiment.of({**QUADRATIC, "steps": 20}), tmp_path / "little.zarr")
     assert not asked
     for store in ("one.zarr", "two.zarr"):
@@ -212,7 +212,7 @@ def test_resume_follows_the_plan_that_the_recording_began_with(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         ts.run(experiment, tmp_path / "s.zarr", engine="wavefront", lanes=2, progress=interrupt)
     whole = ts.run(experiment, tmp_path / "whole.zarr", engine="wavefront", lanes=2)
-    monkeypatch.setattr("trajstore.planning.choose", lambda *_: Plan("reference"))
+    monkeypatch.setattr("trajstore.recording.planning.choose", lambda *_: Plan("reference"))
     stored = ts.run(experiment, tmp_path / "s.zarr", resume=True)
     assert {fill["plan"]["lanes"] for fill in stored.attributes["fills"]} == {2}
     assert np.array_equal(stored.dataset()["params"].values, whole.dataset()["params"].values)
@@ -264,7 +264,7 @@ def test_lanes_ask_for_a_wavefront_and_hold_for_the_rest_of_a_recording(tmp_path
 
 def test_a_plan_that_was_slowed_is_chosen_again_when_what_was_missing_is_there(tmp_path, monkeypatch):
     plans = iter([Plan("wavefront", 2, reason="not compiled: lacks", slowed=True), Plan("wavefront", 4)])
-    monkeypatch.setattr("trajstore.planning.choose", lambda *_: next(plans))
+    monkeypatch.setattr("trajstore.recording.planning.choose", lambda *_: next(plans))
     with pytest.warns(SlowPlanWarning, match="lacks"):
         ts.run(ts.Experiment.of(QUADRATIC), tmp_path / "one.zarr")
     stored = ts.run(ts.Experiment.of(QUADRATIC), tmp_path / "two.zarr")
@@ -279,7 +279,7 @@ def test_a_compiled_recording_goes_on_where_nothing_compiles_and_says_so(tmp_pat
     attributes = dict(group.attrs["trajstore"])
     attributes["fills"][0]["plan"] |= {"compiled": True, "of a later version": 1}
     group.attrs["trajstore"] = attributes
-    monkeypatch.setattr("trajstore.recording.missing_for_compiling", lambda device: ("a C++ compiler",))
+    monkeypatch.setattr("trajstore.recording.running.missing_for_compiling", lambda device: ("a C++ compiler",))
     with pytest.warns(SlowPlanWarning, match=r"not compiled as it was begun: this machine lacks a C\+\+ compiler"):
         stored = ts.run(experiment, tmp_path / "s.zarr", resume=True)
     assert all(slab.complete for slab in stored.slabs())

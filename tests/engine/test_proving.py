@@ -11,8 +11,9 @@ import torch
 import trajstore as ts
 from tests.conftest import last_of
 from tests.engine.problems import normed
-from trajstore import pytree
-from trajstore.engine import Work, compiling, plan, wavefront
+from trajstore._common import pytree
+from trajstore.engine import Work, plan, wavefront
+from trajstore.engine import compiled_tick
 from trajstore.engine.plan import Plan, choose, followed, make_engine, ready
 from trajstore.engine.proving import disproof
 from trajstore.engine.reference import ReferenceEngine
@@ -21,7 +22,7 @@ from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.errors import RefusedWarning
 from trajstore.operators.adam import Adam
 from trajstore.operators.sgd import SGD
-from trajstore.orders import Leg
+from trajstore.engine.orders import Leg
 from trajstore.problems.quadratic import Quadratic
 from trajstore.problems.regression import Regression
 
@@ -357,7 +358,7 @@ def test_each_state_of_a_stack_is_measured_by_itself_a_few_times_and_no_more(mon
 
 def test_a_plan_stays_compiled_when_only_metrics_are_refused(off_in_a_row, monkeypatch):
     off_in_a_row(1)
-    monkeypatch.setattr(compiling, "Compiled", Eager)
+    monkeypatch.setattr(compiled_tick, "Compiled", Eager)
     live, operator = Regression(width=6, depth=1, points=15).build(CPU), SGD(0.05)
     wanted = Plan("wavefront", 3, compiled=True)
     done, engine = ready(wanted, live, operator, [(0, 0)])
@@ -370,7 +371,7 @@ def test_a_plan_stays_compiled_when_only_metrics_are_refused(off_in_a_row, monke
 
 def test_a_candidate_is_not_put_aside_for_its_metrics(off_in_a_row, monkeypatch):
     off_in_a_row(1)
-    monkeypatch.setattr(compiling, "Compiled", Eager)
+    monkeypatch.setattr(compiled_tick, "Compiled", Eager)
     monkeypatch.setattr(plan, "missing_for_compiling", lambda device: ())
     timed = plan._seconds_an_application
     monkeypatch.setattr(plan, "_seconds_an_application", lambda *a: timed(*a, seconds=0.0))
@@ -385,8 +386,8 @@ def broken_compiler(monkeypatch):
     """Compiled ticks that are wrong after some more ticks."""
 
     def break_it(wrong, after=0):
-        monkeypatch.setattr(compiling, "Compiled", lambda step: Broken(step, wrong, after))
-        monkeypatch.setattr("trajstore.planning.remembered", lambda *_: Plan("wavefront", 3, compiled=True))
+        monkeypatch.setattr(compiled_tick, "Compiled", lambda step: Broken(step, wrong, after))
+        monkeypatch.setattr("trajstore.recording.planning.remembered", lambda *_: Plan("wavefront", 3, compiled=True))
 
     return break_it
 
@@ -401,7 +402,7 @@ def test_a_recording_with_a_broken_compiler_stores_what_eager_code_gives_and_say
     (message,) = {str(warning.message) for warning in told if warning.category is RefusedWarning}
     for said in ("experiment 's'", "sgd on regression", f"torch {torch.__version__}", "compiled tick", "of lane 2"):
         assert said in message
-    monkeypatch.setattr("trajstore.planning.remembered", lambda *_: Plan("wavefront", 3))
+    monkeypatch.setattr("trajstore.recording.planning.remembered", lambda *_: Plan("wavefront", 3))
     eager = ts.run(ts.Experiment.of(SMALL), tmp_path / "e.zarr", engine="wavefront")
     assert np.array_equal(stored.dataset()["params"].values, eager.dataset()["params"].values)
     for fill in stored.attributes["fills"]:
@@ -427,7 +428,7 @@ def test_a_refusal_is_written_down_also_if_the_recording_is_interrupted(tmp_path
 
 
 def test_a_candidate_that_computes_something_else_is_not_chosen_however_fast(monkeypatch):
-    monkeypatch.setattr(compiling, "Compiled", lambda step: Broken(step, off_in_one_lane))
+    monkeypatch.setattr(compiled_tick, "Compiled", lambda step: Broken(step, off_in_one_lane))
     monkeypatch.setattr(plan, "missing_for_compiling", lambda device: ())
     monkeypatch.setattr(plan, "_seconds_an_application", lambda engine, *_: 1e-9 if engine.refusals else 1.0)
     chosen = choose(Quadratic((0.5, 1.0)).build(CPU), SGD(0.1), [(0, 0)], 10**6, 10**4, 16, 1000, "auto", None, 0)
@@ -437,7 +438,7 @@ def test_a_candidate_that_computes_something_else_is_not_chosen_however_fast(mon
 
 
 def test_getting_ready_tries_every_lane(monkeypatch):
-    monkeypatch.setattr(compiling, "Compiled", lambda step: Broken(step, off_in_one_lane))
+    monkeypatch.setattr(compiled_tick, "Compiled", lambda step: Broken(step, off_in_one_lane))
     done, engine = ready(Plan("wavefront", 5, compiled=True), Quadratic((0.5, 1.0)).build(CPU), SGD(0.1), [(0, 0)])
     assert not done.compiled
     assert "of lane 4 is" in done.reason
@@ -447,20 +448,22 @@ def test_getting_ready_tries_every_lane(monkeypatch):
 def breaking() -> ts.ModuleProblem:
     """A problem that breaks the compiler of every process but the one that tests it."""
     if os.environ.get("ALIVE") != str(os.getpid()):
-        compiling.Compiled = lambda step: Broken(step, off_in_one_lane, 1)  # type: ignore[misc,assignment]
+        compiled_tick.Compiled = lambda step: Broken(step, off_in_one_lane, 1)  # type: ignore[misc,assignment]
     return normed("float32")
 
 
 def test_what_workers_refuse_is_told_and_written_down_by_their_client(tmp_path, monkeypatch):
     monkeypatch.setenv("ALIVE", str(os.getpid()))
-    monkeypatch.setattr("trajstore.planning.remembered", lambda *_: Plan("wavefront", 2, compiled=True, workers=1))
+    monkeypatch.setattr(
+        "trajstore.recording.planning.remembered", lambda *_: Plan("wavefront", 2, compiled=True, workers=1)
+    )
     problem = {"family": "factory", "function": "tests.engine.test_proving:breaking"}
     experiment = ts.Experiment.of({**SMALL, "problem": problem})
     with pytest.warns(RefusedWarning, match=r"on tests\.engine\.test_proving:breaking: .*the compiled tick gives"):
         stored = ts.run(experiment, tmp_path / "s.zarr", engine="wavefront")
     (fill,) = stored.attributes["fills"]
     assert (fill["plan"]["compiled"], fill["plan"]["workers"]) == (False, 1)
-    monkeypatch.setattr("trajstore.planning.remembered", lambda *_: Plan("reference"))
+    monkeypatch.setattr("trajstore.recording.planning.remembered", lambda *_: Plan("reference"))
     eager = ts.run(experiment, tmp_path / "e.zarr", engine="wavefront")
     ours, theirs = (s.dataset()["params"].values for s in (stored, eager))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -12,10 +12,10 @@ from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.ticks import Eager, step_of
 from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.operators.sgd import SGD
-from trajstore.orders import Leg
+from trajstore.engine.orders import Leg
 from trajstore.problems.regression import Regression
-from trajstore.pytree import tree_leaves, tree_map
-from trajstore.state import State
+from trajstore._common.pytree import tree_leaves, tree_map
+from trajstore.operators.state import State
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.test_orders import orders
 from trajstore.engine import Iterate
 from trajstore.engine.walk import Slab, applications, walk
-from trajstore.orders import Leg, Order
-from trajstore.state import State
+from trajstore.engine.orders import Leg, Order
+from trajstore.operators.state import State
 
 STEPS = 40
 

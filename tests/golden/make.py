@@ -30,8 +30,8 @@ from torch import nn
 import trajstore as ts
 from tests.buckets import serving, settings
 from tests.golden import mine
-from trajstore.importing import import_checkpoints
-from trajstore.storage.schema import APART
+from trajstore.exchange.importing import import_checkpoints
+from trajstore.storage.format.schema import APART
 
 HERE = Path(__file__).parent
 _OFTEN = 36

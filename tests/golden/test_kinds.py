@@ -14,10 +14,10 @@ import trajstore as ts
 from tests.buckets import serving, settings
 from tests.golden.make import HERE, KINDS, checkpoints, experiment, loop, summary
 from trajstore.errors import ConflictError, ResumedWarning
-from trajstore.importing import import_checkpoints
-from trajstore.merging import merge
-from trajstore.replaying import replay
-from trajstore.verifying import verify
+from trajstore.exchange.importing import import_checkpoints
+from trajstore.exchange.merge import merge
+from trajstore.replay.compare import replay
+from trajstore.storage.verify import verify
 
 BITS = 1e-4
 """How far another machine's arithmetic may be off."""

@@ -29,19 +29,19 @@ from tests.hostile import config_of
 from tests.torture import Report
 from tests.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, TrajstoreError, UnreachableError
-from trajstore.storage import bucket as bucket_module
-from trajstore.storage import objects
-from trajstore.storage.bucket import Bucket
-from trajstore.storage.declaring import declare
-from trajstore.storage.late import LateSeries
-from trajstore.storage.layout import Entry, Layout
-from trajstore.storage.pipeline import Pipeline
-from trajstore.storage.place import DECLARING, Place, place_of, slab_lock
-from trajstore.storage.schema import Schema
-from trajstore.storage.segment import Observation
-from trajstore.storage.writer import Ledger, SlabWriter
+from trajstore.storage.places import bucket as bucket_module
+from trajstore.storage.places import requests
+from trajstore.storage.places.bucket import Bucket
+from trajstore.storage.writing.declaring import declare
+from trajstore.storage.writing.late_metrics import LateSeries
+from trajstore.storage.format.layout import Entry, Layout
+from trajstore.storage.writing.pipeline import Pipeline
+from trajstore.storage.places.place import DECLARING, Place, place_of, slab_lock
+from trajstore.storage.format.schema import Schema
+from trajstore.storage.writing.segment import Observation
+from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
 from trajstore.store import Store, open_root
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 LAYOUT = Layout.of([Entry("w", "parameter", (3,), "float32")], {})
 SCHEMA = Schema(
@@ -100,7 +100,7 @@ def record(place: Place, who: float, acknowledged: list[int] | None = None) -> l
 @contextmanager
 def before_each_put(told: Callable[[], None]) -> Iterator[None]:
     """Call a function before every object that this thread's recording puts."""
-    originals = objects.create, objects.replace
+    originals = requests.create, requests.replace
 
     def hooked(original):
         def put(*args):
@@ -109,11 +109,11 @@ def before_each_put(told: Callable[[], None]) -> Iterator[None]:
 
         return put
 
-    objects.create, objects.replace = map(hooked, originals)
+    requests.create, requests.replace = map(hooked, originals)
     try:
         yield
     finally:
-        objects.create, objects.replace = originals
+        requests.create, requests.replace = originals
 
 
 def duel(first: int, second: int) -> list[str]:
@@ -269,7 +269,7 @@ def test_a_writer_waits_as_long_as_it_was_told(bucket):
 
 def test_a_server_that_does_not_look_at_conditions_is_refused(bucket, monkeypatch):
     put = obstore.put
-    monkeypatch.setattr(obstore, "put", lambda objects, key, content, mode=None: put(objects, key, content))
+    monkeypatch.setattr(obstore, "put", lambda requests, key, content, mode=None: put(requests, key, content))
     with pytest.raises(ConfigurationError, match="does not honour conditional puts"), bucket.lock(SLAB, "it"):
         pass
     assert not any(page for page in obstore.list(bucket._locks))
@@ -333,8 +333,8 @@ def test_who_did_not_end_well_is_fenced_out(bucket):
 
 
 def test_a_lock_that_was_put_though_the_answer_says_otherwise_is_held(bucket, monkeypatch):
-    create = objects.create
-    monkeypatch.setattr(objects, "create", lambda *args: create(*args) and None)
+    create = requests.create
+    monkeypatch.setattr(requests, "create", lambda *args: create(*args) and None)
     with bucket.lock(SLAB, "it"):
         assert bucket.lease(SLAB) is not None
     assert bucket.unlock() == []
@@ -345,13 +345,13 @@ def test_a_lock_that_could_not_be_freed_is_taken_over_by_its_own_process(bucket,
         raise UnreachableError("the network is away")
 
     with monkeypatch.context() as away, pytest.raises(UnreachableError), bucket.lock(SLAB, "it"):
-        away.setattr(objects, "replace", unreachable)
+        away.setattr(requests, "replace", unreachable)
     with bucket.lock(SLAB, "it"):
         assert bucket.lease(SLAB).fence > 0
 
 
 def test_a_lock_is_held_by_one_thread_only(bucket, monkeypatch):
-    create, is_there, go_on = objects.create, threading.Event(), threading.Event()
+    create, is_there, go_on = requests.create, threading.Event(), threading.Event()
 
     def slowly(*args):
         put = create(*args)
@@ -361,7 +361,7 @@ def test_a_lock_is_held_by_one_thread_only(bucket, monkeypatch):
 
     with bucket.lock("another", "it"):  # conditions have been tried then
         pass
-    monkeypatch.setattr(objects, "create", slowly)
+    monkeypatch.setattr(requests, "create", slowly)
     inside: list[bool] = []
 
     def hold() -> None:
@@ -381,13 +381,13 @@ def test_a_lock_is_held_by_one_thread_only(bucket, monkeypatch):
 def test_a_lock_is_freed_whose_taking_was_interrupted(bucket, monkeypatch):
     with bucket.lock("another", "it"):
         pass
-    create = objects.create
+    create = requests.create
 
     def interrupted(*args):
         create(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(objects, "create", interrupted)
+    monkeypatch.setattr(requests, "create", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bucket.lock(SLAB, "it").__enter__()
     monkeypatch.undo()
@@ -402,7 +402,7 @@ def test_a_failure_does_not_wait_long_for_a_server_that_is_silent(bucket, monkey
     def fail() -> None:
         with bucket.lock(SLAB, "it"):
             monkeypatch.setattr(bucket_module, "_PATIENCE", 0.2)
-            monkeypatch.setattr(objects, "get", lambda *_: answer.wait(HANGS))
+            monkeypatch.setattr(requests, "get", lambda *_: answer.wait(HANGS))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -432,7 +432,7 @@ def test_a_delete_is_waited_for(bucket, monkeypatch):
 
 def test_who_gives_up_waiting_stops_no_request():
     go_on, done = threading.Event(), threading.Event()
-    answer = objects.in_a_thread(lambda: go_on.wait(30) and done.set())
+    answer = requests.in_a_thread(lambda: go_on.wait(30) and done.set())
     assert not answer.cancel()
     go_on.set()
     assert answer.result(30) is None
@@ -462,7 +462,7 @@ def test_what_an_interruption_left_running_does_not_write_under_the_next_lock(bu
 
 def test_a_process_that_ends_under_a_lock_ends():
     held = (
-        "from trajstore.storage.place import place_of\n"
+        "from trajstore.storage.places.place import place_of\n"
         "held = place_of('memory://a/s.zarr').lock('lock', 'it')\n"
         "held.__enter__()\n"
     )
@@ -486,14 +486,14 @@ def test_a_keeper_that_is_pickled_opens_its_bucket_again_to_read(bucket, monkeyp
 def test_a_store_that_does_not_answer_is_not_taken_for_a_damaged_one(bucket, monkeypatch):
     declared(bucket)
     record(bucket, 0.0)
-    get = objects.get
+    get = requests.get
 
-    def sometimes(objects, key, part=None):
+    def sometimes(requests, key, part=None):
         if "/leg/c/" in key:
             raise UnreachableError("the network is away")
-        return get(objects, key, part)
+        return get(requests, key, part)
 
-    monkeypatch.setattr(objects, "get", sometimes)
+    monkeypatch.setattr(requests, "get", sometimes)
     for repair in (False, True):
         with pytest.raises(UnreachableError):
             list(verify(Store(bucket), repair=repair))

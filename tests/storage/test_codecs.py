@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from packaging.version import Version
 
-from trajstore.storage.codecs import CODECS, chunk_codecs, write_block
+from trajstore.storage.format.codecs import CODECS, chunk_codecs, write_block
 
 SHAPE, CHUNKS = (2, 3, 70, 9), (1, 1, 32, 4)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trajstore.errors import ConfigurationError
-from trajstore.storage.layout import Entry, Layout
+from trajstore.storage.format.layout import Entry, Layout
 
 LAYOUT = Layout.of(
     [

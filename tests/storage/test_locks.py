@@ -13,7 +13,7 @@ import pytest
 
 import trajstore as ts
 from trajstore.errors import BusyError, WriteError
-from trajstore.storage.locks import lock
+from trajstore.storage.places.locks import lock
 
 
 def test_a_second_holder_is_refused_and_told_who_has_it(tmp_path):
@@ -26,7 +26,7 @@ def test_a_second_holder_is_refused_and_told_who_has_it(tmp_path):
 
 def test_a_killed_holder_frees_it(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from trajstore.storage.locks import lock\n"
+        "import sys, time; from pathlib import Path; from trajstore.storage.places.locks import lock\n"
         "with lock(Path(sys.argv[1]), 'x'): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", program, tmp_path / "a.lock"], stdout=subprocess.PIPE, text=True)

@@ -15,11 +15,11 @@ import trajstore as ts
 from tests.test_missing_files import HOW, TINY
 from trajstore import analysis
 from trajstore.errors import DamageError
-from trajstore.merging import merge
-from trajstore.storage.codecs import write_block
-from trajstore.storage.late import LateSeries
+from trajstore.exchange.merge import merge
+from trajstore.storage.format.codecs import write_block
+from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.store import open_root
-from trajstore.verifying import verify
+from trajstore.storage.verify import verify
 
 NOTE = "slabs_begun"
 
@@ -106,7 +106,7 @@ def test_a_computation_that_died_before_its_first_value_has_lost_nothing(
 
     whole = zarr.Array.update_attributes
     with monkeypatch.context() as patch:
-        patch.setattr("trajstore.storage.late.write_block", write)
+        patch.setattr("trajstore.storage.writing.late_metrics.write_block", write)
         patch.setattr("zarr.Array.update_attributes", update)
         with pytest.raises(InterruptedError):
             analysis.compute(ts.open(tmp_path / "s.zarr")["net"], "gradient_norm")

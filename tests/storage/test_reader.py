@@ -13,15 +13,14 @@ import trajstore as ts
 from tests.hostile import config_of
 from tests.storage.test_writer import LAYOUT
 from trajstore.errors import FormatError
-from trajstore.storage import reader
-from trajstore.storage.checking import checked_schema
-from trajstore.storage.declaring import declare
-from trajstore.storage.layout import Entry, Layout
-from trajstore.storage.pipeline import Pipeline
-from trajstore.storage.reader import Commits
-from trajstore.storage.schema import Schema
-from trajstore.storage.segment import Observation
-from trajstore.storage.writer import Ledger, SlabWriter
+from trajstore.storage.format.checking import checked_schema
+from trajstore.storage.writing.declaring import declare
+from trajstore.storage.format.layout import Entry, Layout
+from trajstore.storage.writing.pipeline import Pipeline
+from trajstore.storage.format.commits import Commits
+from trajstore.storage.format.schema import Schema
+from trajstore.storage.writing.segment import Observation
+from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
 from trajstore.store import open_root
 
 STEPS = 2_000
@@ -46,15 +45,15 @@ def test_a_store_of_many_slabs_opens_where_there_is_memory_for_what_is_read_at_o
     store, group = declared(tmp_path / "s.zarr", SCHEMA)
     series = 8 * 80 * (STEPS + 1)
     assert OPENS < COUNTS < series / 3, "not even the legs of all its slabs are held at once"
-    monkeypatch.setattr("trajstore.storage.checking.most_bytes", lambda: COUNTS)
+    monkeypatch.setattr("trajstore.storage.format.checking.most_bytes", lambda: COUNTS)
     assert not store["e"].commits().steps.any()
     assert store["e"].dataset().sizes["seed"] == 40
-    monkeypatch.setattr("trajstore.storage.checking.most_bytes", lambda: OPENS)
+    monkeypatch.setattr("trajstore.storage.format.checking.most_bytes", lambda: OPENS)
     assert store["e"].schema == replace(SCHEMA, made_by=store["e"].schema.made_by)
     assert Ledger(group, SCHEMA, 1, 39).last_step == -1, "a slab is written and verified by itself"
     with pytest.raises(FormatError, match=r"experiment 'e': to find out what counts of 80 slabs of 2,000 steps would"):
         store["e"].commits()
-    monkeypatch.setattr("trajstore.storage.checking.most_bytes", lambda: OPENS - 1)
+    monkeypatch.setattr("trajstore.storage.format.checking.most_bytes", lambda: OPENS - 1)
     with pytest.raises(FormatError, match="2,000 steps with 3 states would take"):
         store["e"]
 
@@ -66,7 +65,7 @@ def test_states_of_any_size_are_no_reason_to_refuse(monkeypatch: pytest.MonkeyPa
         SCHEMA, layout=layout, snapshots=tuple(range(0, STEPS, 2)), snapshots_per_segment=2, parameters=25_000_000
     )
     assert 4 * 25_000_000 * len(large.snapshots) >= 100 * 10**9
-    monkeypatch.setattr("trajstore.storage.checking.most_bytes", lambda: 10**9 // 2)
+    monkeypatch.setattr("trajstore.storage.format.checking.most_bytes", lambda: 10**9 // 2)
     checked_schema(large.to_json())
     assert Schema.from_json(large.to_json()) == large
 
@@ -92,7 +91,7 @@ def test_what_counts_does_not_depend_on_how_many_slabs_are_read_at_a_time(
     assert isinstance(legs, zarr.Array)
     legs[0, 1, :3] = 0  # written, and not committed
     legs[0, 2, 4] = 0
-    monkeypatch.setattr(reader, "_AT_ONCE", 8 * 7 * together)
+    monkeypatch.setattr("trajstore.storage.format.commits._AT_ONCE", 8 * 7 * together)
     commits = Commits.of(group, schema)
     for i, k in np.ndindex(2, 4):
         last = ends.get((i, k), -1)

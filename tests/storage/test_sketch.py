@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trajstore.storage.sketch import Sketch
+from trajstore.storage.format.sketch import Sketch
 
 
 def test_it_is_the_identity_where_there_are_few_parameters():

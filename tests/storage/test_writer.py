@@ -13,17 +13,17 @@ import pytest
 import zarr
 
 from trajstore.errors import ConflictError, WriteError
-from trajstore.storage import local
-from trajstore.storage import writer as writer_module
-from trajstore.storage.declaring import declare
-from trajstore.storage.layout import Entry, Layout
-from trajstore.storage.local import DurableStore
-from trajstore.storage.pipeline import Pipeline
-from trajstore.storage.place import keeper_of
-from trajstore.storage.reader import Commits
-from trajstore.storage.schema import Schema
-from trajstore.storage.segment import Observation
-from trajstore.storage.writer import Ledger, SlabWriter
+from trajstore.storage.places import durable
+from trajstore.storage.writing import slab_writer as writer_module
+from trajstore.storage.writing.declaring import declare
+from trajstore.storage.format.layout import Entry, Layout
+from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.writing.pipeline import Pipeline
+from trajstore.storage.places.place import keeper_of
+from trajstore.storage.format.commits import Commits
+from trajstore.storage.format.schema import Schema
+from trajstore.storage.writing.segment import Observation
+from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
 
 STEPS, EVERY = 23, 2
 SNAPSHOTS = (*range(0, STEPS, EVERY), STEPS)
@@ -284,8 +284,8 @@ def test_unwritten_slabs_read_as_nothing(group):
 def test_a_commit_looks_after_its_own_slab_only(group, monkeypatch):
     """Each looking after all would make many slabs cost their square."""
     looked: list[Path] = []
-    holds = local._Anchor.holds
-    monkeypatch.setattr(local._Anchor, "holds", lambda anchor: looked.append(anchor._path) or holds(anchor))
+    holds = durable._Anchor.holds
+    monkeypatch.setattr(durable._Anchor, "holds", lambda anchor: looked.append(anchor._path) or holds(anchor))
     slabs = [Ledger(group, SCHEMA, order, seed) for order in (0, 1) for seed in (0, 1)]
     slabs[0].check()
     at = group.store.root / "e"

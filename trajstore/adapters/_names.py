@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 
 from trajstore.errors import ConfigurationError
-from trajstore.measures import MEASURES
-from trajstore.storage.schema import Schema, check_metric_names
+from trajstore.storage.format.metrics import MEASURES
+from trajstore.storage.format.schema import Schema, check_metric_names
 
 __all__ = ["Names"]
 

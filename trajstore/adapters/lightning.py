@@ -25,7 +25,7 @@ else:
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trajstore.adapters._following import Follower, How
+from trajstore.adapters._follower import Follower, How
 from trajstore.errors import ConfigurationError
 
 __all__ = ["RecorderCallback"]

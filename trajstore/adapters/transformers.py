@@ -20,7 +20,7 @@ if not find_spec("transformers"):
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trajstore.adapters._following import Follower, How
+from trajstore.adapters._follower import Follower, How
 from trajstore.errors import ConfigurationError
 
 __all__ = ["RecorderCallback"]

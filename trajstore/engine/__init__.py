@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from trajstore.engine.proving import Refusal
-from trajstore.orders import Leg
-from trajstore.state import State
+from trajstore.engine.orders import Leg
+from trajstore.operators.state import State
 
 __all__ = ["Engine", "Iterate", "Work"]
 

@@ -23,7 +23,7 @@ from trajstore.operators import Batch, Gradient, Operator
 from trajstore.operators.sgd import SGD
 from trajstore.problems import Batches, LiveProblem
 from trajstore.problems._streams import RowBatches
-from trajstore.state import State, Tensors
+from trajstore.operators.state import State, Tensors
 
 __all__ = ["Brackets"]
 

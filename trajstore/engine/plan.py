@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 
 from trajstore.engine import Engine, Work
-from trajstore.engine.compilers import missing_for_compiling
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.ticks import PROVEN_TICKS, Advance, Eager, Proven, definition_of, step_of
 from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Operator
-from trajstore.orders import Leg
+from trajstore.engine.orders import Leg
 from trajstore.problems import LiveProblem
 
 __all__ = ["EngineChoice", "Plan", "choose", "followed", "make_engine", "ready", "threads"]
@@ -93,7 +93,7 @@ def _advance(plan: Plan, problem: LiveProblem, operator: Operator) -> Advance:
     wave = Proven(Eager(step), "vectorised tick" if plan.lanes > 1 else "functional tick", Eager(definition), a_few)
     if not plan.compiled:
         return wave
-    from trajstore.engine.compiling import Compiled
+    from trajstore.engine.compiled_tick import Compiled
 
     return Proven(Compiled(step), "compiled tick", wave, (step, None), a_few)
 

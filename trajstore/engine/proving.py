@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from trajstore.pytree import tree_leaves, tree_map
+from trajstore._common.pytree import tree_leaves, tree_map
 
 __all__ = ["Definition", "FastWay", "Refusal", "disproof"]
 

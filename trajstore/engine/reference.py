@@ -18,7 +18,7 @@ from trajstore.engine.bracket import Brackets
 from trajstore.engine.proving import Refusal
 from trajstore.operators import Batch, Gradient, Operator
 from trajstore.problems import Batches, LiveProblem
-from trajstore.state import State, Tensors, beginning
+from trajstore.operators.state import State, Tensors, beginning
 
 __all__ = ["ReferenceEngine", "gradient_of"]
 

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trajstore import pytree
+from trajstore._common import pytree
 from trajstore.engine.proving import FastWay, Refusal, disproof
 from trajstore.engine.reference import gradient_of
 from trajstore.operators import Batch, Gradient, Operator
 from trajstore.problems import LiveProblem
-from trajstore.state import State, Tensors
+from trajstore.operators.state import State, Tensors
 
 __all__ = [
     "PROVEN_TICKS",

@@ -18,8 +18,8 @@ import torch
 
 from trajstore.engine import Engine, Iterate, Work
 from trajstore.engine.proving import Refusal
-from trajstore.orders import Leg, Order
-from trajstore.state import State
+from trajstore.engine.orders import Leg, Order
+from trajstore.operators.state import State
 
 __all__ = ["Progress", "Slab", "Stretch", "Visit", "Way", "applications", "stretches_of", "walk"]
 

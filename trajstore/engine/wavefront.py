@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajstore import pytree
+from trajstore._common import pytree
 from trajstore.engine import Iterate, Work
 from trajstore.engine.bracket import Brackets
 from trajstore.engine.proving import Definition, Refusal, disproof
@@ -35,7 +35,7 @@ from trajstore.engine.ticks import PROVEN_TICKS, Advance, lane_of, lanes_of, sta
 from trajstore.operators import Batch, Operator
 from trajstore.problems import LiveProblem
 from trajstore.problems._streams import stacked
-from trajstore.state import State, Tensors, beginning
+from trajstore.operators.state import State, Tensors, beginning
 
 __all__ = ["WavefrontEngine"]
 

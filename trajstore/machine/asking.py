@@ -15,9 +15,9 @@ __all__: list[str] = []
 @check("sql", "Does SQL answer, and read nothing but the store?")
 def _sql(folder: Path) -> Iterator[tuple[State, str, str, Mapping[str, Any]]]:
     from trajstore.errors import QueryError
-    from trajstore.experiment import Experiment
-    from trajstore.recording import run
-    from trajstore.sql import query_store, rows_of
+    from trajstore.experiment.experiment import Experiment
+    from trajstore.recording.running import run
+    from trajstore.reading.sql import query_store, rows_of
 
     experiment = Experiment.preset("quadratic", {"name": "tiny", "steps": 3, "seeds": [0], "orders": ["forward"]})
     store = run(experiment, folder / "tiny.zarr", engine="reference", durability="none").store
@@ -48,7 +48,7 @@ def _sql(folder: Path) -> Iterator[tuple[State, str, str, Mapping[str, Any]]]:
 def _dask(folder: Path) -> Iterator[tuple[State, str, str, Mapping[str, Any]]]:
     import dask.array
 
-    from trajstore.distributing.cluster import connected
+    from trajstore.recording.workers.cluster import connected
 
     total = int(dask.array.arange(10_000, chunks=1_000).sum().compute())
     if total != 49_995_000:

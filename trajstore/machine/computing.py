@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from trajstore.engine import Work
-from trajstore.engine.compilers import missing_for_compiling
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.plan import Plan, make_engine
 from trajstore.engine.proving import Refusal
 from trajstore.engine.reference import ReferenceEngine
-from trajstore.experiment import Experiment
+from trajstore.experiment.experiment import Experiment
 from trajstore.machine import State, check
-from trajstore.orders import Leg
+from trajstore.engine.orders import Leg
 
 __all__ = ["exact_product"]
 
@@ -88,8 +88,8 @@ def _refusals(problem: Mapping[str, Any], operator: Mapping[str, Any]) -> Sequen
 
 @check("recording", "Is what is recorded what comes back, and does verifying find nothing?")
 def _recording(folder: Path) -> Iterator[tuple[State, str, str, Mapping[str, Any]]]:
-    from trajstore.recording import record_here
-    from trajstore.verifying import verify
+    from trajstore.recording.running import record_here
+    from trajstore.storage.verify import verify
 
     experiment = Experiment.of(
         {"name": "tiny", "problem": _NETWORK, "operator": {"family": "sgd", "lr": 0.05}, "steps": _STEPS}

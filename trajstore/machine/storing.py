@@ -22,10 +22,10 @@ from zarr.storage import LocalStore
 
 from trajstore.errors import BusyError, WriteError
 from trajstore.machine import State, check
-from trajstore.storage.codecs import CODECS, Codec, chunk_codecs, write_block
-from trajstore.storage.place import place_of, slab_folder, slab_lock
+from trajstore.storage.format.codecs import CODECS, Codec, chunk_codecs, write_block
+from trajstore.storage.places.place import place_of, slab_folder, slab_lock
 from trajstore.storage.states import States
-from trajstore.units import human_bytes
+from trajstore._common.units import human_bytes
 
 __all__ = ["locked_as_for_recording"]
 

@@ -13,8 +13,8 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from trajstore.errors import ConfigurationError
-from trajstore.schedules import Schedule
-from trajstore.state import Memory, State, Tensors
+from trajstore.operators.schedules import Schedule
+from trajstore.operators.state import Memory, State, Tensors
 
 __all__ = [
     "FAMILIES",

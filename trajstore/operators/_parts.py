@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Batch, By, require_range
-from trajstore.schedules import Schedule
-from trajstore.schedules.constant import Constant
-from trajstore.state import Memory, Tensors
+from trajstore.operators.schedules import Schedule
+from trajstore.operators.schedules.constant import Constant
+from trajstore.operators.state import Memory, Tensors
 
 __all__ = ["OfParts", "cut"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from trajstore.operators import Batch, By, Gradient, Operator, applications, learning_rate, require_range
-from trajstore.schedules import Schedule
-from trajstore.schedules.constant import Constant
-from trajstore.state import Memory, State, Tensors
+from trajstore.operators.schedules import Schedule
+from trajstore.operators.schedules.constant import Constant
+from trajstore.operators.state import Memory, State, Tensors
 
 __all__ = ["FAMILY", "Adam", "adam_memory", "adam_step", "check_adam"]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from trajstore.operators import Batch, By, Gradient, Operator, applications, learning_rate
 from trajstore.operators.adam import adam_memory, adam_step, check_adam
-from trajstore.schedules import Schedule
-from trajstore.schedules.constant import Constant
-from trajstore.state import Memory, State, Tensors
+from trajstore.operators.schedules import Schedule
+from trajstore.operators.schedules.constant import Constant
+from trajstore.operators.state import Memory, State, Tensors
 
 __all__ = ["FAMILY", "AdamW"]
 

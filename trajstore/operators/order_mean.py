@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from trajstore.errors import ConfigurationError
-from trajstore.noise import keyed_uniform
+from trajstore._common.keyed import keyed_uniform
 from trajstore.operators import Batch, Gradient, Operator, applications, learning_rate
 from trajstore.operators._parts import OfParts, cut
-from trajstore.state import State, Tensors
+from trajstore.operators.state import State, Tensors
 
 __all__ = ["FAMILY", "OrderMean"]
 

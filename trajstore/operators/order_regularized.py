@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trajstore.operators import Batch, Gradient, Operator, applications, learning_rate, require_range
 from trajstore.operators._parts import OfParts, cut
-from trajstore.state import State
+from trajstore.operators.state import State
 
 __all__ = ["FAMILY", "OrderRegularized"]
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trajstore.operators import Batch
-from trajstore.state import Tensors
+from trajstore.operators.state import Tensors
 
 if TYPE_CHECKING:
     from trajstore.problems._module import ModuleProblem

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trajstore.batches import Sampling
+from trajstore.problems.batches import Sampling
 from trajstore.errors import ConfigurationError
-from trajstore.images import Images
-from trajstore.images.shapes import Shapes
+from trajstore.problems.images import Images
+from trajstore.problems.images.shapes import Shapes
 from trajstore.problems import DType, LiveProblem
 from trajstore.problems._module import ModuleProblem
 

@@ -13,7 +13,7 @@
 and then ``problem = "my_file:make"`` in an experiment. The module is built after seeding torch with the init
 seed, and called through `torch.func.functional_call`, so BatchNorm statistics are part of the state. Modules
 that draw random numbers in training are keyed by (data seed, i): dropout modules draw their masks from
-`trajstore.noise`, anything else from torch's generator, seeded at every step.
+`trajstore._common.keyed`, anything else from torch's generator, seeded at every step.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from trajstore.batches import Sampling, draws
+from trajstore.problems.batches import Sampling, draws
 from trajstore.errors import ConfigurationError, TrajstoreError
-from trajstore.noise import keyed_uniform
+from trajstore._common.keyed import keyed_uniform
 from trajstore.operators import Batch
 from trajstore.problems import PROBES, Batches, DType, LiveProblem, torch_dtype
 from trajstore.problems._streams import RowBatches
-from trajstore.state import Tensors
+from trajstore.operators.state import Tensors
 
 __all__ = ["ModuleProblem", "seeded"]
 

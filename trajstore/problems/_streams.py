@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trajstore.batches import Draw, Sampling, draws, generator
+from trajstore.problems.batches import Draw, Sampling, draws, generator
 from trajstore.operators import Batch
 from trajstore.problems import Batches
 

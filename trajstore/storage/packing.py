@@ -21,13 +21,23 @@ import zarr
 from zarr.buffer.cpu import Buffer
 
 from trajstore.errors import DamageError, WriteError
-from trajstore.storage.local import DurableStore
-from trajstore.storage.packed import ARCHIVE, MEMBER, NOWHERE, containers, grid_of, packed, parts, plain, shard_name
-from trajstore.storage.place import DOCUMENT, PARTIAL, TAKEN_OUT
-from trajstore.storage.regular import below, contents, entries, inside
-from trajstore.storage.removing import delete, make_durable, take_away
-from trajstore.storage.resume import GROUP
-from trajstore.storage.schema import Schema
+from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.places.packed import (
+    ARCHIVE,
+    MEMBER,
+    NOWHERE,
+    containers,
+    grid_of,
+    packed,
+    parts,
+    plain,
+    shard_name,
+)
+from trajstore.storage.places.place import DOCUMENT, PARTIAL, TAKEN_OUT
+from trajstore.storage.places.regular import below, contents, entries, inside
+from trajstore.storage.places.removing import delete, make_durable, take_away
+from trajstore.storage.writing.resume_slots import GROUP
+from trajstore.storage.format.schema import Schema
 
 __all__ = ["doubled", "is_packed", "lay_out", "open_to_write", "pack_files", "unreadable"]
 

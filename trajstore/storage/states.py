@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from pcodec.standalone import simple_decompress_into  # type: ignore[import-untyped]
 
 from trajstore.errors import FormatError
-from trajstore.storage.codecs import Codec, refuse_bomb, zstd_size
-from trajstore.storage.elsewhere import refuse_only_here, refuse_unseen
-from trajstore.storage.expected import Expected
-from trajstore.storage.place import Keeper, Place, place_of
+from trajstore.storage.format.codecs import Codec, refuse_bomb, zstd_size
+from trajstore.storage.places.elsewhere import refuse_only_here, refuse_unseen
+from trajstore.storage.places.expected import Expected
+from trajstore.storage.places.place import Keeper, Place, place_of
 
 __all__ = ["States"]
 

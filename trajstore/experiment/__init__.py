@@ -1,0 +1,1 @@
+"""What is to be recorded, as plain data and as declarations."""

@@ -1,0 +1,1 @@
+"""Recording a user's own training loop."""

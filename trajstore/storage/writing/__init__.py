@@ -1,0 +1,1 @@
+"""How a slab is written: segments, late metrics, resume states, declarations."""
