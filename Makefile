@@ -25,9 +25,9 @@ OLD := .venv-lowest
 lowest: $(OLD)/.installed
 	$(OLD)/bin/python -m pytest -n $(JOBS) --dist loadscope
 
-$(OLD)/.installed: pyproject.toml tests/lowest.py
+$(OLD)/.installed: pyproject.toml tests/tools/lowest.py
 	@$(PYTHON) -m venv --clear $(OLD)
-	@$(OLD)/bin/python tests/lowest.py test > $(OLD)/oldest.txt
+	@$(OLD)/bin/python tests/tools/lowest.py test > $(OLD)/oldest.txt
 	@echo "Installing the oldest releases that are supported into $(OLD) ..."
 	@$(OLD)/bin/python -m pip --quiet --disable-pip-version-check install -e ".[test]" -c $(OLD)/oldest.txt
 	@touch $@
@@ -47,7 +47,7 @@ clustered: $(VENV)/.installed-test
 
 # Kills, failing disks, power cuts, writers that lost their lock, and every byte flipped: some hours.
 torture: $(VENV)/.installed-test
-	$(BIN)/python -m tests.torture
+	$(BIN)/python -m tests.tools.torture
 
 check: lint types test
 
@@ -57,14 +57,14 @@ lint: $(VENV)/.installed-test
 
 # mypy has to see the three packages as they are installed; from here it would see one and report success.
 types: $(VENV)/.installed-test
-	$(BIN)/python tests/check_types.py
+	$(BIN)/python tests/tools/check_types.py
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W -q docs docs/_build/html
 
 # Executes the notebooks again, in place; the tests compare what they say with what is committed.
 notebooks: $(VENV)/.installed-test
-	$(BIN)/python -m tests.notebooks
+	$(BIN)/python -m tests.tools.notebooks
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

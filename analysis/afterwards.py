@@ -17,15 +17,15 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from trajstore.analysis.modes import fresh_batches, trains_otherwise
 from trajstore.analysis.states import dot, norm, signs
 
-from trajstore.problems.batches import generator
-from trajstore.replay.late_metrics import compute_late
-from trajstore.reading.drawing import drawing_of
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
-from trajstore.storage.format.metrics import training_mark
 from trajstore.operators import Batch
-from trajstore.problems import Draws
-from trajstore.replay.reviving import Revived, revive
 from trajstore.operators.state import State, Tensors
+from trajstore.problems import Draws
+from trajstore.problems.batches import generator
+from trajstore.reading.drawing import drawing_of
+from trajstore.replay.late_metrics import compute_late
+from trajstore.replay.reviving import Revived, revive
+from trajstore.storage.format.metrics import training_mark
 from trajstore.store import StoredExperiment
 
 __all__ = ["METRICS", "At", "StateMetric", "compute"]

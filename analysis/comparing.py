@@ -13,8 +13,8 @@ import xarray as xr
 from trajstore.analysis.seeds import over_seeds
 from trajstore.analysis.windows import own_metrics, window_of
 
-from trajstore.reading.drawing import drawing_of
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
+from trajstore.reading.drawing import drawing_of
 from trajstore.reading.origin import attributes_of
 
 __all__ = ["compare"]

@@ -20,16 +20,16 @@ from trajstore.analysis.products import CERTAIN, LEAST, Exponent, Growth, direct
 from trajstore.analysis.rounding import of_size
 from trajstore.analysis.states import distance, norm
 
-from trajstore.problems.batches import generator
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, slab_named
 from trajstore.experiment.experiment import Experiment
 from trajstore.operators.sgd import is_plain
+from trajstore.operators.state import State, Tensors
 from trajstore.problems import Problem
+from trajstore.problems.batches import generator
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.quadratic import Quadratic
 from trajstore.replay.recipe import Recipe, Source
 from trajstore.replay.reviving import revive
-from trajstore.operators.state import State, Tensors
 from trajstore.store import StoredExperiment
 
 __all__ = ["contraction", "known_factors", "lemma_factor", "limit_bound", "lyapunov"]

@@ -27,10 +27,10 @@ from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.spaces import PARAMETERS
 from trajstore.analysis.windows import metrics_of, with_slabs
 
-from trajstore.reading.drawing import drawing_of
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
-from trajstore.storage.format.metrics import OF_MORE_THAN_THE_ITERATE, maker_of
+from trajstore.reading.drawing import drawing_of
 from trajstore.reading.origin import attributes_of
+from trajstore.storage.format.metrics import OF_MORE_THAN_THE_ITERATE, maker_of
 
 __all__ = ["adjusted", "disjoint_test", "law", "refuse_of_more", "swap_test"]
 

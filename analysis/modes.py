@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from trajstore.analysis.states import signs
 
-from trajstore.problems.batches import Sampling, generator
-from trajstore.reading.drawing import drawing_of
 from trajstore.errors import StatisticError
 from trajstore.operators import Batch
 from trajstore.problems import Batches, Draws
 from trajstore.problems._streams import RowBatches
+from trajstore.problems.batches import Sampling, generator
+from trajstore.reading.drawing import drawing_of
 from trajstore.replay.reviving import Revived
 
 __all__ = ["fresh_batches", "trains_otherwise"]

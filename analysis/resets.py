@@ -33,8 +33,8 @@ from trajstore.analysis.windows import (
     with_slabs,
 )
 
-from trajstore.errors import OrderError, StatisticError
 from trajstore.engine.orders import Order
+from trajstore.errors import OrderError, StatisticError
 
 __all__ = ["Reset", "resets"]
 

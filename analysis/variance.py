@@ -25,8 +25,8 @@ from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standar
 from trajstore.analysis.rounding import Precision, of_moves, scale_of
 from trajstore.analysis.windows import SLABS, Window, resets_within, window_of
 
-from trajstore.errors import ConfigurationError, OrderError, StatisticError, choices
 from trajstore.engine.orders import Order
+from trajstore.errors import ConfigurationError, OrderError, StatisticError, choices
 
 __all__ = [
     "Kind",

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from trajstore.analysis.rounding import UNKNOWN, Precision
 
 from trajstore.errors import NotFoundError, StatisticError, choices
-from trajstore.storage.format.metrics import MEASURES
 from trajstore.reading.origin import attributes_of
+from trajstore.storage.format.metrics import MEASURES
 
 __all__ = [
     "SLABS",

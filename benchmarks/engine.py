@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from trajstore.engine import Work
+from trajstore.engine.orders import Leg
 from trajstore.engine.plan import Plan, ready
 from trajstore.engine.ticks import PROVEN_TICKS
 from trajstore.operators.sgd import SGD
-from trajstore.engine.orders import Leg
+from trajstore.operators.state import State, beginning
 from trajstore.problems import ModuleProblem, Problem
 from trajstore.problems.regression import Regression
-from trajstore.operators.state import State, beginning
 
 Run = Callable[[float], float]
 """Work for about so many seconds, return microseconds per application."""

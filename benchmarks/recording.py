@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from engine import naive
 
 from trajstore.engine import Work
+from trajstore.engine.orders import Leg
 from trajstore.engine.plan import Plan, ready
 from trajstore.engine.walk import applications
 from trajstore.experiment.experiment import Experiment
-from trajstore.engine.orders import Leg
 from trajstore.problems.regression import Regression
 
 PLANS = {

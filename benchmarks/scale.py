@@ -136,8 +136,8 @@ def _many_experiments(folder: Path, number: int) -> None:
     """Record one experiment, and put copies beside it that say that they are others."""
     import zarr
 
-    from trajstore.storage.writing.declaring import ATTRIBUTE, set_attributes
     from trajstore.storage.format.digest import config_digest
+    from trajstore.storage.writing.declaring import ATTRIBUTE, set_attributes
     from trajstore.store import open_root
 
     _record(str(folder), 0, "e0")

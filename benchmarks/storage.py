@@ -53,15 +53,15 @@ from zarr.storage import MemoryStore
 import trajstore
 from trajstore.engine import Iterate
 from trajstore.experiment.experiment import Experiment
-from trajstore.recording.measuring import Observer, parameters_of
-from trajstore.problems.regression import Regression
 from trajstore.operators.state import State
+from trajstore.problems.regression import Regression
+from trajstore.recording.measuring import Observer, parameters_of
 from trajstore.storage.format.codecs import CODECS, Codec, chunk_codecs, write_block
-from trajstore.storage.writing.declaring import declare
-from trajstore.storage.places.durable import DurableStore
-from trajstore.storage.writing.pipeline import Pipeline
-from trajstore.storage.places.place import Durability
 from trajstore.storage.format.schema import Schema
+from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.places.place import Durability
+from trajstore.storage.writing.declaring import declare
+from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation, Segment, Spare, _transposed, array_of
 from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
 from trajstore.store import open_root

@@ -12,8 +12,8 @@ import typer
 from trajstore.cli.console import print_json, print_table, say
 from trajstore.cli.options import JSON, AnalysisName, ExperimentName, StorePath, Trust
 
-from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 from trajstore._common.plugins import loaded, offered
+from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -9,8 +9,8 @@ import typer
 from trajstore.cli.console import counted, human_bytes, human_seconds, print_csv, print_json, print_table, say, tell
 from trajstore.cli.options import JSON, StorePath, complete_experiment
 
-from trajstore.errors import ConfigurationError
 from trajstore._common.units import human_size
+from trajstore.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from trajstore.storage.format.commits import Commits

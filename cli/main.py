@@ -85,8 +85,8 @@ def main() -> None:
 
 
 def _system_said(error: OSError) -> str:
-    from trajstore.errors import OpenFilesError
     from trajstore._common.system import refuse_too_many, system_told
+    from trajstore.errors import OpenFilesError
 
     try:
         refuse_too_many(error, "a file")

@@ -64,8 +64,8 @@ def verify(
 
 def _replayed(store: Store, exp: str | None) -> tuple[list[tuple[str, Replayed]], list[str]]:
     """Replay an experiment, or all that can be; return what came of it, and of which experiments nothing can come."""
-    from trajstore.replay.recipe import why_not
     from trajstore.replay.compare import Replayed, replay
+    from trajstore.replay.recipe import why_not
 
     if exp is not None:
         return [(exp, slab) for slab in replay(store[exp])], []
@@ -142,9 +142,9 @@ def pack(
     from dataclasses import asdict
 
     import trajstore as ts
+    from trajstore._common.units import human_bytes
     from trajstore.exchange.pack import pack as packed
     from trajstore.exchange.pack import unpack
-    from trajstore._common.units import human_bytes
 
     opened = ts.open(store)
     rows = []

@@ -21,9 +21,9 @@ from trajstore.cli.options import (
 from trajstore.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from trajstore.recording.cost import Cost
     from trajstore.experiment.experiment import Experiment
     from trajstore.experiment.presets import Scale
+    from trajstore.recording.cost import Cost
     from trajstore.store import StoredExperiment
 
 __all__ = ["presets", "record", "record_with_progress"]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.ticks import Eager
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.errors import ConfigurationError
 from trajstore.machine import checks, examine
 

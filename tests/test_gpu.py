@@ -27,9 +27,9 @@ def test_a_gpu_records_what_the_cpu_records(tmp_path, how):
 @needs_gpu
 def test_a_compiled_wave_is_replayed_as_a_graph():
     from trajstore.engine import Work
+    from trajstore.engine.orders import Leg
     from trajstore.engine.plan import Plan, make_engine, ready
     from trajstore.operators.adam import Adam
-    from trajstore.engine.orders import Leg
 
     experiment = ts.Experiment.of(DOUBLE)
     live, operator = experiment.problem.build(torch.device("cuda")), Adam(1e-3)

@@ -19,11 +19,11 @@ import xarray as xr
 import zarr
 
 import trajstore as ts
+from trajstore._common.unpromised import COMPILING, USES
 from trajstore.engine import toolchain
 from trajstore.engine.plan import Plan, choose, ready
 from trajstore.operators.sgd import SGD
 from trajstore.problems.quadratic import Quadratic
-from trajstore._common.unpromised import COMPILING, USES
 
 ROOT = Path(__file__).parent.parent
 LIST = ROOT / "trajstore" / "unpromised.py"

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tests.lowest import PROJECT, lowest
+from tests.tools.lowest import PROJECT, lowest
 from trajstore._common.unpromised import USES
 
 TABLE = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
@@ -49,7 +49,7 @@ def test_whatever_the_format_needs_has_a_bound_of_its_own():
 
 def test_a_requirement_without_one_is_refused(monkeypatch, tmp_path):
     (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["torch"]\noptional-dependencies = {}\n')
-    monkeypatch.setattr("tests.lowest.PROJECT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr("tests.tools.lowest.PROJECT", tmp_path / "pyproject.toml")
     with pytest.raises(ValueError, match="'torch' names no oldest release"):
         lowest([])
 

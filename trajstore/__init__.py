@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 from trajstore._common.lazily import lazily
 
 if TYPE_CHECKING:
-    from trajstore.recording.cost import cost
-    from trajstore.errors import TrajstoreError
-    from trajstore.experiment.experiment import Experiment, Record
-    from trajstore.exchange.importing import import_checkpoints
     from trajstore.engine.orders import Order
+    from trajstore.errors import TrajstoreError
+    from trajstore.exchange.importing import import_checkpoints
+    from trajstore.experiment.experiment import Experiment, Record
     from trajstore.experiment.steps import every, log_then_every, window
     from trajstore.problems._module import ModuleProblem
+    from trajstore.recording.cost import cost
     from trajstore.recording.loop.recorder import Recorder, record
     from trajstore.recording.running import run
     from trajstore.store import Store, StoredExperiment, open

@@ -22,6 +22,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import GroupNotFoundError
 
+from trajstore._common.system import refuse_too_many, system_told
 from trajstore.errors import (
     ConfigurationError,
     ConflictError,
@@ -34,11 +35,12 @@ from trajstore.errors import (
     slab_named,
 )
 from trajstore.experiment.grids import planned
-from trajstore.storage.format.metrics import maker_of
+from trajstore.experiment.trust import allow
 from trajstore.storage.format.checking import checked, is_name
-from trajstore.storage.writing.fills import stored_fills
+from trajstore.storage.format.commits import Commits, blocks, refuse_to_hold
+from trajstore.storage.format.metrics import maker_of
+from trajstore.storage.format.schema import APART, FORMAT, ArraySpec, Schema, check_format
 from trajstore.storage.places.identity import opened, version_of
-from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.places.place import (
     DECLARING,
     DOCUMENT,
@@ -49,12 +51,10 @@ from trajstore.storage.places.place import (
     slab_folder,
     slab_lock,
 )
-from trajstore.storage.format.commits import Commits, blocks, refuse_to_hold
-from trajstore.storage.format.schema import APART, FORMAT, ArraySpec, Schema, check_format
-from trajstore.storage.writing.segment import array_of
 from trajstore.storage.states import States
-from trajstore._common.system import refuse_too_many, system_told
-from trajstore.experiment.trust import allow
+from trajstore.storage.writing.fills import stored_fills
+from trajstore.storage.writing.late_metrics import LateSeries
+from trajstore.storage.writing.segment import array_of
 
 if TYPE_CHECKING:
     import duckdb

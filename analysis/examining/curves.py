@@ -18,8 +18,8 @@ from trajstore.analysis.resets import resets
 from trajstore.analysis.variance import Kind, pairs_of
 from trajstore.analysis.windows import own_metrics, window_of
 
-from trajstore.errors import StatisticError
 from trajstore.engine.orders import Order
+from trajstore.errors import StatisticError
 from trajstore.store import StoredExperiment
 
 __all__ = ["converges", "elsewhere", "forward_wanders", "less_variance", "lower_loss", "oscillates", "windows"]

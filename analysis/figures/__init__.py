@@ -20,8 +20,8 @@ import matplotlib as mpl
 import xarray as xr
 from matplotlib.figure import Figure, SubFigure
 
-from trajstore.errors import ConfigurationError, NotFoundError, choices
 from trajstore._common.plugins import loaded, offered
+from trajstore.errors import ConfigurationError, NotFoundError, choices
 from trajstore.store import StoredExperiment
 
 __all__ = ["FURTHER_COLOURS", "ORDER_COLOURS", "draw", "figure_names", "order_colour", "style"]

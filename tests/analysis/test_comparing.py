@@ -10,7 +10,7 @@ from trajstore.analysis import compare
 from trajstore.analysis.seeds import DECIDES
 
 import trajstore as ts
-from tests.calibration import effects
+from tests.tools.calibration import effects
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 
 ROWS = {

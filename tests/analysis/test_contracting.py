@@ -12,9 +12,9 @@ from trajstore.analysis.states import norm
 
 from tests.analysis import processes
 from tests.analysis.processes import ar1, products_of
-from trajstore.problems.batches import generator
 from trajstore.errors import ConfigurationError, NotFoundError, RefusedWarning, StatisticError
 from trajstore.operators.sgd import SGD
+from trajstore.problems.batches import generator
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.replay.recipe import Recipe
 
@@ -285,7 +285,7 @@ def test_growth_that_still_changes_has_no_exponent():
 @pytest.mark.parametrize("phi", [0.9, 0.99, 0.995, 0.999])
 def test_growth_worth_few_independent_values_has_no_exponent(phi):
     """Of growth −0.01 + 0.05 AR(1) hardly an interval is given that does not hold −0.01."""
-    from tests.calibration import exponents_of_correlated
+    from tests.tools.calibration import exponents_of_correlated
 
     found = exponents_of_correlated(phi, 100, 400)
     value, reach = np.array([(one.value, one.reach) for one in found]).T
@@ -308,7 +308,7 @@ def test_intervals_of_exponents_hold_the_exponent():
     """Products of Gaussian matrices: the exponent is (log 2 + ψ(d/2)) / 2."""
     from scipy.special import digamma
 
-    from tests.calibration import exponents_of, gaussian
+    from tests.tools.calibration import exponents_of, gaussian
 
     for d in (1, 2, 3):
         true = 0.5 * (np.log(2) + digamma(d / 2))

@@ -41,7 +41,7 @@ def test_the_verdict_is_right(name):
 
 @pytest.mark.parametrize("name", sampled(PROCESSES, every=2))
 def test_no_definite_verdict_contradicts_the_process(name):
-    """A seeded sample of `python -m tests.calibration verdicts`, which asks for 2% of 200 runs at each length."""
+    """A seeded sample of `python -m tests.tools.calibration verdicts`, which asks for 2% of 200 runs at each length."""
     contradicts, make = PROCESSES[name]
     for steps in (400, 2_000):
         verdicts = Counter(judge(last_half(v)).verdict for v in make(np.random.default_rng(steps), 20, steps))

@@ -12,8 +12,8 @@ from trajstore.analysis.examining.finding import by_interval
 from trajstore.analysis.examining.maps import loss_contracts
 
 import trajstore as ts
-from tests.calibration import LOSSES, loss_factors
 from tests.conftest import forget
+from tests.tools.calibration import LOSSES, loss_factors
 from trajstore.errors import NotFoundError
 
 ORDERS = ["forward", "backward", "backward+backward@200", "backward/40"]

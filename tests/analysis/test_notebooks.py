@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.notebooks import METADATA, NOTEBOOKS, execute, read
+from tests.tools.notebooks import METADATA, NOTEBOOKS, execute, read
 
 LIMIT = 150_000
 """Bytes of a notebook."""

@@ -75,8 +75,8 @@ def test_running_statistics_are_those_of_the_state_and_the_probe_is_of_the_test_
         lambda out, target: (out.sum(1, keepdim=True) - target).square().mean(),
         train=(x, y), test=(x[:5] + 1, y[:5]), batch_size=4,
     )  # fmt: skip
-    from trajstore.replay.recipe import Recipe
     from trajstore.operators.state import State
+    from trajstore.replay.recipe import Recipe
 
     live = problem.build(torch.device("cpu"))
     params, buffers = live.initial(0)

@@ -7,7 +7,7 @@ import pytest
 from trajstore.analysis import resets
 
 from tests.analysis.processes import ar1, runs_of
-from tests.calibration import nothing_changes, other_forwards, told_of
+from tests.tools.calibration import nothing_changes, other_forwards, told_of
 from trajstore.errors import NotFoundError, StatisticError
 
 H = 0.1

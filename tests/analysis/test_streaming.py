@@ -24,8 +24,8 @@ from trajstore.analysis import (
 from tests.conftest import SMALL_NET
 from trajstore import analysis
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
-from trajstore.storage.format.layout import Entry, Layout
 from trajstore.reading.streaming import Block, streamed
+from trajstore.storage.format.layout import Entry, Layout
 
 LAYERS = {"a.weight": (3, 4), "a.bias": (4,), "b.weight": (7, 3)}
 SIZES = {name: int(np.prod(shape)) for name, shape in LAYERS.items()}

@@ -23,7 +23,7 @@ from torch import nn
 from trajstore.cli.options import parse_seeds, parse_settings, parse_size
 
 import trajstore as ts
-from tests.waiting import HANGS, until
+from tests.tools.waiting import HANGS, until
 from trajstore.errors import ConfigurationError
 from trajstore.storage.places.durable import DurableStore
 

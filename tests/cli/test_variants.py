@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import trajstore as ts
-from tests.test_resume import contents, stop_after
+from tests.recording.test_resume import contents, stop_after
 from trajstore.recording import running
 
 TINY = ("--scale", "small", "--seeds", "0-2", "--steps", "8", "--record-every", "2", "--engine", "reference",

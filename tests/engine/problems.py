@@ -6,23 +6,23 @@ import torch
 from torch import nn
 
 from trajstore.errors import ConfigurationError
-from trajstore.problems.images.shapes import Shapes
 from trajstore.operators import ChecksBatches, Operator
 from trajstore.operators.adam import Adam
 from trajstore.operators.adamw import AdamW
 from trajstore.operators.order_mean import OrderMean
 from trajstore.operators.order_regularized import OrderRegularized
+from trajstore.operators.schedules.cosine import Cosine
+from trajstore.operators.schedules.inverse_sqrt import InverseSqrt
+from trajstore.operators.schedules.step import Step
 from trajstore.operators.sgd import SGD
+from trajstore.operators.state import State
 from trajstore.problems import DType, LiveProblem, ModuleProblem, Problem
+from trajstore.problems.images.shapes import Shapes
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.mlp import MLP
 from trajstore.problems.quadratic import Quadratic
 from trajstore.problems.regression import Regression
 from trajstore.problems.two_constants import TwoConstants
-from trajstore.operators.schedules.cosine import Cosine
-from trajstore.operators.schedules.inverse_sqrt import InverseSqrt
-from trajstore.operators.schedules.step import Step
-from trajstore.operators.state import State
 
 
 def normed(dtype: DType = "float64", dropout: float = 0.2, bias: bool = False) -> ModuleProblem:

@@ -13,10 +13,10 @@ import torch
 from tests.engine.problems import HANDING, OF_PARTS, OPERATORS, PROBLEMS, goes_with, miscompiled
 from trajstore._common import pytree
 from trajstore.engine import Iterate, Work
-from trajstore.engine.toolchain import missing_for_compiling
+from trajstore.engine.orders import Leg
 from trajstore.engine.plan import Plan, followed, ready
 from trajstore.engine.reference import ReferenceEngine
-from trajstore.engine.orders import Leg
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.problems import LiveProblem
 
 pytestmark = pytest.mark.skipif(bool(missing_for_compiling()), reason="there is no compiler")

@@ -14,16 +14,16 @@ from torch import nn
 
 import trajstore as ts
 from trajstore.engine import Work, plan
-from trajstore.engine.toolchain import missing_for_compiling
-from trajstore.engine.plan import Plan, choose, make_engine, ready
-from trajstore.errors import ConfigurationError, SlowPlanWarning
-from trajstore.recording.schema import schema_of
-from trajstore.operators.sgd import SGD
 from trajstore.engine.orders import Leg
-from trajstore.recording.planning import Wishes, afford
+from trajstore.engine.plan import Plan, choose, make_engine, ready
+from trajstore.engine.toolchain import missing_for_compiling
+from trajstore.errors import ConfigurationError, SlowPlanWarning
+from trajstore.operators.sgd import SGD
 from trajstore.problems import ModuleProblem
 from trajstore.problems.quadratic import Quadratic
 from trajstore.problems.regression import Regression
+from trajstore.recording.planning import Wishes, afford
+from trajstore.recording.schema import schema_of
 from trajstore.storage.writing.segment import array_of
 
 CPU = torch.device("cpu")

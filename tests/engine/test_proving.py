@@ -12,8 +12,8 @@ import trajstore as ts
 from tests.conftest import last_of
 from tests.engine.problems import normed
 from trajstore._common import pytree
-from trajstore.engine import Work, plan, wavefront
-from trajstore.engine import compiled_tick
+from trajstore.engine import Work, compiled_tick, plan, wavefront
+from trajstore.engine.orders import Leg
 from trajstore.engine.plan import Plan, choose, followed, make_engine, ready
 from trajstore.engine.proving import disproof
 from trajstore.engine.reference import ReferenceEngine
@@ -22,7 +22,6 @@ from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.errors import RefusedWarning
 from trajstore.operators.adam import Adam
 from trajstore.operators.sgd import SGD
-from trajstore.engine.orders import Leg
 from trajstore.problems.quadratic import Quadratic
 from trajstore.problems.regression import Regression
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.conftest import last_of
+from trajstore._common.pytree import tree_leaves, tree_map
+from trajstore.engine.orders import Leg
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.ticks import Eager, step_of
 from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.operators.sgd import SGD
-from trajstore.engine.orders import Leg
-from trajstore.problems.regression import Regression
-from trajstore._common.pytree import tree_leaves, tree_map
 from trajstore.operators.state import State
+from trajstore.problems.regression import Regression
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ import pytest
 
 import trajstore as ts
 from trajstore.engine import Iterate, Work
+from trajstore.engine.orders import Leg
 from trajstore.engine.refining import Refining, Wanted
 from trajstore.errors import ConfigurationError, NotFoundError
-from trajstore.engine.orders import Leg
 
 QUADRATIC = {"name": "q", "problem": {"family": "quadratic"}, "operator": {"family": "sgd", "lr": 0.1}, "steps": 500,
              "orders": ["backward"]}  # fmt: skip

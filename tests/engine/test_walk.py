@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_orders import orders
+from tests.engine.test_orders import orders
 from trajstore.engine import Iterate
-from trajstore.engine.walk import Slab, applications, walk
 from trajstore.engine.orders import Leg, Order
+from trajstore.engine.walk import Slab, applications, walk
 from trajstore.operators.state import State
 
 STEPS = 40

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from tests.conftest import last_of
 from tests.engine.problems import HANDING, OPERATORS, PROBLEMS, Delayed, normed
-from tests.test_orders import orders
+from tests.engine.test_orders import orders
 from trajstore.engine import Work
-from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.compiled_tick import Compiled
+from trajstore.engine.orders import Leg, Order
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.ticks import Eager, step_of
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.walk import Slab, walk
 from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.operators.adam import Adam
 from trajstore.operators.sgd import SGD
-from trajstore.engine.orders import Leg, Order
 from trajstore.problems._streams import stacked
 from trajstore.problems.quadratic import Quadratic
 

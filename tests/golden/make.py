@@ -28,8 +28,8 @@ import xarray as xr
 from torch import nn
 
 import trajstore as ts
-from tests.buckets import serving, settings
 from tests.golden import mine
+from tests.tools.buckets import serving, settings
 from trajstore.exchange.importing import import_checkpoints
 from trajstore.storage.format.schema import APART
 

@@ -11,8 +11,8 @@ import pytest
 from obstore.store import from_url
 
 import trajstore as ts
-from tests.buckets import serving, settings
 from tests.golden.make import HERE, KINDS, checkpoints, experiment, loop, summary
+from tests.tools.buckets import serving, settings
 from trajstore.errors import ConflictError, ResumedWarning
 from trajstore.exchange.importing import import_checkpoints
 from trajstore.exchange.merge import merge

@@ -12,14 +12,14 @@ import pytest
 import zarr
 
 import trajstore as ts
-from tests.test_missing_files import HOW, TINY
+from tests.storage.test_missing_files import HOW, TINY
 from trajstore import analysis
 from trajstore.errors import DamageError
 from trajstore.exchange.merge import merge
 from trajstore.storage.format.codecs import write_block
+from trajstore.storage.verify import verify
 from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.store import open_root
-from trajstore.storage.verify import verify
 
 NOTE = "slabs_begun"
 

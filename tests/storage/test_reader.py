@@ -10,15 +10,15 @@ import pytest
 import zarr
 
 import trajstore as ts
-from tests.hostile import config_of
 from tests.storage.test_writer import LAYOUT
+from tests.tools.hostile import config_of
 from trajstore.errors import FormatError
 from trajstore.storage.format.checking import checked_schema
-from trajstore.storage.writing.declaring import declare
-from trajstore.storage.format.layout import Entry, Layout
-from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.format.commits import Commits
+from trajstore.storage.format.layout import Entry, Layout
 from trajstore.storage.format.schema import Schema
+from trajstore.storage.writing.declaring import declare
+from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation
 from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
 from trajstore.store import open_root

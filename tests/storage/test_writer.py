@@ -13,15 +13,15 @@ import pytest
 import zarr
 
 from trajstore.errors import ConflictError, WriteError
+from trajstore.storage.format.commits import Commits
+from trajstore.storage.format.layout import Entry, Layout
+from trajstore.storage.format.schema import Schema
 from trajstore.storage.places import durable
+from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.places.place import keeper_of
 from trajstore.storage.writing import slab_writer as writer_module
 from trajstore.storage.writing.declaring import declare
-from trajstore.storage.format.layout import Entry, Layout
-from trajstore.storage.places.durable import DurableStore
 from trajstore.storage.writing.pipeline import Pipeline
-from trajstore.storage.places.place import keeper_of
-from trajstore.storage.format.commits import Commits
-from trajstore.storage.format.schema import Schema
 from trajstore.storage.writing.segment import Observation
 from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trajstore.errors import ConfigurationError, ConflictError, TrajstoreError, WriteError
 from trajstore._common.system import system_told
+from trajstore.errors import ConfigurationError, ConflictError, TrajstoreError, WriteError
 
 __all__ = ["whole_file", "whole_folder"]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from trajstore.engine.proving import Refusal
 from trajstore.engine.orders import Leg
+from trajstore.engine.proving import Refusal
 from trajstore.operators.state import State
 
 __all__ = ["Engine", "Iterate", "Work"]

@@ -21,9 +21,9 @@ import torch
 from trajstore.engine import Iterate, Work
 from trajstore.operators import Batch, Gradient, Operator
 from trajstore.operators.sgd import SGD
+from trajstore.operators.state import State, Tensors
 from trajstore.problems import Batches, LiveProblem
 from trajstore.problems._streams import RowBatches
-from trajstore.operators.state import State, Tensors
 
 __all__ = ["Brackets"]
 

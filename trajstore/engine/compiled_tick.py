@@ -18,10 +18,6 @@ import torch
 from torch import Tensor
 
 from trajstore._common import pytree
-from trajstore.engine.proving import Refusal
-from trajstore.engine.ticks import Step, Tick, tick_of
-from trajstore.operators import Batch
-from trajstore.operators.state import State
 from trajstore._common.unpromised import (
     BackendCompilerFailed,
     CppCompileError,
@@ -31,6 +27,10 @@ from trajstore._common.unpromised import (
     compile_fx,
     functorch_config,
 )
+from trajstore.engine.proving import Refusal
+from trajstore.engine.ticks import Step, Tick, tick_of
+from trajstore.operators import Batch
+from trajstore.operators.state import State
 
 __all__ = ["Compiled"]
 

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 
 from trajstore.engine import Engine, Work
-from trajstore.engine.toolchain import missing_for_compiling
+from trajstore.engine.orders import Leg
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.ticks import PROVEN_TICKS, Advance, Eager, Proven, definition_of, step_of
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.wavefront import WavefrontEngine
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Operator
-from trajstore.engine.orders import Leg
 from trajstore.problems import LiveProblem
 
 __all__ = ["EngineChoice", "Plan", "choose", "followed", "make_engine", "ready", "threads"]

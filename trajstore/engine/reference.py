@@ -17,8 +17,8 @@ from trajstore.engine import Iterate, Work
 from trajstore.engine.bracket import Brackets
 from trajstore.engine.proving import Refusal
 from trajstore.operators import Batch, Gradient, Operator
-from trajstore.problems import Batches, LiveProblem
 from trajstore.operators.state import State, Tensors, beginning
+from trajstore.problems import Batches, LiveProblem
 
 __all__ = ["ReferenceEngine", "gradient_of"]
 

@@ -19,8 +19,8 @@ from trajstore._common import pytree
 from trajstore.engine.proving import FastWay, Refusal, disproof
 from trajstore.engine.reference import gradient_of
 from trajstore.operators import Batch, Gradient, Operator
-from trajstore.problems import LiveProblem
 from trajstore.operators.state import State, Tensors
+from trajstore.problems import LiveProblem
 
 __all__ = [
     "PROVEN_TICKS",

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 from trajstore.engine import Engine, Iterate, Work
-from trajstore.engine.proving import Refusal
 from trajstore.engine.orders import Leg, Order
+from trajstore.engine.proving import Refusal
 from trajstore.operators.state import State
 
 __all__ = ["Progress", "Slab", "Stretch", "Visit", "Way", "applications", "stretches_of", "walk"]

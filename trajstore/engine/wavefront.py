@@ -33,9 +33,9 @@ from trajstore.engine.proving import Definition, Refusal, disproof
 from trajstore.engine.reference import gradient_of
 from trajstore.engine.ticks import PROVEN_TICKS, Advance, lane_of, lanes_of, stack
 from trajstore.operators import Batch, Operator
+from trajstore.operators.state import State, Tensors, beginning
 from trajstore.problems import LiveProblem
 from trajstore.problems._streams import stacked
-from trajstore.operators.state import State, Tensors, beginning
 
 __all__ = ["WavefrontEngine"]
 

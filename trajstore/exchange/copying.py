@@ -22,10 +22,10 @@ from zarr.storage import MemoryStore
 
 from trajstore.errors import BusyError, ConflictError, DamageError, damage_told
 from trajstore.storage.format.codecs import chunk_bytes
-from trajstore.storage.writing.late_metrics import LateSeries
-from trajstore.storage.places.place import DOCUMENT, keeper_of
-from trajstore.storage.writing.resume_slots import ResumeSlots
 from trajstore.storage.format.schema import ArraySpec, Schema
+from trajstore.storage.places.place import DOCUMENT, keeper_of
+from trajstore.storage.writing.late_metrics import LateSeries
+from trajstore.storage.writing.resume_slots import ResumeSlots
 from trajstore.storage.writing.segment import Corner, array_of
 from trajstore.storage.writing.slab_writer import Ledger
 from trajstore.store import StoredExperiment

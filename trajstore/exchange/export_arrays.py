@@ -24,9 +24,9 @@ from trajstore._common.atomic import whole_folder
 from trajstore.errors import damage_told
 from trajstore.exchange.export import Slab, check_outside, origin, slabs_of
 from trajstore.storage.format.metrics import start_of
+from trajstore.storage.states import States
 from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.segment import array_of
-from trajstore.storage.states import States
 from trajstore.store import StoredExperiment
 
 __all__ = ["LAYOUT_FILE", "export_arrays"]

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from trajstore._common.system import system_told
 from trajstore.errors import ConfigurationError, DamageError, TrajstoreError, WriteError
 from trajstore.exchange.merge import lock_slabs
-from trajstore.storage.places.durable import DurableStore
 from trajstore.storage.packing import lay_out, pack_files
+from trajstore.storage.places.durable import DurableStore
 from trajstore.store import Store, StoredExperiment
-from trajstore._common.system import system_told
 
 __all__ = ["Room", "pack", "unpack"]
 

@@ -19,18 +19,18 @@ from typing import Any
 
 import torch
 
-from trajstore.experiment.configuration import check_fields, check_types, completed, defaults, describe, merge
+from trajstore.engine.orders import Order
 from trajstore.engine.refining import Wanted
 from trajstore.errors import ConfigurationError, choices
+from trajstore.experiment.configuration import check_fields, check_types, completed, defaults, describe, merge
 from trajstore.experiment.grids import coarse, exactly, planned, tail
-from trajstore.storage.format.metrics import maker_of
+from trajstore.experiment.presets import FULL, Scale, family_of, preset_table
 from trajstore.operators import Operator
 from trajstore.operators.sgd import is_plain
-from trajstore.engine.orders import Order
-from trajstore.experiment.presets import FULL, Scale, family_of, preset_table
 from trajstore.problems import LiveProblem, Problem
 from trajstore.storage.format.checking import is_name
 from trajstore.storage.format.codecs import Codec
+from trajstore.storage.format.metrics import maker_of
 
 __all__ = ["Experiment", "Record", "check_name", "of_today", "read_toml"]
 

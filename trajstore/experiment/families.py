@@ -14,8 +14,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from trajstore.errors import ConfigurationError, choices
 from trajstore._common.plugins import loaded, offered
+from trajstore.errors import ConfigurationError, choices
 
 __all__ = ["family", "family_name", "family_names"]
 

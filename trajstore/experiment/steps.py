@@ -13,8 +13,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
-from trajstore.experiment import grids
 from trajstore.errors import ConfigurationError
+from trajstore.experiment import grids
 
 __all__ = ["Policy", "every", "log_then_every", "policy_of", "window"]
 

@@ -23,8 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trajstore.experiment.configuration import shortened
 from trajstore.errors import UntrustedError
+from trajstore.experiment.configuration import shortened
 from trajstore.storage.format.digest import config_digest
 from trajstore.storage.places.durable import user_cache
 

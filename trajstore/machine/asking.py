@@ -16,8 +16,8 @@ __all__: list[str] = []
 def _sql(folder: Path) -> Iterator[tuple[State, str, str, Mapping[str, Any]]]:
     from trajstore.errors import QueryError
     from trajstore.experiment.experiment import Experiment
-    from trajstore.recording.running import run
     from trajstore.reading.sql import query_store, rows_of
+    from trajstore.recording.running import run
 
     experiment = Experiment.preset("quadratic", {"name": "tiny", "steps": 3, "seeds": [0], "orders": ["forward"]})
     store = run(experiment, folder / "tiny.zarr", engine="reference", durability="none").store

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from trajstore.engine import Work
-from trajstore.engine.toolchain import missing_for_compiling
+from trajstore.engine.orders import Leg
 from trajstore.engine.plan import Plan, make_engine
 from trajstore.engine.proving import Refusal
 from trajstore.engine.reference import ReferenceEngine
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.experiment.experiment import Experiment
 from trajstore.machine import State, check
-from trajstore.engine.orders import Leg
 
 __all__ = ["exact_product"]
 

@@ -20,12 +20,12 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
+from trajstore._common.units import human_bytes
 from trajstore.errors import BusyError, WriteError
 from trajstore.machine import State, check
 from trajstore.storage.format.codecs import CODECS, Codec, chunk_codecs, write_block
 from trajstore.storage.places.place import place_of, slab_folder, slab_lock
 from trajstore.storage.states import States
-from trajstore._common.units import human_bytes
 
 __all__ = ["locked_as_for_recording"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trajstore.errors import ConfigurationError
 from trajstore._common.keyed import keyed_uniform
+from trajstore.errors import ConfigurationError
 from trajstore.operators import Batch, Gradient, Operator, applications, learning_rate
 from trajstore.operators._parts import OfParts, cut
 from trajstore.operators.state import State, Tensors

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trajstore.problems.batches import Sampling
 from trajstore.errors import ConfigurationError
-from trajstore.problems.images import Images
-from trajstore.problems.images.shapes import Shapes
 from trajstore.problems import DType, LiveProblem
 from trajstore.problems._module import ModuleProblem
+from trajstore.problems.batches import Sampling
+from trajstore.problems.images import Images
+from trajstore.problems.images.shapes import Shapes
 
 __all__ = ["Classifier", "Shape", "divided"]
 

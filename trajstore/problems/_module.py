@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from trajstore.problems.batches import Sampling, draws
-from trajstore.errors import ConfigurationError, TrajstoreError
 from trajstore._common.keyed import keyed_uniform
+from trajstore.errors import ConfigurationError, TrajstoreError
 from trajstore.operators import Batch
+from trajstore.operators.state import Tensors
 from trajstore.problems import PROBES, Batches, DType, LiveProblem, torch_dtype
 from trajstore.problems._streams import RowBatches
-from trajstore.operators.state import Tensors
+from trajstore.problems.batches import Sampling, draws
 
 __all__ = ["ModuleProblem", "seeded"]
 

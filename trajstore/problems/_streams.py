@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trajstore.problems.batches import Draw, Sampling, draws, generator
 from trajstore.operators import Batch
 from trajstore.problems import Batches
+from trajstore.problems.batches import Draw, Sampling, draws, generator
 
 __all__ = ["NoiseBatches", "RowBatches", "normal_start", "stacked"]
 

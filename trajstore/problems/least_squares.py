@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trajstore.problems.batches import Sampling, draws, generator
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Batch
+from trajstore.operators.state import Tensors
 from trajstore.problems import PROBES, Batches, DType, LiveProblem, Problem, torch_dtype
 from trajstore.problems._streams import RowBatches, normal_start
-from trajstore.operators.state import Tensors
+from trajstore.problems.batches import Sampling, draws, generator
 
 __all__ = ["FAMILY", "LeastSquares"]
 

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trajstore.problems.batches import generator
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Batch
+from trajstore.operators.state import Tensors
 from trajstore.problems import Batches, DType, LiveProblem, Problem, torch_dtype
 from trajstore.problems._streams import NoiseBatches, normal_start
-from trajstore.operators.state import Tensors
+from trajstore.problems.batches import generator
 
 __all__ = ["FAMILY", "Quadratic"]
 

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trajstore.problems.batches import Sampling, draws
 from trajstore.errors import ConfigurationError
 from trajstore.operators import Batch
+from trajstore.operators.state import Tensors
 from trajstore.problems import PROBES, Batches, DType, LiveProblem, Problem, torch_dtype
 from trajstore.problems._module import seeded
 from trajstore.problems._streams import RowBatches
-from trajstore.operators.state import Tensors
+from trajstore.problems.batches import Sampling, draws
 
 __all__ = ["FAMILY", "Regression"]
 

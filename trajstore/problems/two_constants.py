@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trajstore.problems.batches import draws
 from trajstore.operators import Batch
+from trajstore.operators.state import Tensors
 from trajstore.problems import Batches, DType, LiveProblem, Problem, torch_dtype
 from trajstore.problems._streams import RowBatches, normal_start
-from trajstore.operators.state import Tensors
+from trajstore.problems.batches import draws
 
 __all__ = ["FAMILY", "TwoConstants"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from trajstore.reading.distances import To, distance_to
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
+from trajstore.reading.distances import To, distance_to
 from trajstore.reading.iterates import Layers, entry_named, layout_of, slab_named
 from trajstore.reading.streaming import PerLayer, streamed
 

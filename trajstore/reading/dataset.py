@@ -17,17 +17,17 @@ import xarray as xr
 from numpy.typing import NDArray
 from xarray.backends import BackendArray
 
-from trajstore.reading import accessor as accessor
+from trajstore._common.unpromised import GoneError
 from trajstore.errors import damage_told
-from trajstore.storage.format.metrics import training_mark
+from trajstore.reading import accessor as accessor
 from trajstore.reading.origin import ORIGIN, origin_of
+from trajstore.storage.format.metrics import training_mark
 from trajstore.storage.format.schema import ArraySpec, Schema, late_records
 from trajstore.storage.states import States
-from trajstore._common.unpromised import GoneError
 
 if TYPE_CHECKING:
-    from trajstore.store import Store, StoredExperiment
     from trajstore._common.unpromised import ExplicitIndexer
+    from trajstore.store import Store, StoredExperiment
 
 __all__ = ["dataset", "datatree", "opened"]
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import xarray as xr
 from xarray.backends import BackendEntrypoint
 
-from trajstore.reading.dataset import opened
 from trajstore.errors import ConfigurationError, OpenFilesError, TrajstoreError, choices
+from trajstore.reading.dataset import opened
 from trajstore.store import Store
 from trajstore.store import open as open_store
 

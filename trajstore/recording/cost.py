@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trajstore.engine import Engine, Work
+from trajstore.engine.orders import Leg, Order
 from trajstore.engine.plan import EngineChoice, Plan, ready, threads
 from trajstore.engine.walk import applications
 from trajstore.experiment.experiment import Experiment
-from trajstore.recording.schema import schema_of
-from trajstore.engine.orders import Leg, Order
-from trajstore.recording.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.problems import LiveProblem
+from trajstore.recording.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.recording.running import record_here
+from trajstore.recording.schema import schema_of
 from trajstore.storage.format.schema import Schema
 from trajstore.store import StoredExperiment
 

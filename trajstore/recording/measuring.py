@@ -9,12 +9,12 @@ from torch import Tensor
 
 from trajstore.engine import Iterate
 from trajstore.experiment.experiment import Experiment
-from trajstore.recording.schema import Flatten
-from trajstore.recording.leaving import Leaving
 from trajstore.operators.state import State
+from trajstore.recording.leaving import Leaving
+from trajstore.recording.schema import Flatten
 from trajstore.storage.format.schema import Schema
-from trajstore.storage.writing.segment import Observation
 from trajstore.storage.format.sketch import Sketch
+from trajstore.storage.writing.segment import Observation
 
 __all__ = ["Observer", "parameters_of"]
 

@@ -12,11 +12,11 @@ from trajstore.engine.plan import EngineChoice, Plan, choose
 from trajstore.engine.walk import applications
 from trajstore.errors import ConfigurationError, choices
 from trajstore.experiment.experiment import Experiment
-from trajstore.recording.schema import tensors_of
 from trajstore.operators import Operator
-from trajstore.recording.plans import remembered
-from trajstore.problems import LiveProblem
 from trajstore.operators.state import beginning
+from trajstore.problems import LiveProblem
+from trajstore.recording.plans import remembered
+from trajstore.recording.schema import tensors_of
 from trajstore.storage.format.schema import Schema
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from trajstore.recording import resume_state
+from trajstore._common.pytree import tree_map
 from trajstore.engine import Iterate
 from trajstore.engine.walk import Progress
-from trajstore._common.pytree import tree_map
 from trajstore.operators.state import State
+from trajstore.recording import resume_state
 
 __all__ = ["pack", "unpack"]
 

@@ -16,29 +16,29 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from trajstore.experiment.configuration import describe, differences, refuse_differences
-from trajstore.recording.workers import Job, Scheduler, connected, connected_to, fill
 from trajstore.engine import Engine, Iterate, Work
-from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.over import Over
 from trajstore.engine.plan import EngineChoice, Plan, followed, ready
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.walk import Slab, applications
 from trajstore.errors import ConfigurationError, ConflictError, RefusedWarning, SlowPlanWarning
+from trajstore.experiment.configuration import describe, differences, refuse_differences
 from trajstore.experiment.experiment import Experiment, of_today
-from trajstore.recording.here import fill_here, ledgers_of
-from trajstore.storage.fills import noted
-from trajstore.recording.schema import schema_of
-from trajstore.recording.planning import Device, Wishes, afford, plan_for, run_seeds
+from trajstore.experiment.trust import remember
 from trajstore.problems import LiveProblem
+from trajstore.recording.here import fill_here, ledgers_of
+from trajstore.recording.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.recording.provenance import provenance
+from trajstore.recording.schema import schema_of
+from trajstore.recording.workers import Job, Scheduler, connected, connected_to, fill
 from trajstore.replay.recipe import digest_of, refuse_other_data
-from trajstore.storage.writing.declaring import declare, grow
-from trajstore.storage.packing import lay_out, open_to_write
-from trajstore.storage.places.place import Durability
+from trajstore.storage.fills import noted
 from trajstore.storage.format.commits import Commits
 from trajstore.storage.format.schema import Schema
+from trajstore.storage.packing import lay_out, open_to_write
+from trajstore.storage.places.place import Durability
+from trajstore.storage.writing.declaring import declare, grow
 from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, refuse_new, standing
-from trajstore.experiment.trust import remember
 
 __all__ = ["accept", "record_here", "refuse_conflict", "run"]
 

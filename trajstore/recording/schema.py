@@ -9,11 +9,11 @@ import torch
 
 from trajstore.errors import ConfigurationError
 from trajstore.experiment.experiment import Experiment
-from trajstore.storage.format.metrics import MEASURES
 from trajstore.operators import ChecksBatches
-from trajstore.problems import LiveProblem, NamesOfModule
 from trajstore.operators.state import State, beginning
+from trajstore.problems import LiveProblem, NamesOfModule
 from trajstore.storage.format.layout import Entry, Layout, Role
+from trajstore.storage.format.metrics import MEASURES
 from trajstore.storage.format.schema import Schema, check_metric_names, segment_length
 
 __all__ = ["Flatten", "schema_of", "tensors_of"]

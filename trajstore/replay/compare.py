@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.plan import Plan, ready
+from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.walk import Slab, walk
 from trajstore.errors import ConfigurationError, ConflictError
-from trajstore.recording.schema import schema_of
 from trajstore.recording.measuring import Observer, parameters_of
 from trajstore.recording.planning import run_seeds
+from trajstore.recording.schema import schema_of
 from trajstore.replay.recipe import experiment_of, refuse_other_data, why_not
 from trajstore.storage.writing.segment import Observation
 from trajstore.storage.writing.slab_writer import Ledger

@@ -17,20 +17,20 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trajstore.experiment.configuration import completed, differences
 from trajstore.engine.proving import disproof
 from trajstore.engine.reference import gradient_of
 from trajstore.engine.ticks import functional_gradient
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, RefusedWarning
+from trajstore.experiment.configuration import completed, differences
 from trajstore.experiment.experiment import Experiment
-from trajstore.storage.format.metrics import maker_of
+from trajstore.experiment.trust import refuse_untrusted
 from trajstore.operators import Batch, Gradient, Pushes
-from trajstore.reading.origin import UNKNOWN_ORIGIN, attributes_of
-from trajstore.problems import Batches, KnowsItsData, LiveProblem, Predicts
 from trajstore.operators.state import Memory, State, Tensors, beginning
+from trajstore.problems import Batches, KnowsItsData, LiveProblem, Predicts
+from trajstore.reading.origin import UNKNOWN_ORIGIN, attributes_of
+from trajstore.storage.format.metrics import maker_of
 from trajstore.storage.format.schema import Schema
 from trajstore.store import StoredExperiment
-from trajstore.experiment.trust import refuse_untrusted
 
 __all__ = ["Recipe", "Source", "digest_of", "experiment_of", "refuse_other_data", "why_not"]
 

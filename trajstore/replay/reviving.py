@@ -17,8 +17,8 @@ import zarr
 from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError, NotFoundError, slab_named
-from trajstore.replay.recipe import Recipe
 from trajstore.operators.state import State
+from trajstore.replay.recipe import Recipe
 from trajstore.storage.states import States
 from trajstore.store import StoredExperiment
 

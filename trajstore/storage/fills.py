@@ -9,11 +9,11 @@ from typing import Any
 
 import zarr
 
-from trajstore.recording.provenance import now
-from trajstore.storage.writing.fills import add_fills, replace_fill
-from trajstore.storage.places.place import keeper_of
-from trajstore.store import StoredExperiment
 from trajstore.experiment.trust import remember
+from trajstore.recording.provenance import now
+from trajstore.storage.places.place import keeper_of
+from trajstore.storage.writing.fills import add_fills, replace_fill
+from trajstore.store import StoredExperiment
 
 __all__ = ["noted"]
 

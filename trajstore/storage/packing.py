@@ -21,6 +21,7 @@ import zarr
 from zarr.buffer.cpu import Buffer
 
 from trajstore.errors import DamageError, WriteError
+from trajstore.storage.format.schema import Schema
 from trajstore.storage.places.durable import DurableStore
 from trajstore.storage.places.packed import (
     ARCHIVE,
@@ -37,7 +38,6 @@ from trajstore.storage.places.place import DOCUMENT, PARTIAL, TAKEN_OUT
 from trajstore.storage.places.regular import below, contents, entries, inside
 from trajstore.storage.places.removing import delete, make_durable, take_away
 from trajstore.storage.writing.resume_slots import GROUP
-from trajstore.storage.format.schema import Schema
 
 __all__ = ["doubled", "is_packed", "lay_out", "open_to_write", "pack_files", "unreadable"]
 

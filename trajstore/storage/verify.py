@@ -26,6 +26,7 @@ from zarr.abc.buffer import Buffer as AnyBuffer
 from zarr.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
+from trajstore._common.system import refuse_too_many, system_told
 from trajstore.errors import (
     ConfigurationError,
     DamageError,
@@ -35,19 +36,18 @@ from trajstore.errors import (
     UnreachableError,
     choices,
 )
-from trajstore.storage.writing import fills
 from trajstore.storage.format.checking import checked, is_name
-from trajstore.storage.writing.declaring import ATTRIBUTE, declare, sound_attributes, stored_batches
-from trajstore.storage.writing.late_metrics import LateSeries, unnoted
+from trajstore.storage.format.schema import FORMAT, LATE_SPAN, Schema, late_records
 from trajstore.storage.packing import doubled, is_packed, lay_out, unreadable
 from trajstore.storage.places.place import DOCUMENT, PARTIAL, TAKEN_OUT, Place, Stray, keeper_of
-from trajstore.storage.writing.resume_slots import GROUP, ResumeSlots, create_slot
-from trajstore.storage.format.schema import FORMAT, LATE_SPAN, Schema, late_records
-from trajstore.storage.writing.segment import Corner, array_of
 from trajstore.storage.states import States
+from trajstore.storage.writing import fills
+from trajstore.storage.writing.declaring import ATTRIBUTE, declare, sound_attributes, stored_batches
+from trajstore.storage.writing.late_metrics import LateSeries, unnoted
+from trajstore.storage.writing.resume_slots import GROUP, ResumeSlots, create_slot
+from trajstore.storage.writing.segment import Corner, array_of
 from trajstore.storage.writing.slab_writer import Ledger, discard_slab
 from trajstore.store import Standing, Store, StoredExperiment, open_root, standing
-from trajstore._common.system import refuse_too_many, system_told
 
 __all__ = ["Finding", "verify"]
 

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trajstore.errors import ConfigurationError
-from trajstore.experiment.experiment import check_name
 from trajstore.exchange.importing.pattern import Pattern, told_apart
 from trajstore.exchange.importing.request import COMPONENTS, Import, looked_through, schema_of, stored_as
-from trajstore.exchange.importing.write import fill, not_noted
 from trajstore.exchange.importing.stored import Progress, ledgers_of, missing_steps, refuse_other_numbers, refuse_untied
+from trajstore.exchange.importing.write import fill, not_noted
+from trajstore.experiment.experiment import check_name
 from trajstore.storage.format.codecs import CODECS, Codec
-from trajstore.storage.writing.declaring import declare, grow
+from trajstore.storage.format.sketch import Sketch
 from trajstore.storage.packing import open_to_write
 from trajstore.storage.places.place import Durability
-from trajstore.storage.format.sketch import Sketch
+from trajstore.storage.writing.declaring import declare, grow
 from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, refuse_new
 
 __all__ = ["Import", "Precision", "carry_out", "import_checkpoints", "prepare"]

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from trajstore.exchange.importing.checkpoints import Structure, difference, read, shared, structure
-from trajstore.experiment.configuration import differences, refuse_differences
 from trajstore.errors import ConfigurationError, ConflictError
+from trajstore.exchange.importing.checkpoints import Structure, difference, read, shared, structure
 from trajstore.exchange.importing.pattern import Slab, Source
-from trajstore.storage.format.metrics import MEASURES
+from trajstore.experiment.configuration import differences, refuse_differences
 from trajstore.storage.format.layout import Entry, Layout, Role
+from trajstore.storage.format.metrics import MEASURES
 from trajstore.storage.format.schema import Schema, segment_length
 from trajstore.store import Store, StoredExperiment, standing
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajstore.exchange.importing.checkpoints import difference, read, same_numbers, structure
 from trajstore.errors import ConfigurationError, ConflictError, damage_told
+from trajstore.exchange.importing.checkpoints import difference, read, same_numbers, structure
 from trajstore.exchange.importing.pattern import Slab, Source
 from trajstore.exchange.importing.request import Import, structure_of
 from trajstore.storage.format.layout import Layout

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from trajstore.errors import ConfigurationError, ConflictError, WriteError
 from trajstore.exchange.importing.pattern import Slab
-from trajstore.storage.fills import noted
 from trajstore.exchange.importing.request import Import
 from trajstore.exchange.importing.stored import (
     Progress,
@@ -26,9 +25,10 @@ from trajstore.exchange.importing.stored import (
     refuse_other_numbers,
 )
 from trajstore.recording.provenance import provenance
+from trajstore.storage.fills import noted
+from trajstore.storage.format.sketch import Sketch
 from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation, Snapshot
-from trajstore.storage.format.sketch import Sketch
 from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
 from trajstore.store import StoredExperiment
 

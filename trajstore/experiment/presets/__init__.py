@@ -18,8 +18,8 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
 
-from trajstore.experiment.configuration import merge
 from trajstore.errors import ConfigurationError, choices
+from trajstore.experiment.configuration import merge
 
 __all__ = ["FULL", "Scale", "about", "family_of", "preset_names", "preset_table", "preset_text", "variants"]
 

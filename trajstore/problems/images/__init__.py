@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trajstore.problems.batches import generator
 from trajstore.errors import ConfigurationError
+from trajstore.problems.batches import generator
 
 __all__ = ["FAMILIES", "Images", "Loaded", "Part", "Selection", "root_of"]
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import duckdb
 
+from trajstore._common.system import is_full, system_told
 from trajstore.errors import FormatError, WriteError, damage_told, slab_named
 from trajstore.reading.sql.catalog import CATALOG, VERSION, Catalog, Key, SlabEntry, is_of_another
 from trajstore.reading.sql.files import copy, is_own, new_file, tidy
@@ -32,12 +33,11 @@ from trajstore.reading.sql.slabs import METRICS_COLUMNS, SlabRows, write_metrics
 from trajstore.reading.sql.tables import EXPERIMENTS_COLUMNS, RUNS_COLUMNS, experiment_row, run_rows, write_table
 from trajstore.reading.sql.text import identifier, read_parquet
 from trajstore.storage.format.codecs import chunk_bytes
+from trajstore.storage.format.schema import late_records
 from trajstore.storage.places.durable import user_cache
 from trajstore.storage.places.regular import inside
-from trajstore.storage.format.schema import late_records
 from trajstore.storage.writing.segment import array_of
 from trajstore.store import Store, StoredExperiment, unreadable_told
-from trajstore._common.system import is_full, system_told
 
 __all__ = ["Index", "places_of", "refresh", "refreshed"]
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import duckdb
 
 from trajstore._common.atomic import whole_file
+from trajstore._common.system import refuse_too_many
 from trajstore.errors import DamageError, QueryError, TrajstoreError
 from trajstore.reading.sql.catalog import is_damaged
 from trajstore.reading.sql.index import Index, refresh
@@ -26,7 +27,6 @@ from trajstore.reading.sql.reading import reading
 from trajstore.reading.sql.text import literal
 from trajstore.reading.sql.views import definitions
 from trajstore.store import Store
-from trajstore._common.system import refuse_too_many
 
 if TYPE_CHECKING:
     import pandas as pd

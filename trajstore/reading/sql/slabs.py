@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from trajstore.errors import damage_told, slab_named
 from trajstore.reading.sql.files import copy
 from trajstore.reading.sql.text import identifier
-from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.format.commits import Commits
+from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.segment import array_of
 from trajstore.store import StoredExperiment
 

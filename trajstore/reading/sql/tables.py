@@ -12,8 +12,8 @@ from typing import Any
 
 import duckdb
 
-from trajstore.reading.drawing import drawing_of
 from trajstore._common.printable import printable
+from trajstore.reading.drawing import drawing_of
 from trajstore.reading.sql.files import copy
 from trajstore.reading.sql.text import literal
 from trajstore.store import StoredExperiment

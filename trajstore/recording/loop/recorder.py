@@ -33,25 +33,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trajstore.recording import resume_state
-from trajstore.experiment.configuration import differences, refuse_differences
 from trajstore.errors import ConfigurationError, ConflictError, OrderError, ResumedWarning, damage_told, slab_named
+from trajstore.experiment.configuration import differences, refuse_differences
 from trajstore.experiment.experiment import check_name
-from trajstore.storage.fills import noted
-from trajstore.storage.format.metrics import MEASURES
 from trajstore.experiment.steps import Policy, policy_of
+from trajstore.recording import resume_state
+from trajstore.recording.loop.watched import Watched, random_state
 from trajstore.recording.provenance import provenance
+from trajstore.storage.fills import noted
 from trajstore.storage.format.checking import is_new_label
 from trajstore.storage.format.codecs import Codec
+from trajstore.storage.format.layout import Layout
+from trajstore.storage.format.metrics import MEASURES
+from trajstore.storage.format.schema import Schema, check_metric_names, segment_length
+from trajstore.storage.format.sketch import Sketch
+from trajstore.storage.packing import open_to_write
+from trajstore.storage.places.place import Durability, slab_folder, slab_lock
 from trajstore.storage.writing.declaring import declare, grow
 from trajstore.storage.writing.late_metrics import LateSeries
-from trajstore.storage.format.layout import Layout
-from trajstore.storage.packing import open_to_write
 from trajstore.storage.writing.pipeline import Pipeline
-from trajstore.storage.places.place import Durability, slab_folder, slab_lock
-from trajstore.storage.format.schema import Schema, check_metric_names, segment_length
 from trajstore.storage.writing.segment import Observation
-from trajstore.storage.format.sketch import Sketch
 from trajstore.storage.writing.slab_writer import COMMIT_SECONDS, COMMIT_STEPS, Ledger, SlabWriter
 from trajstore.store import (
     DECLARED,
@@ -65,7 +66,6 @@ from trajstore.store import (
     refuse_new,
     standing,
 )
-from trajstore.recording.loop.watched import Watched, random_state
 
 __all__ = ["Recorder", "record"]
 

@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager, ExitStack
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trajstore.recording.workers import worker
-from trajstore.recording.workers.job import Gathered, Job, Shape
-from trajstore.recording.workers.patience import Patience
-from trajstore.recording.workers.parts import bundles, parts_of
 from trajstore.engine.plan import Plan
 from trajstore.engine.walk import Slab, Stretch
 from trajstore.errors import WorkerError
 from trajstore.recording.timing import Spent
+from trajstore.recording.workers import worker
+from trajstore.recording.workers.job import Gathered, Job, Shape
+from trajstore.recording.workers.parts import bundles, parts_of
+from trajstore.recording.workers.patience import Patience
 from trajstore.storage.places.place import place_of, slab_lock
 from trajstore.storage.writing.segment import Observation, Written
 from trajstore.storage.writing.slab_writer import Ledger

@@ -15,9 +15,9 @@ from trajstore.engine.walk import Slab
 from trajstore.errors import slab_named
 from trajstore.experiment.experiment import Experiment
 from trajstore.recording.timing import Spent
-from trajstore.storage.places.place import Durability, keeper_of, place_of
 from trajstore.storage.format.commits import Commits
 from trajstore.storage.format.schema import Schema
+from trajstore.storage.places.place import Durability, keeper_of, place_of
 from trajstore.storage.writing.segment import Observation, Segment, Written, array_of
 from trajstore.storage.writing.slab_writer import guarded
 

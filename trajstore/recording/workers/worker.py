@@ -11,16 +11,16 @@ from functools import cached_property
 
 import torch
 
-from trajstore.recording.workers.job import Brought, Gathered, Job, Shape
 from trajstore.engine import Iterate
-from trajstore.recording.workers.parts import Part, work_to
 from trajstore.engine.plan import followed, ready
 from trajstore.engine.refining import Refining
 from trajstore.engine.walk import Slab, Stretch, stretches_of
+from trajstore.operators.state import State
 from trajstore.recording.measuring import Observer, parameters_of
 from trajstore.recording.planning import run_seeds
 from trajstore.recording.timing import Clock
-from trajstore.operators.state import State
+from trajstore.recording.workers.job import Brought, Gathered, Job, Shape
+from trajstore.recording.workers.parts import Part, work_to
 from trajstore.storage.places.place import keeper_of
 from trajstore.storage.writing.segment import Observation
 

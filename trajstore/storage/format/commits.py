@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from trajstore.errors import DamageError, FormatError, TrajstoreError, slab_named
 from trajstore.storage.format.checking import refuse_beyond_memory
-from trajstore.storage.places.expected import Vouched, remedy
-from trajstore.storage.writing.fills import stored_fills
-from trajstore.storage.places.place import Keeper
 from trajstore.storage.format.schema import COMMIT_FIELDS, Schema
+from trajstore.storage.places.expected import Vouched, remedy
+from trajstore.storage.places.place import Keeper
+from trajstore.storage.writing.fills import stored_fills
 from trajstore.storage.writing.segment import Corner, array_of
 
 __all__ = ["Commits", "blocks", "refuse_to_hold"]

@@ -13,11 +13,11 @@ import zarr
 from numpy.typing import NDArray
 
 from trajstore.errors import ConfigurationError, FormatError
-from trajstore.storage.format.metrics import MadeBy, about, maker_of, start_of
 from trajstore.storage.format.checking import MOST_METRICS, checked_schema, is_metric
 from trajstore.storage.format.codecs import Codec, refuse_large_chunks
 from trajstore.storage.format.digest import SegmentDigest
 from trajstore.storage.format.layout import Layout
+from trajstore.storage.format.metrics import MadeBy, about, maker_of, start_of
 
 __all__ = [
     "APART",

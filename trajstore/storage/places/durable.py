@@ -25,6 +25,7 @@ from zarr.abc.store import ByteRequest
 from zarr.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
+from trajstore._common.system import allow_more_files, is_file, opening, refuse_too_many, way_clear
 from trajstore.errors import BusyError, ConfigurationError, WriteError
 from trajstore.storage.format.codecs import refuse_bomb
 from trajstore.storage.places.elsewhere import refuse_second_writer, refuse_unseen
@@ -44,7 +45,6 @@ from trajstore.storage.places.place import (
 )
 from trajstore.storage.places.regular import DOCUMENT_BYTES, contents, inside, refuse_large
 from trajstore.storage.places.removing import delete, make_durable, take_away
-from trajstore._common.system import allow_more_files, is_file, opening, refuse_too_many, way_clear
 
 __all__ = ["DurableStore", "user_cache"]
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from trajstore.errors import DamageError, slab_named
 from trajstore.storage.format.codecs import refuse_bomb
-from trajstore.storage.places.identity import Identity, refuse_another
 from trajstore.storage.format.schema import Schema
+from trajstore.storage.places.identity import Identity, refuse_another
 
 if TYPE_CHECKING:
     from trajstore.storage.places.place import Place

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from trajstore._common.system import is_file, way_clear
 from trajstore.errors import ConfigurationError
-from trajstore.storage.places.holders import held_here, holding
 from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.places.holders import held_here, holding
 from trajstore.storage.places.locks import lock
 from trajstore.storage.places.packed import as_files, find, listed
 from trajstore.storage.places.place import DECLARING, DOCUMENT, PARTIAL, Durability, Stray, aside
 from trajstore.storage.places.regular import below, contents, entries, inside
 from trajstore.storage.places.removing import delete, leftovers
-from trajstore._common.system import is_file, way_clear
 
 __all__ = ["Folder"]
 

@@ -11,13 +11,13 @@ from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
 
 from trajstore.errors import UnreachableError
-from trajstore.storage.places import requests
 from trajstore.storage.format.codecs import refuse_bomb
+from trajstore.storage.places import requests
 from trajstore.storage.places.elsewhere import refuse_only_here, refuse_second_writer
 from trajstore.storage.places.expected import Expected
 from trajstore.storage.places.leases import Lease
-from trajstore.storage.places.requests import elsewhere
 from trajstore.storage.places.place import DECLARING, ReplacedError, array_path, below, check_writable
+from trajstore.storage.places.requests import elsewhere
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion

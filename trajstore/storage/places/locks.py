@@ -17,8 +17,8 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trajstore.errors import BusyError, WriteError
 from trajstore._common.system import is_full, opening, way_clear
+from trajstore.errors import BusyError, WriteError
 
 __all__ = ["descriptor_of", "lock"]
 

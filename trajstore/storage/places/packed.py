@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 
+from trajstore._common.system import is_file, opening
 from trajstore.errors import DamageError
 from trajstore.storage.places.place import DOCUMENT
 from trajstore.storage.places.regular import contents, inside, refuse_more
 from trajstore.storage.writing.resume_slots import GROUP
-from trajstore._common.system import is_file, opening
 
 __all__ = [
     "ARCHIVE",

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from trajstore._common.system import opening
 from trajstore.errors import DamageError, FormatError
 from trajstore.storage.places.place import DOCUMENT
-from trajstore._common.system import opening
 
 __all__ = ["DOCUMENT_BYTES", "below", "contents", "entries", "inside", "refuse_large", "refuse_more"]
 

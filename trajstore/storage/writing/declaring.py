@@ -21,9 +21,9 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from trajstore.errors import damage_told
 from trajstore.storage.format.codecs import chunk_codecs
 from trajstore.storage.format.digest import config_digest
+from trajstore.storage.format.schema import FORMAT, ArraySpec, Schema
 from trajstore.storage.places.place import Keeper
 from trajstore.storage.writing.resume_slots import GROUP
-from trajstore.storage.format.schema import FORMAT, ArraySpec, Schema
 from trajstore.storage.writing.segment import array_of
 
 __all__ = ["ATTRIBUTE", "batch_digest", "declare", "grow", "set_attributes", "sound_attributes", "stored_batches"]

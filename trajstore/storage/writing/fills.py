@@ -17,10 +17,10 @@ from zarr.buffer.cpu import Buffer
 
 from trajstore.errors import DamageError, TrajstoreError
 from trajstore.storage.format.checking import checked_fills
-from trajstore.storage.writing.declaring import ATTRIBUTE, set_attributes, sound_attributes
 from trajstore.storage.format.digest import config_digest
-from trajstore.storage.places.place import DOCUMENT, keeper_of
 from trajstore.storage.format.schema import APART, FORMAT
+from trajstore.storage.places.place import DOCUMENT, keeper_of
+from trajstore.storage.writing.declaring import ATTRIBUTE, set_attributes, sound_attributes
 
 __all__ = [
     "FOLDER",

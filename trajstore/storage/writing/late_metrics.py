@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from trajstore.errors import ConflictError, DamageError, TrajstoreError, slab_named
 from trajstore.storage.format.codecs import write_block
-from trajstore.storage.places.place import DECLARING, Keeper, keeper_of
 from trajstore.storage.format.schema import LATE_SPAN, LATE_WORDS, Schema, late_records
+from trajstore.storage.places.place import DECLARING, Keeper, keeper_of
 from trajstore.storage.writing.segment import Corner, array_of
 
 __all__ = ["LateSeries", "unnoted"]

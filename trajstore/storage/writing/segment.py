@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from trajstore.errors import ConfigurationError, IrreproducibleError, damage_told
 from trajstore.storage.format.codecs import chunk_bytes, refuse_strange, write_block
 from trajstore.storage.format.digest import SegmentDigest
-from trajstore.storage.places.place import Keeper
 from trajstore.storage.format.schema import ArraySpec, Schema
+from trajstore.storage.places.place import Keeper
 
 __all__ = ["Corner", "Cut", "Observation", "Row", "Segment", "Snapshot", "Spare", "Written", "array_of"]
 

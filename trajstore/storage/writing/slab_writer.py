@@ -22,17 +22,17 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from trajstore._common.system import system_told
 from trajstore.errors import ConfigurationError, ConflictError, DamageError, TrajstoreError, WriteError, slab_named
 from trajstore.storage.format.codecs import write_block
+from trajstore.storage.format.commits import Commits
+from trajstore.storage.format.schema import Schema, late_records
+from trajstore.storage.places.place import ReplacedError, keeper_of, slab_folder, slab_lock
+from trajstore.storage.states import States
 from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.pipeline import Pipeline
-from trajstore.storage.places.place import ReplacedError, keeper_of, slab_folder, slab_lock
-from trajstore.storage.format.commits import Commits
 from trajstore.storage.writing.resume_slots import ResumeSlots
-from trajstore.storage.format.schema import Schema, late_records
 from trajstore.storage.writing.segment import Corner, Cut, Observation, Segment, Spare, Written, array_of
-from trajstore.storage.states import States
-from trajstore._common.system import system_told
 
 __all__ = ["Ledger", "SlabWriter", "arrays_written", "discard_slab", "guarded"]
 
