@@ -136,9 +136,9 @@ def _many_experiments(folder: Path, number: int) -> None:
     """Record one experiment, and put copies beside it that say that they are others."""
     import zarr
 
+    from trajstore.reading.handles import open_root
     from trajstore.storage.format.digest import config_digest
     from trajstore.storage.writing.declaring import ATTRIBUTE, set_attributes
-    from trajstore.store import open_root
 
     _record(str(folder), 0, "e0")
     for copy in range(1, number):

@@ -29,11 +29,11 @@ import zarr
 
 import trajstore as ts
 from trajstore.experiment.experiment import Experiment
+from trajstore.reading.handles import open_root
 from trajstore.reading.sql.index import refresh
 from trajstore.storage.format.schema import Schema
 from trajstore.storage.writing.declaring import declare
 from trajstore.storage.writing.segment import array_of
-from trajstore.store import open_root
 
 SEGMENTS = 10
 NAME = "big"

@@ -55,6 +55,7 @@ from trajstore.engine import Iterate
 from trajstore.experiment.experiment import Experiment
 from trajstore.operators.state import State
 from trajstore.problems.regression import Regression
+from trajstore.reading.handles import open_root
 from trajstore.recording.measuring import Observer, parameters_of
 from trajstore.storage.format.codecs import CODECS, Codec, chunk_codecs, write_block
 from trajstore.storage.format.schema import Schema
@@ -64,7 +65,6 @@ from trajstore.storage.writing.declaring import declare
 from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation, Segment, Spare, _transposed, array_of
 from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
-from trajstore.store import open_root
 
 CHUNK = 65_536
 SEGMENT = 64

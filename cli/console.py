@@ -16,8 +16,8 @@ from typing import Any
 from trajstore.cli.interrupting import stop_if_asked
 from trajstore.cli.writing import as_written, holds
 
-from trajstore._common.printable import printable
 from trajstore._common.units import human_bytes
+from trajstore.errors import printable
 
 __all__ = [
     "counted",

@@ -13,6 +13,7 @@ from trajstore._common.units import human_size
 from trajstore.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from trajstore.reading.handles import ExperimentHandle
     from trajstore.storage.format.commits import Commits
     from trajstore.store import StoredExperiment
 
@@ -44,7 +45,7 @@ def ls(store: StorePath, json: JSON = False) -> None:
     refuse_damaged(damaged)
 
 
-def _row(experiment: StoredExperiment) -> dict[str, Any]:
+def _row(experiment: ExperimentHandle) -> dict[str, Any]:
     """Return what `ls` tells of an experiment."""
     schema, progress = experiment.schema, experiment.progress()
     return {

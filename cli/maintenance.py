@@ -36,7 +36,7 @@ def verify(
     from dataclasses import asdict
 
     import trajstore as ts
-    from trajstore.storage.verify import verify as found_in
+    from trajstore.reading.verify import verify as found_in
 
     opened = ts.Store(store, trust=trust)
     findings = list(found_in(opened, exp, repair=repair))

@@ -14,9 +14,11 @@ Names are imported when they are first used, so that `import trajstore` loads ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trajstore._common.lazily import lazily
+from trajstore._common.offers import offer
 
 if TYPE_CHECKING:
     from trajstore.engine.orders import Order
@@ -72,6 +74,15 @@ _HOME = {
 
 
 __getattr__ = lazily(__name__, _HOME)
+
+
+def _merge() -> Callable[..., object]:
+    from trajstore.exchange.merge import merge
+
+    return merge
+
+
+offer("merge", _merge)
 
 
 def __dir__() -> list[str]:

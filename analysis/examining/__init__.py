@@ -15,7 +15,8 @@ from trajstore.analysis.examining import curves, laws, maps, operators
 from trajstore.analysis.examining.finding import OPEN, Finding
 
 from trajstore.errors import ConfigurationError, ConflictError, NotFoundError, StatisticError, choices
-from trajstore.store import Store, StoredExperiment, unreadable_told
+from trajstore.reading.handles import unreadable_told
+from trajstore.store import Store, StoredExperiment
 
 if TYPE_CHECKING:
     import pandas as pd

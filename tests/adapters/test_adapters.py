@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import trajstore as ts
 from trajstore.adapters._names import Names
 from trajstore.errors import ConfigurationError, ConflictError
+from trajstore.reading.verify import verify
 from trajstore.storage.format.metrics import MEASURES
-from trajstore.storage.verify import verify
 
 # What other libraries warn of when they use each other, or find in a tiny training.
 pytestmark = [

@@ -10,7 +10,7 @@ from trajstore.analysis.afterwards import compute
 import trajstore as ts
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
 from trajstore.problems.least_squares import LeastSquares
-from trajstore.storage.verify import verify
+from trajstore.reading.verify import verify
 
 TABLE = {
     "name": "lsq",

@@ -19,8 +19,8 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore import analysis
 from trajstore.errors import ConfigurationError, UnreachableError
+from trajstore.reading.handles import open_root
 from trajstore.storage.places.place import place_of
-from trajstore.store import open_root
 
 
 @pytest.fixture(scope="module")

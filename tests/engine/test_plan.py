@@ -22,6 +22,7 @@ from trajstore.operators.sgd import SGD
 from trajstore.problems import ModuleProblem
 from trajstore.problems.quadratic import Quadratic
 from trajstore.problems.regression import Regression
+from trajstore.reading.handles import open_root
 from trajstore.recording.planning import Wishes, afford
 from trajstore.recording.schema import schema_of
 from trajstore.storage.writing.segment import array_of
@@ -256,7 +257,7 @@ def test_lanes_ask_for_a_wavefront_and_hold_for_the_rest_of_a_recording(tmp_path
     experiment = ts.Experiment.of({**QUADRATIC, "steps": 10})
     stored = ts.run(experiment, tmp_path / "s.zarr", lanes=4)
     assert stored.attributes["fills"][0]["plan"]["lanes"] == 4
-    array_of(ts.store.open_root(tmp_path / "s.zarr")["q"], "committed")[1, 0] = -1
+    array_of(open_root(tmp_path / "s.zarr")["q"], "committed")[1, 0] = -1
     again = ts.run(experiment, tmp_path / "s.zarr", lanes=8, resume=True)
     assert [fill["plan"]["lanes"] for fill in again.attributes["fills"]] == [4, 8]
     assert again.attributes["fills"][1]["plan"]["engine"] == "wavefront"
@@ -274,7 +275,7 @@ def test_a_plan_that_was_slowed_is_chosen_again_when_what_was_missing_is_there(t
 def test_a_compiled_recording_goes_on_where_nothing_compiles_and_says_so(tmp_path, monkeypatch):
     experiment = ts.Experiment.of({**QUADRATIC, "steps": 10})
     ts.run(experiment, tmp_path / "s.zarr", lanes=2)
-    group = ts.store.open_root(tmp_path / "s.zarr")["q"]
+    group = open_root(tmp_path / "s.zarr")["q"]
     array_of(group, "committed")[1, 0] = -1
     attributes = dict(group.attrs["trajstore"])
     attributes["fills"][0]["plan"] |= {"compiled": True, "of a later version": 1}

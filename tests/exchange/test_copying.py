@@ -22,12 +22,12 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import BusyError, DamageError
 from trajstore.exchange import copying
+from trajstore.reading.handles import open_root
+from trajstore.reading.verify import verify
 from trajstore.storage.places.bucket import Bucket
 from trajstore.storage.places.folder import Folder
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.resume_slots import ResumeSlots
 from trajstore.storage.writing.slab_writer import Ledger
-from trajstore.store import open_root
 
 COMMIT = 3
 """Steps between commits; a segment is begun and committed several times before it is full."""

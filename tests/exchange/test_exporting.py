@@ -22,6 +22,7 @@ from tests.conftest import SMALL_NET
 from trajstore.errors import NotFoundError, WriteError
 from trajstore.exchange.export import export_metrics, export_state
 from trajstore.exchange.export_arrays import export_arrays
+from trajstore.reading.handles import open_root
 from trajstore.storage.writing.segment import array_of
 
 ORDERS = ["forward", "backward", "backward+backward@4", "backward/3?train_loss"]
@@ -334,7 +335,7 @@ def test_of_a_half_recorded_experiment_only_what_is_committed_is_exported(half, 
 def test_what_lies_beyond_the_commit_record_is_not_exported(record, tmp_path, monkeypatch):
     monkeypatch.setattr("trajstore.recording.schema.segment_length", lambda layout: 4)
     experiment = record(record={"snapshot_every": 2})
-    committed = array_of(ts.store.open_root(tmp_path / "runs.zarr")["net"], "committed")
+    committed = array_of(open_root(tmp_path / "runs.zarr")["net"], "committed")
     records = committed[0, 1]
     records[0, :2] = [5, 3]  # snapshots 0, 2, 4 of 0, 2, 4, 6; steps 0 to 4 of 0 to 7
     records[1] = -1

@@ -25,7 +25,7 @@ from trajstore.errors import ConfigurationError, ConflictError, DamageError, Not
 from trajstore.exchange.export import export_metrics, export_state
 from trajstore.exchange.importing import import_checkpoints
 from trajstore.exchange.importing.pattern import Pattern
-from trajstore.storage.verify import verify
+from trajstore.reading.verify import verify
 
 PATTERN = "seed{seed}/step{step}.*"
 QUICK = {"durability": "none"}
@@ -254,7 +254,7 @@ def test_an_import_that_stopped_before_its_fill_ended_is_ended_by_another(tmp_pa
         raise time
 
     with monkeypatch.context() as patch:
-        patch.setattr("trajstore.storage.fills.now", now)
+        patch.setattr("trajstore.recording.fills.now", now)
         with pytest.raises(KeyboardInterrupt):
             import_checkpoints(tmp_path / "s.zarr", "mine", files[:2], PATTERN, **QUICK)
     stopped = ts.open(tmp_path / "s.zarr")["mine"]

@@ -15,8 +15,8 @@ from tests.conftest import SMALL_NET
 from tests.recording.test_resume import contents, stop_after
 from trajstore.errors import BusyError, ConflictError, FormatError, NotFoundError, TrajstoreError
 from trajstore.exchange.merge import merge, remove
+from trajstore.reading.verify import verify
 from trajstore.storage.places.folder import Folder
-from trajstore.storage.verify import verify
 
 HOW = {"engine": "reference", "durability": "none"}
 

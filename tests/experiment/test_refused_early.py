@@ -16,7 +16,7 @@ import trajstore as ts
 from trajstore._common import atomic
 from trajstore._common.atomic import whole_folder
 from trajstore.errors import ConfigurationError
-from trajstore.storage.verify import verify
+from trajstore.reading.verify import verify
 
 QUADRATIC = {"steps": 3, "seeds": [0], "orders": ["forward"]}
 

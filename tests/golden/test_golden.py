@@ -11,9 +11,9 @@ import torch
 
 import trajstore as ts
 from tests.golden.make import HERE, TINY, Tied, summary
+from trajstore.reading.verify import verify
 from trajstore.replay.compare import replay
 from trajstore.storage.format.schema import APART
-from trajstore.storage.verify import verify
 
 
 @pytest.fixture(params=range(1, APART + 1))

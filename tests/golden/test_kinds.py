@@ -16,8 +16,8 @@ from tests.tools.buckets import serving, settings
 from trajstore.errors import ConflictError, ResumedWarning
 from trajstore.exchange.importing import import_checkpoints
 from trajstore.exchange.merge import merge
+from trajstore.reading.verify import verify
 from trajstore.replay.compare import replay
-from trajstore.storage.verify import verify
 
 BITS = 1e-4
 """How far another machine's arithmetic may be off."""

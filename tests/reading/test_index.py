@@ -20,7 +20,7 @@ from trajstore.errors import DamageError, QueryError, WriteError
 from trajstore.reading.sql import answer, query, write_answer
 from trajstore.reading.sql.catalog import Catalog
 from trajstore.reading.sql.index import places_of
-from trajstore.storage.verify import verify
+from trajstore.reading.verify import verify
 
 ALL = "SELECT * FROM metrics, runs, experiments, segments ORDER BY ALL"
 TINY = {**SMALL_NET, "steps": 3, "seeds": [0], "orders": ["forward"]}

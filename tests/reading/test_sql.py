@@ -20,6 +20,7 @@ from trajstore.cli.demo import VERDICT
 import trajstore as ts
 from trajstore import analysis
 from trajstore.errors import ConflictError, QueryError, StatisticError
+from trajstore.reading.handles import open_root
 from trajstore.reading.sql import definitions_file, rows_of, write_answer
 from trajstore.reading.sql.catalog import Catalog
 from trajstore.reading.sql.index import refresh
@@ -341,7 +342,7 @@ def test_a_store_that_cannot_be_written_is_indexed_in_the_users_cache(record, tm
 
 
 def test_an_empty_store_has_its_tables(tmp_path):
-    ts.store.open_root(tmp_path / "s.zarr")
+    open_root(tmp_path / "s.zarr")
     store = ts.open(tmp_path / "s.zarr")
     for table in ("experiments", "runs", "metrics", "segments"):
         assert store.sql(f"SELECT * FROM {table}").fetchall() == []

@@ -16,7 +16,7 @@ import trajstore as ts
 from tests.tools.hostile import rewrite
 from tests.tools.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, ConflictError, NotFoundError, ResumedWarning
-from trajstore.storage.verify import verify
+from trajstore.reading.verify import verify
 
 X = torch.linspace(-1, 1, 32)[:, None]
 QUICK = {"durability": "none"}

@@ -21,6 +21,7 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import BusyError, ConfigurationError, ConflictError, DamageError, FormatError, NotFoundError
 from trajstore.problems.regression import Regression
+from trajstore.reading.handles import open_root
 from trajstore.storage.format.sketch import Sketch
 from trajstore.storage.writing.segment import array_of
 from trajstore.storage.writing.slab_writer import SlabWriter
@@ -227,7 +228,7 @@ def test_resume_skips_what_is_complete_and_does_the_rest_again(record, tmp_path,
     store = tmp_path / "runs.zarr"
     whole = contents(store)
     committed = ts.open(store)["net"].group
-    root = ts.store.open_root(store)["net"]
+    root = open_root(store)["net"]
     array_of(root, "committed")[1, 1] = -1  # as if the last slab had never been committed
     assert [s.complete for s in ts.open(store)["net"].slabs()] == [True, True, True, False]
     filled: list[tuple[int, int]] = []
@@ -271,7 +272,7 @@ def test_an_interrupted_recording_keeps_what_was_complete(record, tmp_path):
 
 def test_a_slab_that_another_process_writes_is_left_alone(record, tmp_path):
     stored = record()
-    array_of(ts.store.open_root(tmp_path / "runs.zarr")["net"], "committed")[0, 0] = -1
+    array_of(open_root(tmp_path / "runs.zarr")["net"], "committed")[0, 0] = -1
     with stored.locked("forward", 0), pytest.raises(BusyError, match="order 'forward', seed 0"):
         record(resume=True)
 
@@ -408,7 +409,7 @@ def test_resuming_with_another_problem_in_the_same_words_is_refused(tmp_path):
 
 def test_what_others_keep_in_the_store_is_left_alone(record, tmp_path):
     record()
-    root = ts.store.open_root(tmp_path / "runs.zarr")
+    root = open_root(tmp_path / "runs.zarr")
     root.create_group("mine").create_array("data", data=np.arange(3))
     with pytest.raises(ConflictError, match="exists but is not an experiment"):
         record(name="mine")

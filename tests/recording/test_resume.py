@@ -10,6 +10,7 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET, stop_after
 from trajstore.errors import ConflictError
+from trajstore.reading.handles import open_root
 from trajstore.storage.places.place import TAKEN_OUT
 from trajstore.storage.writing import slab_writer
 from trajstore.storage.writing.segment import array_of
@@ -96,7 +97,7 @@ def test_holes_are_filled_and_the_rest_is_left_alone(tmp_path, monkeypatch):
     experiment = ts.Experiment.of({**SMALL_NET, "steps": 30, "orders": ["forward", "backward", "backward/8"]})
     ts.run(experiment, tmp_path / "s.zarr", **PLAIN)
     whole = contents(tmp_path / "s.zarr")
-    committed = array_of(ts.store.open_root(tmp_path / "s.zarr")["net"], "committed")
+    committed = array_of(open_root(tmp_path / "s.zarr")["net"], "committed")
     for order, seed, segment in [(0, 0, 2), (1, 0, 0), (1, 1, 5), (2, 1, 3), (2, 1, 7)]:
         committed[order, seed, segment] = -1
     appended: list[int] = []

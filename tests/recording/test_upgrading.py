@@ -10,6 +10,7 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import ConflictError
 from trajstore.exchange.merge import merge
+from trajstore.reading.handles import open_root
 from trajstore.replay.compare import replay
 from trajstore.storage.writing.declaring import ATTRIBUTE, set_attributes
 
@@ -22,7 +23,7 @@ LATER = (("problem", "init"), ("problem", "images", "channels"), ("operator", "m
 def older(place: Path, table=TABLE, without=LATER) -> ts.StoredExperiment:
     """Record an experiment, and take some fields out of what is stored of its configuration."""
     ts.run(ts.Experiment.of(table), place, engine="reference", durability="none")
-    group = ts.store.open_root(place)["net"]
+    group = open_root(place)["net"]
     attributes = group.attrs[ATTRIBUTE]
     for *path, field in without:
         at = attributes["config"]

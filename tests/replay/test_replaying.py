@@ -11,6 +11,7 @@ import trajstore as ts
 from tests.conftest import SMALL_NET
 from tests.recording.test_resume import stop_after
 from trajstore.errors import ConfigurationError
+from trajstore.reading.handles import open_root
 from trajstore.replay.compare import replay
 from trajstore.storage.writing.segment import array_of
 from trajstore.storage.writing.slab_writer import Ledger
@@ -34,7 +35,7 @@ def test_a_recording_comes_out_again(tmp_path, how):
 def test_what_differs_is_told_with_its_step_and_size(tmp_path):
     """A store whose records and data agree with each other, but not with its configuration."""
     ts.run(ts.Experiment.of({**SMALL_NET, "seeds": [0]}), tmp_path / "s.zarr", engine="reference", durability="none")
-    group = ts.store.open_root(tmp_path / "s.zarr")["net"]
+    group = open_root(tmp_path / "s.zarr")["net"]
     array_of(group, "params")[1, 0, :3, 5] *= np.float32(1 + 1e-6)
     ledger = Ledger(group, ts.open(tmp_path / "s.zarr")["net"].schema, 1, 0)
     record = ledger.records.copy()

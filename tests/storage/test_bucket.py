@@ -29,19 +29,20 @@ from tests.tools.hostile import config_of
 from tests.tools.torture import Report
 from tests.tools.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, TrajstoreError, UnreachableError
+from trajstore.reading.handles import open_root
+from trajstore.reading.verify import verify
 from trajstore.storage.format.layout import Entry, Layout
 from trajstore.storage.format.schema import Schema
 from trajstore.storage.places import bucket as bucket_module
 from trajstore.storage.places import requests
 from trajstore.storage.places.bucket import Bucket
 from trajstore.storage.places.place import DECLARING, Place, place_of, slab_lock
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.declaring import declare
 from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation
 from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
-from trajstore.store import Store, open_root
+from trajstore.store import Store
 
 LAYOUT = Layout.of([Entry("w", "parameter", (3,), "float32")], {})
 SCHEMA = Schema(

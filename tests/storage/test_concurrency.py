@@ -30,9 +30,9 @@ from tests.tools.torture import (
 )
 from tests.tools.waiting import HANGS, until
 from trajstore.errors import BusyError, NotFoundError
-from trajstore.storage.verify import verify
+from trajstore.reading.handles import check_place
+from trajstore.reading.verify import verify
 from trajstore.storage.writing.slab_writer import Ledger
-from trajstore.store import check_place
 
 SEEDS = [5, 0, 7, 2, 1, 6, 3, 4]
 EXTENDING = {**REFERENCE, "extend": True}

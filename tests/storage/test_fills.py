@@ -19,15 +19,16 @@ import trajstore as ts
 from tests.tools.hostile import attributes_of
 from trajstore.errors import DamageError, FormatError
 from trajstore.exchange.merge import merge
-from trajstore.storage.fills import noted
+from trajstore.reading.handles import open_root
+from trajstore.reading.verify import verify
+from trajstore.recording.fills import noted
 from trajstore.storage.format.checking import is_metric
 from trajstore.storage.format.digest import config_digest
 from trajstore.storage.format.schema import check_format
 from trajstore.storage.places import requests
 from trajstore.storage.places.durable import DurableStore
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.fills import FOLDER
-from trajstore.store import StoredExperiment, open_root
+from trajstore.store import StoredExperiment
 
 WHERE = {"versions": {"torch": "2.9.0"}, "device": "cpu", "threads": 1}
 IN_A_DOCUMENT = 32

@@ -20,10 +20,11 @@ from tests.conftest import SMALL_NET, Record
 from trajstore.errors import OutdatedError
 from trajstore.exchange.merge import merge, remove
 from trajstore.reading import origin
+from trajstore.reading.handles import open_root
+from trajstore.reading.verify import verify
 from trajstore.storage.places import expected, identity, requests
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.declaring import set_attributes
-from trajstore.store import Store, open_root
+from trajstore.store import Store
 
 NET = {**SMALL_NET, "orders": ["forward"], "seeds": [0], "steps": 6}
 OTHER = {"operator": {"family": "sgd", "lr": 0.1}}

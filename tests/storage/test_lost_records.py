@@ -16,10 +16,10 @@ from tests.storage.test_missing_files import HOW, TINY
 from trajstore import analysis
 from trajstore.errors import DamageError
 from trajstore.exchange.merge import merge
+from trajstore.reading.handles import open_root
+from trajstore.reading.verify import verify
 from trajstore.storage.format.codecs import write_block
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.late_metrics import LateSeries
-from trajstore.store import open_root
 
 NOTE = "slabs_begun"
 

@@ -16,15 +16,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.tools.hostile import config_of
 from trajstore.errors import BusyError, ConflictError
+from trajstore.reading.handles import open_root
+from trajstore.reading.verify import verify
 from trajstore.storage.format.commits import Commits
 from trajstore.storage.format.layout import Entry, Layout
 from trajstore.storage.format.schema import Schema
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.declaring import declare, grow
 from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation, array_of
 from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
-from trajstore.store import Store, open_root
+from trajstore.store import Store
 
 LAYOUT = Layout.of([Entry("w", "parameter", (3,), "float32"), Entry("position", "position", (), "int64")], {})
 EVERY = 3

@@ -23,7 +23,7 @@ from trajstore.errors import DamageError, FormatError, ResumedWarning, Trajstore
 from trajstore.exchange.export import export_metrics
 from trajstore.exchange.export_arrays import export_arrays
 from trajstore.exchange.merge import merge
-from trajstore.storage.verify import verify
+from trajstore.reading.verify import verify
 
 TINY = {
     **SMALL_NET, "problem": {"family": "regression", "width": 3, "depth": 1, "points": 5}, "steps": 9, "seeds": [0],

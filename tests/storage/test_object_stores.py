@@ -27,9 +27,9 @@ from tests.tools.torture import start
 from tests.tools.waiting import HANGS
 from trajstore.errors import BusyError, ConfigurationError, NotFoundError, ResumedWarning, UnreachableError
 from trajstore.exchange.merge import merge, remove
+from trajstore.reading.verify import verify
 from trajstore.storage.places.bucket import Bucket
 from trajstore.storage.places.place import TAKEN_OUT, slab_lock
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.slab_writer import Ledger
 
 HOW = {"engine": "reference"}

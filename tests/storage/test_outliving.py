@@ -21,12 +21,12 @@ from tests.tools.waiting import HANGS
 from trajstore.engine.orders import Order
 from trajstore.engine.walk import Slab
 from trajstore.errors import BusyError, IrreproducibleError
+from trajstore.reading.verify import verify
 from trajstore.recording.workers.job import Shape
 from trajstore.storage.format.commits import Commits
 from trajstore.storage.places import holders, locks
 from trajstore.storage.places.durable import DurableStore
 from trajstore.storage.places.place import Place, keeper_of, place_of, slab_folder
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation

@@ -24,13 +24,13 @@ from trajstore import analysis
 from trajstore.errors import BusyError, ConfigurationError, DamageError, TrajstoreError
 from trajstore.exchange.merge import merge, remove
 from trajstore.exchange.pack import pack, unpack
+from trajstore.reading.handles import open_root
+from trajstore.reading.verify import verify
 from trajstore.storage import packing
 from trajstore.storage.places import packed, removing
 from trajstore.storage.places.durable import DurableStore
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.resume_slots import ResumeSlots
 from trajstore.storage.writing.slab_writer import guarded
-from trajstore.store import open_root
 
 TINY: dict[str, Any] = {**test_missing_files.TINY, "seeds": [0, 3]}
 HOW: dict[str, Any] = test_missing_files.HOW

@@ -12,7 +12,7 @@ import pytest
 import trajstore as ts
 from tests.conftest import SMALL_NET
 from trajstore.errors import ConfigurationError, WriteError
-from trajstore.storage.verify import verify
+from trajstore.reading.verify import verify
 from trajstore.store import Store
 
 

@@ -13,6 +13,7 @@ import trajstore as ts
 from tests.storage.test_writer import LAYOUT
 from tests.tools.hostile import config_of
 from trajstore.errors import FormatError
+from trajstore.reading.handles import open_root
 from trajstore.storage.format.checking import checked_schema
 from trajstore.storage.format.commits import Commits
 from trajstore.storage.format.layout import Entry, Layout
@@ -21,7 +22,6 @@ from trajstore.storage.writing.declaring import declare
 from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation
 from trajstore.storage.writing.slab_writer import Ledger, SlabWriter
-from trajstore.store import open_root
 
 STEPS = 2_000
 SEEDS = tuple(range(40))

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trajstore.errors import DamageError, FormatError, UnreachableError
+from trajstore.reading.verify import verify
 from trajstore.storage.format.codecs import Codec, chunk_codecs, write_block
 from trajstore.storage.places.folder import Folder
 from trajstore.storage.states import States
-from trajstore.storage.verify import verify
 
 SHAPE, CHUNKS = (2, 2, 11, 7), (1, 1, 4, 3)
 

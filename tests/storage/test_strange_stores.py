@@ -22,13 +22,12 @@ from trajstore.cli.console import print_csv, print_json, print_table, say
 import trajstore as ts
 from tests.conftest import SMALL_NET, sampled
 from tests.tools.hostile import Document, attributes_of, put, rewrite, state_chunk, with_checksum
-from trajstore._common.printable import printable
-from trajstore.errors import ConfigurationError, DamageError, FormatError, NotFoundError, TrajstoreError
+from trajstore.errors import ConfigurationError, DamageError, FormatError, NotFoundError, TrajstoreError, printable
 from trajstore.exchange.merge import merge, remove
+from trajstore.reading.verify import verify
 from trajstore.storage.format.checking import checked
 from trajstore.storage.format.codecs import refuse_bomb, zstd_size
 from trajstore.storage.format.schema import Schema
-from trajstore.storage.verify import verify
 
 Program = Callable[..., tuple[Any, str, str]]
 ESCAPES = "\x1b]0;owned\x07\x1b[31m\x9b2J\u202egnp\x00"

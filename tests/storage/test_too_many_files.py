@@ -17,7 +17,7 @@ from trajstore.cli import main as program
 import trajstore as ts
 from tests.conftest import SMALL_NET, sampled
 from trajstore.errors import OpenFilesError, TrajstoreError
-from trajstore.storage.verify import verify
+from trajstore.reading.verify import verify
 
 TINY = {**SMALL_NET, "steps": 5, "seeds": [0]}
 

@@ -19,9 +19,9 @@ import trajstore as ts
 from tests.conftest import SMALL_NET, Record
 from tests.tools.waiting import HANGS, until
 from trajstore.errors import BusyError, ResumedWarning, WriteError
+from trajstore.reading.verify import verify
 from trajstore.storage.format.schema import Schema
 from trajstore.storage.places.place import ReplacedError
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.slab_writer import Ledger
 
 HALF, WHOLE = 10, 20

@@ -14,8 +14,9 @@ import trajstore as ts
 from tests.conftest import SMALL_NET, sampled
 from tests.recording.test_resume import contents
 from trajstore.errors import FormatError
+from trajstore.reading.handles import open_root
+from trajstore.reading.verify import verify
 from trajstore.storage.places.place import TAKEN_OUT
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.segment import array_of
 
 HOW = {"engine": "reference", "durability": "none"}
@@ -129,7 +130,7 @@ def test_what_cannot_be_repaired_is_told(store):
 
 def test_a_half_recorded_store_is_sound_and_leftovers_are_named(store):
     shutil.rmtree(store / "net" / "params" / "c" / "1")  # as if a slab had not been begun
-    array_of(ts.store.open_root(store)["net"], "committed")[1] = -1
+    array_of(open_root(store)["net"], "committed")[1] = -1
     shutil.rmtree(store / "net" / "resume" / "backward.0.0")
     shutil.rmtree(store / "net" / "resume" / "backward.0.1")
     (store / "net" / "params" / "0.abc.partial").write_bytes(b"half")

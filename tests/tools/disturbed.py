@@ -26,12 +26,13 @@ from tests.tools.torture import NAME, REFERENCE, TINY, Truth, files, lost, wrong
 from trajstore.errors import ResumedWarning, TrajstoreError
 from trajstore.exchange.export import export_state
 from trajstore.exchange.merge import merge, remove
-from trajstore.storage.fills import noted
+from trajstore.reading.handles import open_root, standing
+from trajstore.reading.verify import verify
+from trajstore.recording.fills import noted
 from trajstore.storage.places.folder import Folder
 from trajstore.storage.places.place import DOCUMENT, TAKEN_OUT
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.late_metrics import LateSeries
-from trajstore.store import StoredExperiment, open_root, standing
+from trajstore.store import StoredExperiment
 
 SHORT = {**TINY, "steps": 5, "seeds": [0]}
 LONG = {**SHORT, "steps": 7}

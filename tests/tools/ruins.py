@@ -39,8 +39,7 @@ from trajstore.cli.main import main as program
 import trajstore as ts
 from tests.tools.damages import CKPT, DAMAGES, HOW, LOOP, NET, SOUND, TINY, Damage, Site, loop
 from trajstore import analysis
-from trajstore._common.printable import printable
-from trajstore.errors import TrajstoreError
+from trajstore.errors import TrajstoreError, printable
 
 __all__ = ["DAMAGES", "DOINGS", "Damage", "Doing", "Site", "all_of", "drawn", "examine", "part"]
 

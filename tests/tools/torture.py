@@ -39,12 +39,12 @@ import trajstore.storage.writing.slab_writer
 from tests.conftest import SMALL_NET
 from tests.tools.waiting import HANGS
 from trajstore.errors import TrajstoreError
+from trajstore.reading.handles import standing
+from trajstore.reading.verify import verify
 from trajstore.storage.format.schema import Schema
 from trajstore.storage.places.folder import Folder
-from trajstore.storage.verify import verify
 from trajstore.storage.writing.fills import FOLDER
 from trajstore.storage.writing.slab_writer import Ledger
-from trajstore.store import standing
 
 NAME = SMALL_NET["name"]
 TINY = {
@@ -54,7 +54,7 @@ TINY = {
 # Processes are forked from one that has everything imported and no threads: zarr starts a thread at its first use.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["trajstore.recording.running", "trajstore.storage.verify", "trajstore.reading.dataset", "tests.conftest"]
+    ["trajstore.recording.running", "trajstore.reading.verify", "trajstore.reading.dataset", "tests.conftest"]
 )
 
 

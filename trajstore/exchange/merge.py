@@ -20,12 +20,13 @@ from trajstore._common.system import is_full, system_told
 from trajstore.errors import ConfigurationError, ConflictError, DamageError, TrajstoreError, WriteError, damage_told
 from trajstore.exchange.copying import copy_slab
 from trajstore.experiment.configuration import differences
+from trajstore.reading.handles import DECLARED, check_place, open_root, refuse_alike, refuse_foreign
 from trajstore.storage.format.schema import Schema
 from trajstore.storage.packing import open_to_write
 from trajstore.storage.places.place import keeper_of
 from trajstore.storage.writing.declaring import ATTRIBUTE, declare, grow, stored_batches
 from trajstore.storage.writing.fills import Fill, add_fills, renew_fills, stored_fills
-from trajstore.store import DECLARED, Store, StoredExperiment, check_place, open_root, refuse_alike, refuse_foreign
+from trajstore.store import Store, StoredExperiment
 
 __all__ = ["Merged", "lock_slabs", "merge", "remove"]
 

@@ -88,8 +88,8 @@ def _refusals(problem: Mapping[str, Any], operator: Mapping[str, Any]) -> Sequen
 
 @check("recording", "Is what is recorded what comes back, and does verifying find nothing?")
 def _recording(folder: Path) -> Iterator[tuple[State, str, str, Mapping[str, Any]]]:
+    from trajstore.reading.verify import verify
     from trajstore.recording.running import record_here
-    from trajstore.storage.verify import verify
 
     experiment = Experiment.of(
         {"name": "tiny", "problem": _NETWORK, "operator": {"family": "sgd", "lr": 0.05}, "steps": _STEPS}

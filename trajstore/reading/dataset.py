@@ -27,7 +27,7 @@ from trajstore.storage.states import States
 
 if TYPE_CHECKING:
     from trajstore._common.unpromised import ExplicitIndexer
-    from trajstore.store import Store, StoredExperiment
+    from trajstore.reading.handles import ExperimentHandle, StoreHandle
 
 __all__ = ["dataset", "datatree", "opened"]
 
@@ -46,7 +46,7 @@ def _forget_threads() -> None:
 os.register_at_fork(after_in_child=_forget_threads)
 
 
-def dataset(experiment: StoredExperiment) -> xr.Dataset:
+def dataset(experiment: ExperimentHandle) -> xr.Dataset:
     """Return an experiment as a lazy Dataset of dask arrays; what is not committed is NaN, −1 or 0.
 
     The coordinate `recorded` marks the steps that were computed and committed, `stored` the snapshots.
@@ -63,13 +63,13 @@ def dataset(experiment: StoredExperiment) -> xr.Dataset:
     )
 
 
-def datatree(store: Store) -> xr.DataTree:
+def datatree(store: StoreHandle) -> xr.DataTree:
     """Return a store as a tree: a node an experiment."""
     tree: xr.DataTree = xr.DataTree.from_dict({name: dataset(store[name]) for name in store})
     return tree
 
 
-def opened(experiment: StoredExperiment) -> xr.Dataset:
+def opened(experiment: ExperimentHandle) -> xr.Dataset:
     """Return an experiment as a Dataset that reads what is asked for, when it is asked for, without dask."""
     # Read the records first and the data after: what they vouch for is then on disk.
     commits, late = experiment.commits(), experiment.late()
@@ -163,7 +163,7 @@ class _Committed(BackendArray):
     @classmethod
     def of(
         cls,
-        experiment: StoredExperiment,
+        experiment: ExperimentHandle,
         schema: Schema,
         spec: ArraySpec,
         mask: tuple[tuple[str, ...], NDArray[np.bool_]] | None,

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trajstore._common.printable import printable
 from trajstore._common.units import human_bytes, human_size
+from trajstore.errors import printable
 
 if TYPE_CHECKING:
-    from trajstore.store import Store, StoredExperiment
+    from trajstore.reading.handles import ExperimentHandle, StoreHandle
 
 __all__ = ["experiment_html", "experiment_text", "store_html", "store_text"]
 
@@ -35,7 +35,7 @@ class _Told:
     size: str
 
     @classmethod
-    def of(cls, experiment: StoredExperiment) -> _Told:
+    def of(cls, experiment: ExperimentHandle) -> _Told:
         """Read what is committed now."""
         schema, commits = experiment.schema, experiment.commits()
         progress = experiment.progress(commits)
@@ -76,7 +76,7 @@ def _shown(seeds: int) -> list[int | None]:
     return [*range(_MOST - 3), None, seeds - 2, seeds - 1]
 
 
-def experiment_text(experiment: StoredExperiment) -> str:
+def experiment_text(experiment: ExperimentHandle) -> str:
     """Show an experiment as text."""
     told = _Told.of(experiment)
     table = [("steps committed", *told.seeds), *((order, *row) for order, row in told.rows)]
@@ -90,7 +90,7 @@ def experiment_text(experiment: StoredExperiment) -> str:
     return printable("\n".join(lines), keep="\n")
 
 
-def experiment_html(experiment: StoredExperiment) -> str:
+def experiment_html(experiment: ExperimentHandle) -> str:
     """Show an experiment as HTML."""
     told = _Told.of(experiment)
     about = [*told.about, ("slabs", told.complete), ("size", told.size)]
@@ -100,7 +100,7 @@ def experiment_html(experiment: StoredExperiment) -> str:
     return f"<div>{name}<table>{facts}</table>{steps}</div>"
 
 
-def _of_store(store: Store) -> tuple[list[str], list[list[str]]]:
+def _of_store(store: StoreHandle) -> tuple[list[str], list[list[str]]]:
     """Return a table of the experiments."""
     from trajstore.reading.telling_apart import told_apart
 
@@ -110,12 +110,12 @@ def _of_store(store: Store) -> tuple[list[str], list[list[str]]]:
     return columns, [rows[name] for name in sorted(rows)]
 
 
-def _row(experiment: StoredExperiment) -> list[str]:
+def _row(experiment: ExperimentHandle) -> list[str]:
     told, schema = _Told.of(experiment), experiment.schema
     return [experiment.name, ", ".join(schema.orders), str(len(schema.seeds)), told.steps, told.complete, told.size]
 
 
-def store_text(store: Store) -> str:
+def store_text(store: StoreHandle) -> str:
     """Show a store as text."""
     columns, rows = _of_store(store)
     if not rows:
@@ -125,7 +125,7 @@ def store_text(store: Store) -> str:
     return printable("\n".join([f"<trajstore {store}>", *(f"  {line}".rstrip() for line in lines)]), keep="\n")
 
 
-def store_html(store: Store) -> str:
+def store_html(store: StoreHandle) -> str:
     """Show a store as HTML."""
     columns, rows = _of_store(store)
     return f"<div><strong>trajstore</strong> {_escaped(str(store))}{_table(columns, rows) if rows else ': empty'}</div>"

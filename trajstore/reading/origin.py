@@ -18,7 +18,7 @@ from trajstore.storage.places.identity import unchanging
 if TYPE_CHECKING:
     import xarray as xr
 
-    from trajstore.store import StoredExperiment
+    from trajstore.reading.handles import ExperimentHandle
 
 __all__ = ["ORIGIN", "UNKNOWN_ORIGIN", "Origin", "attributes_of", "origin_of"]
 
@@ -58,7 +58,7 @@ class Origin(str):
         return self.attributes.get(key, default)
 
 
-def origin_of(experiment: StoredExperiment) -> Origin:
+def origin_of(experiment: ExperimentHandle) -> Origin:
     """Return what datasets of an experiment say of where they come from."""
     attributes = experiment.attributes
     text = f"{experiment.name} of {experiment.store.place.address} (identity {_identity(attributes)})"

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from trajstore.errors import DamageError, FormatError
-from trajstore.store import Store, StoredExperiment, unreadable_told
+from trajstore.reading.handles import ExperimentHandle, StoreHandle, unreadable_told
 
 __all__ = ["refuse_damaged", "told_apart"]
 
 T = TypeVar("T")
 
 
-def told_apart(store: Store, read: Callable[[StoredExperiment], T]) -> tuple[dict[str, T], dict[str, str]]:
+def told_apart(store: StoreHandle, read: Callable[[ExperimentHandle], T]) -> tuple[dict[str, T], dict[str, str]]:
     """Return what is read of each experiment, by name, and of those that cannot be read, why, in one line each."""
     found, damaged = dict[str, T](), dict[str, str]()
     for name, one in store.experiments():

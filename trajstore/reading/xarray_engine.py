@@ -19,7 +19,7 @@ from xarray.backends import BackendEntrypoint
 
 from trajstore.errors import ConfigurationError, OpenFilesError, TrajstoreError, choices
 from trajstore.reading.dataset import opened
-from trajstore.store import Store
+from trajstore.reading.handles import StoreHandle
 from trajstore.store import open as open_store
 
 __all__ = ["TrajstoreBackend"]
@@ -67,7 +67,7 @@ class TrajstoreBackend(BackendEntrypoint):
         trust: bool = False,
     ) -> dict[str, xr.Dataset]:
         """Open all experiments, or one, by their paths in the tree."""
-        store: Store = open_store(_path(filename_or_obj), trust=trust)
+        store: StoreHandle = open_store(_path(filename_or_obj), trust=trust)
         names = list(store) if group is None else [group.strip("/")]
         return {"/": xr.Dataset()} | {f"/{name}": _without(opened(store[name]), drop_variables) for name in names}
 

@@ -26,19 +26,20 @@ from trajstore.experiment.configuration import describe, differences, refuse_dif
 from trajstore.experiment.experiment import Experiment, of_today
 from trajstore.experiment.trust import remember
 from trajstore.problems import LiveProblem
+from trajstore.reading.handles import check_place, open_root, refuse_foreign, refuse_new, standing
+from trajstore.recording.acceptance import digest_of, refuse_other_data
+from trajstore.recording.fills import noted
 from trajstore.recording.here import fill_here, ledgers_of
 from trajstore.recording.planning import Device, Wishes, afford, plan_for, run_seeds
 from trajstore.recording.provenance import provenance
 from trajstore.recording.schema import schema_of
 from trajstore.recording.workers import Job, Scheduler, connected, connected_to, fill
-from trajstore.replay.recipe import digest_of, refuse_other_data
-from trajstore.storage.fills import noted
 from trajstore.storage.format.commits import Commits
 from trajstore.storage.format.schema import Schema
 from trajstore.storage.packing import lay_out, open_to_write
 from trajstore.storage.places.place import Durability
 from trajstore.storage.writing.declaring import declare, grow
-from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, refuse_new, standing
+from trajstore.store import Store, StoredExperiment
 
 __all__ = ["accept", "record_here", "refuse_conflict", "run"]
 
@@ -284,7 +285,7 @@ def accept(stored: StoredExperiment, asked: Experiment, live: LiveProblem, *, re
     found += differences(shape, wanted, "schema.")
     growth = "" if extend else ", or extend it (--extend, extend=True) by orders, seeds or steps"
     refuse_differences(stored.name, found, f"choose another name{growth}")
-    refuse_other_data(stored, live)
+    refuse_other_data(stored.name, stored.attributes, live)
     if not (resume or extend):
         raise ConflictError(
             f"experiment {stored.name!r} exists already with this configuration; "

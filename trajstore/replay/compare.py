@@ -17,10 +17,11 @@ from trajstore.engine.plan import Plan, ready
 from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.engine.walk import Slab, walk
 from trajstore.errors import ConfigurationError, ConflictError
+from trajstore.recording.acceptance import refuse_other_data
 from trajstore.recording.measuring import Observer, parameters_of
 from trajstore.recording.planning import run_seeds
 from trajstore.recording.schema import schema_of
-from trajstore.replay.recipe import experiment_of, refuse_other_data, why_not
+from trajstore.replay.recipe import experiment_of, why_not
 from trajstore.storage.writing.segment import Observation
 from trajstore.storage.writing.slab_writer import Ledger
 from trajstore.store import StoredExperiment
@@ -56,7 +57,7 @@ def replay(stored: StoredExperiment) -> Iterator[Replayed]:
         raise ConfigurationError(f"{reason}; `trajstore verify` without --replay checks what is stored")
     experiment = experiment_of(stored)
     live = experiment.problem.build(torch.device("cpu"))
-    refuse_other_data(stored, live)
+    refuse_other_data(stored.name, stored.attributes, live)
     schema = stored.schema
     if schema_of(experiment, live) != replace(schema, late=()):
         raise ConflictError(

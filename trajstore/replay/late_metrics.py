@@ -15,12 +15,13 @@ import numpy as np
 import zarr
 
 from trajstore.errors import ConfigurationError, StatisticError
+from trajstore.reading.handles import open_root
 from trajstore.storage.format.schema import Schema, check_metric_names
 from trajstore.storage.packing import open_to_write
 from trajstore.storage.writing.declaring import grow, stored_batches
 from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.slab_writer import Ledger
-from trajstore.store import StoredExperiment, open_root
+from trajstore.store import StoredExperiment
 
 __all__ = ["compute_late"]
 

@@ -26,13 +26,14 @@ from trajstore.experiment.experiment import Experiment
 from trajstore.experiment.trust import refuse_untrusted
 from trajstore.operators import Batch, Gradient, Pushes
 from trajstore.operators.state import Memory, State, Tensors, beginning
-from trajstore.problems import Batches, KnowsItsData, LiveProblem, Predicts
+from trajstore.problems import Batches, LiveProblem, Predicts
 from trajstore.reading.origin import UNKNOWN_ORIGIN, attributes_of
+from trajstore.recording.acceptance import refuse_other_data
 from trajstore.storage.format.metrics import maker_of
 from trajstore.storage.format.schema import Schema
 from trajstore.store import StoredExperiment
 
-__all__ = ["Recipe", "Source", "digest_of", "experiment_of", "refuse_other_data", "why_not"]
+__all__ = ["Recipe", "Source", "experiment_of", "why_not"]
 
 Source = StoredExperiment | xr.Dataset
 """What has a recipe."""
@@ -55,7 +56,7 @@ class Recipe:
         name, attributes = _attributes(source)
         experiment, schema = experiment_of(source), Schema.from_json(attributes["schema"])
         live = experiment.problem.build(torch.device("cpu"))
-        refuse_other_data(source, live)
+        refuse_other_data(*_attributes(source), live)
         return cls(name, schema, experiment, live)
 
     @cached_property
@@ -184,24 +185,6 @@ def experiment_of(source: Source) -> Experiment:
             f"experiment {name!r}: its problem has changed since it was recorded (stored / now): {other[0][:200]}"
         )
     return experiment
-
-
-def digest_of(live: LiveProblem) -> dict[str, str]:
-    """Return what a fill says of the data it was computed with, where these are files."""
-    digest = live.data if isinstance(live, KnowsItsData) else None
-    return {"data": digest} if digest else {}
-
-
-def refuse_other_data(source: Source, live: LiveProblem) -> None:
-    """Refuse to go on with data that are not those of what was recorded before."""
-    name, attributes = _attributes(source)
-    here = digest_of(live).get("data")
-    before = {fill["data"] for fill in attributes["fills"] if "data" in fill}
-    if here is not None and before - {here}:
-        raise ConflictError(
-            f"experiment {name!r}: its data have changed since it was recorded, from digest {min(before)[:12]}… to "
-            f"{here[:12]}…; put the same files in their place"
-        )
 
 
 def _attributes(source: Source) -> tuple[str, Mapping[str, Any]]:

@@ -19,12 +19,13 @@ from trajstore.exchange.importing.request import COMPONENTS, Import, looked_thro
 from trajstore.exchange.importing.stored import Progress, ledgers_of, missing_steps, refuse_other_numbers, refuse_untied
 from trajstore.exchange.importing.write import fill, not_noted
 from trajstore.experiment.experiment import check_name
+from trajstore.reading.handles import check_place, open_root, refuse_foreign, refuse_new
 from trajstore.storage.format.codecs import CODECS, Codec
 from trajstore.storage.format.sketch import Sketch
 from trajstore.storage.packing import open_to_write
 from trajstore.storage.places.place import Durability
 from trajstore.storage.writing.declaring import declare, grow
-from trajstore.store import Store, StoredExperiment, check_place, open_root, refuse_foreign, refuse_new
+from trajstore.store import Store, StoredExperiment
 
 __all__ = ["Import", "Precision", "carry_out", "import_checkpoints", "prepare"]
 

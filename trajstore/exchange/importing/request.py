@@ -13,10 +13,11 @@ from trajstore.errors import ConfigurationError, ConflictError
 from trajstore.exchange.importing.checkpoints import Structure, difference, read, shared, structure
 from trajstore.exchange.importing.pattern import Slab, Source
 from trajstore.experiment.configuration import differences, refuse_differences
+from trajstore.reading.handles import standing
 from trajstore.storage.format.layout import Entry, Layout, Role
 from trajstore.storage.format.metrics import MEASURES
 from trajstore.storage.format.schema import Schema, segment_length
-from trajstore.store import Store, StoredExperiment, standing
+from trajstore.store import Store, StoredExperiment
 
 __all__ = ["COMPONENTS", "Import", "looked_through", "schema_of", "stored_as", "structure_of"]
 

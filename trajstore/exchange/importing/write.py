@@ -24,8 +24,8 @@ from trajstore.exchange.importing.stored import (
     missing_steps,
     refuse_other_numbers,
 )
+from trajstore.recording.fills import noted
 from trajstore.recording.provenance import provenance
-from trajstore.storage.fills import noted
 from trajstore.storage.format.sketch import Sketch
 from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation, Snapshot

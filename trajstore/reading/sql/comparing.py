@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 
 import duckdb
 
+from trajstore.reading.handles import StoreHandle
 from trajstore.reading.sql.catalog import Catalog
 from trajstore.reading.sql.index import places_of, refreshed
 from trajstore.reading.sql.text import identifier, read_parquet
-from trajstore.store import Store
 
 __all__ = ["Difference", "differences", "discard"]
 
@@ -29,7 +29,7 @@ class Difference:
     """Whether an answer may have been wrong; else it is noticed by whoever asks."""
 
 
-def differences(store: Store) -> Iterator[Difference]:
+def differences(store: StoreHandle) -> Iterator[Difference]:
     """Yield what the indexes of this user say and the store does not; slabs that have changed since are left out."""
     for folder in places_of(store):
         catalog = Catalog.of(folder)
@@ -42,13 +42,13 @@ def differences(store: Store) -> Iterator[Difference]:
             yield from _compared(store, catalog)
 
 
-def discard(store: Store) -> None:
+def discard(store: StoreHandle) -> None:
     """Have the next query make the index anew."""
     for folder in places_of(store):
         Catalog(folder).save()
 
 
-def _compared(store: Store, catalog: Catalog) -> Iterator[Difference]:
+def _compared(store: StoreHandle, catalog: Catalog) -> Iterator[Difference]:
     with TemporaryDirectory() as elsewhere, duckdb.connect() as connection:
         refreshed(store, Path(elsewhere), anew=True)
         again = Catalog.of(Path(elsewhere))

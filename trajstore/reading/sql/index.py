@@ -27,6 +27,7 @@ import duckdb
 
 from trajstore._common.system import is_full, system_told
 from trajstore.errors import FormatError, WriteError, damage_told, slab_named
+from trajstore.reading.handles import ExperimentHandle, StoreHandle, unreadable_told
 from trajstore.reading.sql.catalog import CATALOG, VERSION, Catalog, Key, SlabEntry, is_of_another
 from trajstore.reading.sql.files import copy, is_own, new_file, tidy
 from trajstore.reading.sql.slabs import METRICS_COLUMNS, SlabRows, write_metrics, write_segments
@@ -37,7 +38,6 @@ from trajstore.storage.format.schema import late_records
 from trajstore.storage.places.durable import user_cache
 from trajstore.storage.places.regular import inside
 from trajstore.storage.writing.segment import array_of
-from trajstore.store import Store, StoredExperiment, unreadable_told
 
 __all__ = ["Index", "places_of", "refresh", "refreshed"]
 
@@ -63,7 +63,7 @@ class Index:
     """Experiments that cannot be read, and why."""
 
 
-def refresh(store: Store, *, anew: bool = False) -> Index:
+def refresh(store: StoreHandle, *, anew: bool = False) -> Index:
     """Bring the index up to date; `anew` takes over nothing of what is there."""
     beside, cached = _beside(store), _cached(store)
     try:
@@ -79,16 +79,16 @@ def refresh(store: Store, *, anew: bool = False) -> Index:
     raise WriteError(f"the index for SQL could not be written ({told}), nor in the user's cache {user_cache()}")
 
 
-def places_of(store: Store) -> list[Path]:
+def places_of(store: StoreHandle) -> list[Path]:
     """Return the folders in which this user has an index of a store."""
     return [folder for folder in (_beside(store), _cached(store)) if folder is not None and is_own(folder / CATALOG)]
 
 
-def refreshed(store: Store, folder: Path, anew: bool) -> Index:
+def refreshed(store: StoreHandle, folder: Path, anew: bool) -> Index:
     """Bring the index in a folder up to date."""
     for table in _FOLDERS:
         (folder / table).mkdir(parents=True, exist_ok=True)
-    catalog, experiments, left_out = Catalog.of(folder), dict[str, StoredExperiment](), dict[str, str]()
+    catalog, experiments, left_out = Catalog.of(folder), dict[str, ExperimentHandle](), dict[str, str]()
     for name, one in store.experiments():
         if isinstance(one, FormatError):
             left_out[name] = str(one)
@@ -133,7 +133,7 @@ def refreshed(store: Store, folder: Path, anew: bool) -> Index:
     return Index(folder, tables["experiments"], tables["runs"], metrics, segments, names, left_out)
 
 
-def _stamps(experiment: StoredExperiment) -> dict[Key, str]:
+def _stamps(experiment: ExperimentHandle) -> dict[Key, str]:
     """Return what each slab's rows are made from, as a digest: names of metrics, and the bytes of all records.
 
     The records hold digests of the data, so that the data need not be read. As they lie on disk they are read
@@ -171,7 +171,7 @@ def _stamps(experiment: StoredExperiment) -> dict[Key, str]:
 
 
 def _written(
-    catalog: Catalog, experiments: Mapping[str, StoredExperiment], stamps: Mapping[Key, str], left_out: dict[str, str]
+    catalog: Catalog, experiments: Mapping[str, ExperimentHandle], stamps: Mapping[Key, str], left_out: dict[str, str]
 ) -> Iterator[list[SlabEntry]]:
     """Write slabs that are new or have changed, file by file; put down which experiments cannot be read."""
     waiting: list[tuple[Key, SlabRows, dict[str, Any], dict[str, Any]]] = []
@@ -236,7 +236,7 @@ def _gone(connection: duckdb.DuckDBPyConnection, source: str, columns: Sequence[
     return f" EXCLUDE ({', '.join(map(identifier, gone))})" if gone else ""
 
 
-def _tables(catalog: Catalog, experiments: Mapping[str, StoredExperiment], sound: Container[Path]) -> None:
+def _tables(catalog: Catalog, experiments: Mapping[str, ExperimentHandle], sound: Container[Path]) -> None:
     """Write experiments and runs, where they are others now, or not `sound` any more."""
     last: dict[str, list[int]] = {name: [] for name in experiments}
     for slab in catalog.slabs.values():
@@ -256,7 +256,7 @@ def _tables(catalog: Catalog, experiments: Mapping[str, StoredExperiment], sound
         catalog.tables[table] = file.name
 
 
-def _runs(catalog: Catalog, experiment: StoredExperiment) -> Iterator[dict[str, Any]]:
+def _runs(catalog: Catalog, experiment: ExperimentHandle) -> Iterator[dict[str, Any]]:
     schema, ended = experiment.schema, experiment.ended()
     for order, (k, seed) in product(schema.orders, enumerate(schema.seeds)):
         slab = catalog.slabs[experiment.name, order, seed]
@@ -271,7 +271,7 @@ def _runs(catalog: Catalog, experiment: StoredExperiment) -> Iterator[dict[str, 
         }
 
 
-def _spelled(experiments: Iterable[StoredExperiment]) -> list[str]:
+def _spelled(experiments: Iterable[ExperimentHandle]) -> list[str]:
     """Return the metrics, each once: SQL does not tell upper case from lower."""
     spelled: dict[str, str] = {}
     for experiment in experiments:
@@ -280,7 +280,7 @@ def _spelled(experiments: Iterable[StoredExperiment]) -> list[str]:
     return list(spelled.values())
 
 
-def _beside(store: Store) -> Path | None:
+def _beside(store: StoreHandle) -> Path | None:
     """Return the folder beside the store, if the index can be there."""
     beside = store.place.beside
     if beside is None:
@@ -294,7 +294,7 @@ def _beside(store: Store) -> Path | None:
     return own if os.access(own, os.W_OK) and not is_of_another(own) else None
 
 
-def _cached(store: Store) -> Path:
+def _cached(store: StoreHandle) -> Path:
     """Return a folder in the user's cache."""
     address = store.place.address
     if store.place.beside is not None:

@@ -21,12 +21,12 @@ import duckdb
 from trajstore._common.atomic import whole_file
 from trajstore._common.system import refuse_too_many
 from trajstore.errors import DamageError, QueryError, TrajstoreError
+from trajstore.reading.handles import StoreHandle
 from trajstore.reading.sql.catalog import is_damaged
 from trajstore.reading.sql.index import Index, refresh
 from trajstore.reading.sql.reading import reading
 from trajstore.reading.sql.text import literal
 from trajstore.reading.sql.views import definitions
-from trajstore.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,17 +37,17 @@ T = TypeVar("T")
 __all__ = ["answer", "query_store", "rows_of", "write_answer"]
 
 
-def query_store(store: Store, query: str, tables: Tables | None = None) -> duckdb.DuckDBPyRelation:
+def query_store(store: StoreHandle, query: str, tables: Tables | None = None) -> duckdb.DuckDBPyRelation:
     """Run one SELECT on a store's tables, and on others that are given by name."""
     return _fetched(store, query, lambda relation: relation, tables=tables)
 
 
-def answer(store: Store, query: str, tables: Tables | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:
+def answer(store: StoreHandle, query: str, tables: Tables | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Return the names of the columns that a SELECT gives, and its rows."""
     return _fetched(store, query, lambda relation: (list(relation.columns), _rows(relation)), tables=tables)
 
 
-def write_answer(store: Store, query: str, file: Path, *, force: bool = False) -> None:
+def write_answer(store: StoreHandle, query: str, file: Path, *, force: bool = False) -> None:
     """Write what a SELECT gives as Parquet, with its types."""
     # DuckDB can be allowed folders, so it gets one of its own beside the file.
     with (
@@ -76,7 +76,7 @@ def _rows(relation: duckdb.DuckDBPyRelation) -> list[tuple[Any, ...]]:
 
 
 def _fetched(
-    store: Store, query: str, fetch: Callable[[duckdb.DuckDBPyRelation], T], *writable: Path,
+    store: StoreHandle, query: str, fetch: Callable[[duckdb.DuckDBPyRelation], T], *writable: Path,
     tables: Tables | None = None,
 ) -> T:  # fmt: skip
     """Ask and fetch; once more where a file of the index was damaged after it had been looked at."""
@@ -94,7 +94,7 @@ def _fetched(
     raise AssertionError
 
 
-def _connected(store: Store, writable: Iterable[Path], tables: Tables) -> tuple[Index, duckdb.DuckDBPyConnection]:
+def _connected(store: StoreHandle, writable: Iterable[Path], tables: Tables) -> tuple[Index, duckdb.DuckDBPyConnection]:
     try:
         connection = _confined(index := refresh(store), writable)
     except duckdb.Error as error:  # a file of the index is damaged, and it is only a cache

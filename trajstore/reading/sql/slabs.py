@@ -14,12 +14,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from trajstore.errors import damage_told, slab_named
+from trajstore.reading.handles import ExperimentHandle
 from trajstore.reading.sql.files import copy
 from trajstore.reading.sql.text import identifier
 from trajstore.storage.format.commits import Commits
 from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.segment import array_of
-from trajstore.store import StoredExperiment
 
 __all__ = ["METRICS_COLUMNS", "SEGMENTS_COLUMNS", "SlabRows", "write_metrics", "write_segments", "write_slab"]
 
@@ -37,7 +37,7 @@ SEGMENTS_COLUMNS = {
 class SlabRows:
     """What is committed of one (order, seed), read when it is asked for."""
 
-    experiment: StoredExperiment
+    experiment: ExperimentHandle
     i: int
     """Position of the order."""
     k: int
@@ -48,7 +48,7 @@ class SlabRows:
     """(segment, field): the commit records."""
 
     @classmethod
-    def of(cls, experiment: StoredExperiment, i: int, k: int) -> SlabRows:
+    def of(cls, experiment: ExperimentHandle, i: int, k: int) -> SlabRows:
         """Read what counts, of this slab alone."""
         commits = Commits.of(experiment.group, experiment.schema, (i, k))
         return cls(experiment, i, k, commits.steps[0, 0], commits.records[0, 0])
@@ -113,7 +113,7 @@ class SlabRows:
 
 
 def write_slab(
-    file: Path, experiment: StoredExperiment, order: str, seed: int, i: int, k: int, steps: NDArray[np.bool_]
+    file: Path, experiment: ExperimentHandle, order: str, seed: int, i: int, k: int, steps: NDArray[np.bool_]
 ) -> None:
     """Write the metrics of some steps of a slab as Parquet."""
     nothing = np.empty((0, 0), dtype=np.int64)

@@ -12,11 +12,11 @@ from typing import Any
 
 import duckdb
 
-from trajstore._common.printable import printable
+from trajstore.errors import printable
 from trajstore.reading.drawing import drawing_of
+from trajstore.reading.handles import ExperimentHandle
 from trajstore.reading.sql.files import copy
 from trajstore.reading.sql.text import literal
-from trajstore.store import StoredExperiment
 
 __all__ = ["EXPERIMENTS_COLUMNS", "RUNS_COLUMNS", "experiment_row", "run_rows", "write_table"]
 
@@ -32,7 +32,7 @@ RUNS_COLUMNS = {
 """What `runs` has beside a column a hyperparameter."""
 
 
-def experiment_row(experiment: StoredExperiment, steps: int) -> dict[str, Any]:
+def experiment_row(experiment: ExperimentHandle, steps: int) -> dict[str, Any]:
     """Return the row of an experiment, which has so many steps."""
     config, schema = experiment.config, experiment.schema
     return {
@@ -49,7 +49,7 @@ def experiment_row(experiment: StoredExperiment, steps: int) -> dict[str, Any]:
     }
 
 
-def run_rows(experiment: StoredExperiment, steps: int, slabs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def run_rows(experiment: ExperimentHandle, steps: int, slabs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of the slabs of an experiment, which has so many steps."""
     config = experiment.config
     shared = {
@@ -92,7 +92,7 @@ def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_own_problem(experiment: StoredExperiment) -> dict[str, Any]:
+def _of_own_problem(experiment: ExperimentHandle) -> dict[str, Any]:
     """Return how batches were drawn for a problem of the user's own, under the names that families use for it."""
     if "family" in experiment.config["problem"] and "made" not in experiment.config["problem"]:
         return {}

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import duckdb
 
+from trajstore.reading.handles import StoreHandle
 from trajstore.reading.sql.files import write_text
 from trajstore.reading.sql.index import Index, refresh
 from trajstore.reading.sql.slabs import METRICS_COLUMNS, SEGMENTS_COLUMNS
 from trajstore.reading.sql.text import identifier, literal, read_parquet
-from trajstore.store import Store
 
 __all__ = ["definitions", "definitions_file"]
 
@@ -37,7 +37,7 @@ def definitions(index: Index) -> str:
     )
 
 
-def definitions_file(store: Store) -> Path:
+def definitions_file(store: StoreHandle) -> Path:
     """Bring the index up to date, and return the file that gives a DuckDB shell its views and macros."""
     _ = store.root  # a clear error, if this is no store
     index = refresh(store)

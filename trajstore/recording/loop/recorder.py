@@ -37,10 +37,20 @@ from trajstore.errors import ConfigurationError, ConflictError, OrderError, Resu
 from trajstore.experiment.configuration import differences, refuse_differences
 from trajstore.experiment.experiment import check_name
 from trajstore.experiment.steps import Policy, policy_of
+from trajstore.reading.handles import (
+    DECLARED,
+    check_place,
+    check_portable,
+    open_root,
+    refuse_alike,
+    refuse_foreign,
+    refuse_new,
+    standing,
+)
 from trajstore.recording import resume_state
+from trajstore.recording.fills import noted
 from trajstore.recording.loop.watched import Watched, random_state
 from trajstore.recording.provenance import provenance
-from trajstore.storage.fills import noted
 from trajstore.storage.format.checking import is_new_label
 from trajstore.storage.format.codecs import Codec
 from trajstore.storage.format.layout import Layout
@@ -54,18 +64,7 @@ from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation
 from trajstore.storage.writing.slab_writer import COMMIT_SECONDS, COMMIT_STEPS, Ledger, SlabWriter
-from trajstore.store import (
-    DECLARED,
-    Store,
-    StoredExperiment,
-    check_place,
-    check_portable,
-    open_root,
-    refuse_alike,
-    refuse_foreign,
-    refuse_new,
-    standing,
-)
+from trajstore.store import Store, StoredExperiment
 
 __all__ = ["Recorder", "record"]
 

@@ -36,6 +36,7 @@ from trajstore.errors import (
     UnreachableError,
     choices,
 )
+from trajstore.reading.handles import ExperimentHandle, Standing, StoreHandle, open_root, standing
 from trajstore.storage.format.checking import checked, is_name
 from trajstore.storage.format.schema import FORMAT, LATE_SPAN, Schema, late_records
 from trajstore.storage.packing import doubled, is_packed, lay_out, unreadable
@@ -47,7 +48,6 @@ from trajstore.storage.writing.late_metrics import LateSeries, unnoted
 from trajstore.storage.writing.resume_slots import GROUP, ResumeSlots, create_slot
 from trajstore.storage.writing.segment import Corner, array_of
 from trajstore.storage.writing.slab_writer import Ledger, discard_slab
-from trajstore.store import Standing, Store, StoredExperiment, open_root, standing
 
 __all__ = ["Finding", "verify"]
 
@@ -84,7 +84,7 @@ class Finding:
         return f"{where}: {self.what}{file}{'; taken out' if self.repaired else ''}"
 
 
-def verify(store: Store, name: str | None = None, *, repair: bool = False) -> Iterator[Finding]:
+def verify(store: StoreHandle, name: str | None = None, *, repair: bool = False) -> Iterator[Finding]:
     """Yield what is found in a store, or in one of its experiments; repair what can be repaired."""
     place = store.place
     place.check()
@@ -104,7 +104,7 @@ def verify(store: Store, name: str | None = None, *, repair: bool = False) -> It
         yield from _index(store, repair)
 
 
-def _index(store: Store, repair: bool) -> Iterator[Finding]:
+def _index(store: StoreHandle, repair: bool) -> Iterator[Finding]:
     """Compare the index for SQL, if there is one, with the store."""
     from trajstore.reading.sql.comparing import differences, discard
 
@@ -116,7 +116,7 @@ def _index(store: Store, repair: bool) -> Iterator[Finding]:
         yield Finding(None, found.what, str(found.path), harmless=not found.wrong, repaired=repair)
 
 
-def _root(store: Store, repair: bool) -> Iterator[Finding]:
+def _root(store: StoreHandle, repair: bool) -> Iterator[Finding]:
     expected = {"attributes": {ATTRIBUTE: {"format": FORMAT}}, "zarr_format": 3, "node_type": "group"}
     if _read_document(store.place, DOCUMENT) != expected:
         if repair:
@@ -138,7 +138,7 @@ _STRAYS: Mapping[Stray, tuple[str, bool]] = {
 """What else lies where experiments do → what to say of it, and whether that is harmless."""
 
 
-def _beside_experiments(store: Store, repair: bool) -> Iterator[Finding]:
+def _beside_experiments(store: StoreHandle, repair: bool) -> Iterator[Finding]:
     """Name what lies where experiments do, and is none."""
     place = store.place
     left = place.leftovers()
@@ -185,7 +185,7 @@ def _stands(place: Place, folder: str) -> Standing | None:
 class _Verifying:
     """One experiment under examination."""
 
-    def __init__(self, store: Store, name: str, repair: bool) -> None:
+    def __init__(self, store: StoreHandle, name: str, repair: bool) -> None:
         self.store, self.place, self.name, self.repair = store, store.place, name, repair
         self._told: set[str] = set()
         self._ended: dict[tuple[str, int], bool] = {}
@@ -277,8 +277,8 @@ class _Verifying:
         return zarr.open_group(keeper, path=self.name, mode="r+" if self.repair else "r", zarr_format=3)
 
     @cached_property
-    def stored(self) -> StoredExperiment:
-        return StoredExperiment(self.store, self.group)
+    def stored(self) -> ExperimentHandle:
+        return ExperimentHandle(self.store, self.group)
 
     @cached_property
     def schema(self) -> Schema:
