@@ -54,6 +54,7 @@ check: lint types test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/tools/check_imports.py
 
 # mypy has to see the three packages as they are installed; from here it would see one and report success.
 types: $(VENV)/.installed-test

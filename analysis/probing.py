@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from trajstore.analysis.spaces import OUTPUTS
-from trajstore.analysis.windows import SLABS, with_slabs
+from trajstore.analysis.windows import OUTPUTS, SLABS, with_slabs
 
 from trajstore.errors import StatisticError
 from trajstore.reading.iterates import Iterates

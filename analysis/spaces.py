@@ -18,14 +18,14 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.rounding import Precision, of_moves, of_zero
-from trajstore.analysis.windows import SLABS, Window, metrics_of, stored_window, window_of, with_slabs
+from trajstore.analysis.windows import OUTPUTS, SLABS, Window, metrics_of, stored_window, window_of, with_slabs
 
 from trajstore.errors import NotFoundError, StatisticError, choices
 from trajstore.reading.origin import attributes_of
 
-__all__ = ["LAYER", "OUTPUTS", "PARAMETERS", "SUM", "Path", "embedded", "path_of", "paths_of"]
+__all__ = ["LAYER", "PARAMETERS", "SUM", "Path", "embedded", "path_of", "paths_of"]
 
-PARAMETERS, OUTPUTS, LAYER, SUM = "parameters", "outputs", "layer:", "sum:"
+PARAMETERS, LAYER, SUM = "parameters", "layer:", "sum:"
 _EMBEDDED, _NOTHING = 256, 1e-12
 """So many iterates have all their distances taken; a coordinate with less of the variance is rounding."""
 

@@ -20,6 +20,7 @@ from trajstore.reading.origin import attributes_of
 from trajstore.storage.format.metrics import MEASURES
 
 __all__ = [
+    "OUTPUTS",
     "SLABS",
     "Window",
     "dense_tail",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 SLABS = ("order", "seed")
+OUTPUTS = "outputs"
+"""What a problem makes of its probe, among metrics and other spaces."""
 _BEGINNING, _JUMP = 5, 100.0
 """Measured steps that say how large a metric was at first, and how much larger than those the first may count."""
 

@@ -31,7 +31,8 @@ from trajstore.engine.plan import Plan, ready
 from trajstore.engine.ticks import PROVEN_TICKS
 from trajstore.operators.sgd import SGD
 from trajstore.operators.state import State, beginning
-from trajstore.problems import ModuleProblem, Problem
+from trajstore.problems import Problem
+from trajstore.problems._module import ModuleProblem
 from trajstore.problems.regression import Regression
 
 Run = Callable[[float], float]

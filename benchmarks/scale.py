@@ -153,7 +153,7 @@ def _uploaded(folder: Path) -> str:
     """Copy a folder to a bucket in memory, and return its URL."""
     import obstore
 
-    from trajstore.storage.places.place import place_of
+    from trajstore.storage.places.opening import place_of
 
     url = f"memory://{time.monotonic_ns()}.zarr"
     bucket: Any = place_of(url)

@@ -59,7 +59,7 @@ from trajstore.reading.handles import open_root
 from trajstore.recording.measuring import Observer, parameters_of
 from trajstore.storage.format.codecs import CODECS, Codec, chunk_codecs, write_block
 from trajstore.storage.format.schema import Schema
-from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.places.folder import FolderStore
 from trajstore.storage.places.place import Durability
 from trajstore.storage.writing.declaring import declare
 from trajstore.storage.writing.pipeline import Pipeline
@@ -600,7 +600,7 @@ def stages(its: Iterates, codec: Codec, scratch: Path, repeats: int) -> dict[str
 
     def save(durable: bool) -> float:
         with fresh(scratch) as folder:
-            store = DurableStore(folder, durable=durable)
+            store = FolderStore(folder, durable=durable)
 
             def put() -> None:
                 for k, content in enumerate(contents):
@@ -611,7 +611,7 @@ def stages(its: Iterates, codec: Codec, scratch: Path, repeats: int) -> dict[str
 
     def commit(durable: bool) -> float:
         with fresh(scratch) as folder:
-            root = zarr.open_group(DurableStore(folder / "s.zarr", durable=durable), mode="a", zarr_format=3)
+            root = zarr.open_group(FolderStore(folder / "s.zarr", durable=durable), mode="a", zarr_format=3)
             ledger = Ledger(declare(root, its.order, schema, its.config, []), schema, 0, 0)
             before, written = ledger.segment(number - 1), appended(spare).cut().written()
             ledger.adopt(before.cut().written())  # the first one loads chunks of series

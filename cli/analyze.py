@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from trajstore.cli.console import print_json, print_table, say
-from trajstore.cli.options import JSON, AnalysisName, ExperimentName, StorePath, Trust
+from trajstore.cli.options import JSON, ExperimentName, StorePath, Trust
 
 from trajstore._common.plugins import loaded, offered
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
@@ -157,6 +157,15 @@ def _asked(name: str) -> Callable[..., list[Table]]:
         return [Table(str(found.attrs.get("long_name", name)), found, tuple(map(str, found.data_vars)), {})]
 
     return tables
+
+
+def _complete_analysis(incomplete: str) -> list[str]:
+    return [name for name in analysis_names() if name.startswith(incomplete)]
+
+
+AnalysisName = Annotated[
+    str, typer.Argument(metavar="variance|convergence|resets|contraction|law", autocompletion=_complete_analysis)
+]
 
 
 def analyze(

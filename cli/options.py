@@ -14,7 +14,6 @@ from trajstore.errors import ConfigurationError
 
 __all__ = [
     "JSON",
-    "AnalysisName",
     "ExperimentName",
     "FigureName",
     "PresetName",
@@ -53,12 +52,6 @@ def _complete_figure(incomplete: str) -> list[str]:
     return [name for name in figure_names() if name.startswith(incomplete)]
 
 
-def _complete_analysis(incomplete: str) -> list[str]:
-    from trajstore.cli.analyze import analysis_names
-
-    return [name for name in analysis_names() if name.startswith(incomplete)]
-
-
 def _complete_state_metric(incomplete: str) -> list[str]:
     from trajstore.analysis.afterwards import METRICS
 
@@ -68,9 +61,6 @@ def _complete_state_metric(incomplete: str) -> list[str]:
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="The store's folder, or its URL: s3://, gs://.")]
 ExperimentName = Annotated[str, typer.Argument(metavar="EXP", autocompletion=complete_experiment)]
 FigureName = Annotated[str, typer.Argument(metavar="FIGURE", autocompletion=_complete_figure)]
-AnalysisName = Annotated[
-    str, typer.Argument(metavar="variance|convergence|resets|contraction|law", autocompletion=_complete_analysis)
-]
 StateMetricName = Annotated[str, typer.Argument(metavar="METRIC", autocompletion=_complete_state_metric)]
 PresetName = Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete_preset)]
 WhatToRecord = Annotated[

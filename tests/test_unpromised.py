@@ -192,8 +192,8 @@ def test_without_either_everything_else_can_still_be_imported():
 def test_a_store_that_is_open_to_be_read_is_not_written(tmp_path):
     from zarr.buffer.cpu import Buffer
 
-    from trajstore.storage.places.durable import DurableStore
+    from trajstore.storage.places.folder import FolderStore
 
     zarr.open_group(tmp_path / "s.zarr", mode="w")
     with pytest.raises(ValueError, match=r"s\.zarr was opened to be read"):
-        DurableStore(tmp_path / "s.zarr", read_only=True).set_sync("x", Buffer.from_bytes(b"1"))
+        FolderStore(tmp_path / "s.zarr", read_only=True).set_sync("x", Buffer.from_bytes(b"1"))

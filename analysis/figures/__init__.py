@@ -10,26 +10,20 @@ to draw on instead of a figure of its own; they get no legend, but their lines h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib import import_module, resources
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any, Protocol, cast
 
-import matplotlib as mpl
 import xarray as xr
 from matplotlib.figure import Figure, SubFigure
+from trajstore.analysis.figures._style import FURTHER_COLOURS, ORDER_COLOURS, order_colour, style
 
 from trajstore._common.plugins import loaded, offered
 from trajstore.errors import ConfigurationError, NotFoundError, choices
 from trajstore.store import StoredExperiment
 
 __all__ = ["FURTHER_COLOURS", "ORDER_COLOURS", "draw", "figure_names", "order_colour", "style"]
-
-# Okabe and Ito's colours, told apart with every kind of colour vision.
-ORDER_COLOURS = {"forward": "#D55E00", "backward": "#0072B2"}
-FURTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
 
 FIGURES = (
     "contraction",
@@ -126,18 +120,3 @@ def _fitting(name: str, taken: Mapping[str, Parameter], options: Mapping[str, An
             value = value[0]
         fitting[option] = value
     return fitting
-
-
-def order_colour(order: str, position: int) -> str:
-    """Return the colour of an order; the plain two keep theirs in every figure."""
-    return ORDER_COLOURS.get(order, FURTHER_COLOURS[position % len(FURTHER_COLOURS)])
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Draw in the project's style."""
-    with (
-        resources.as_file(resources.files(__name__) / "trajstore.mplstyle") as sheet,
-        mpl.rc_context(fname=str(sheet)),
-    ):
-        yield

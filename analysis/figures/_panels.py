@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
-from trajstore.analysis.figures import order_colour, style
+from trajstore.analysis.figures._style import order_colour, style
 from trajstore.analysis.windows import SLABS, measured_where, metrics_of, usual_metric
 
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices

@@ -15,9 +15,10 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from trajstore.analysis.comparing import compare
-from trajstore.analysis.figures import FURTHER_COLOURS, ORDER_COLOURS, learning_curves, reset, style
+from trajstore.analysis.figures import learning_curves, reset
 from trajstore.analysis.figures._panels import Drawn, Orders, Seeds, named, panels, selected, step_axis, titled
 from trajstore.analysis.figures._ratios import ratios
+from trajstore.analysis.figures._style import FURTHER_COLOURS, ORDER_COLOURS, style
 from trajstore.analysis.local import local_variance_ratio
 from trajstore.analysis.resets import resets
 from trajstore.analysis.windows import metrics_of

@@ -6,8 +6,8 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from trajstore.analysis.contracting import contraction, lyapunov
-from trajstore.analysis.figures import order_colour, style
 from trajstore.analysis.figures._panels import Drawn, Given, Orders, Seeds, panels, titled
+from trajstore.analysis.figures._style import order_colour, style
 from trajstore.analysis.writing import interval
 
 from trajstore.errors import NotFoundError, StatisticError, choices

@@ -8,7 +8,6 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.distance_matrix import distance_matrix
-from trajstore.analysis.figures import style
 from trajstore.analysis.figures._panels import (
     Drawn,
     Given,
@@ -20,6 +19,7 @@ from trajstore.analysis.figures._panels import (
     sketched,
     titled,
 )
+from trajstore.analysis.figures._style import style
 
 from trajstore.errors import StatisticError
 

@@ -9,7 +9,6 @@ import xarray as xr
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from trajstore.analysis.convergence import convergence
-from trajstore.analysis.figures import style
 from trajstore.analysis.figures._panels import (
     Drawn,
     Given,
@@ -27,8 +26,9 @@ from trajstore.analysis.figures._panels import (
     step_axis,
     titled,
 )
-from trajstore.analysis.spaces import LAYER, OUTPUTS, PARAMETERS
-from trajstore.analysis.windows import measured_steps, metrics_of
+from trajstore.analysis.figures._style import style
+from trajstore.analysis.spaces import LAYER, PARAMETERS
+from trajstore.analysis.windows import OUTPUTS, measured_steps, metrics_of
 from trajstore.analysis.writing import interval
 
 from trajstore.errors import StatisticError

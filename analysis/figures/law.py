@@ -6,7 +6,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from trajstore.analysis.figures import order_colour, style
 from trajstore.analysis.figures._panels import (
     Drawn,
     Given,
@@ -17,6 +16,7 @@ from trajstore.analysis.figures._panels import (
     selected,
     titled,
 )
+from trajstore.analysis.figures._style import order_colour, style
 from trajstore.analysis.law import law, refuse_of_more
 from trajstore.analysis.spaces import PARAMETERS
 from trajstore.analysis.windows import measured_steps, stored_window, window_of

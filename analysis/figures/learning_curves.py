@@ -13,7 +13,6 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from trajstore.analysis.figures import style
 from trajstore.analysis.figures._panels import (
     Drawn,
     Given,
@@ -31,6 +30,7 @@ from trajstore.analysis.figures._panels import (
     step_axis,
     titled,
 )
+from trajstore.analysis.figures._style import style
 from trajstore.analysis.windows import own_metrics
 
 __all__ = ["draw"]

@@ -9,8 +9,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from trajstore.analysis.figures import style
 from trajstore.analysis.figures._panels import Drawn, Given, Orders, Seeds, seed_panels, selected, slab_style, titled
+from trajstore.analysis.figures._style import style
 from trajstore.analysis.figures.distance_matrix import evenly
 
 from trajstore.errors import StatisticError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from trajstore.analysis.figures import style
 from trajstore.analysis.figures._panels import (
     Drawn,
     Given,
@@ -21,6 +20,7 @@ from trajstore.analysis.figures._panels import (
     step_axis,
     titled,
 )
+from trajstore.analysis.figures._style import style
 from trajstore.analysis.resets import resets
 
 __all__ = ["draw"]

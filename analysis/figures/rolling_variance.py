@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import xarray as xr
-from trajstore.analysis.figures import style
 from trajstore.analysis.figures._panels import (
     Drawn,
     Given,
@@ -23,6 +22,7 @@ from trajstore.analysis.figures._panels import (
     titled,
 )
 from trajstore.analysis.figures._ratios import ratios
+from trajstore.analysis.figures._style import style
 from trajstore.analysis.variance import Kind, rolling_variance, variance_ratio
 from trajstore.analysis.windows import measured_steps
 

@@ -20,7 +20,7 @@ from tests.conftest import SMALL_NET
 from trajstore import analysis
 from trajstore.errors import ConfigurationError, UnreachableError
 from trajstore.reading.handles import open_root
-from trajstore.storage.places.place import place_of
+from trajstore.storage.places.opening import place_of
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from trajstore.operators.schedules.inverse_sqrt import InverseSqrt
 from trajstore.operators.schedules.step import Step
 from trajstore.operators.sgd import SGD
 from trajstore.operators.state import State
-from trajstore.problems import DType, LiveProblem, ModuleProblem, Problem
+from trajstore.problems import DType, LiveProblem, Problem
+from trajstore.problems._module import ModuleProblem
 from trajstore.problems.images.shapes import Shapes
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.mlp import MLP

@@ -28,7 +28,7 @@ from trajstore.operators.order_mean import OrderMean
 from trajstore.operators.order_regularized import OrderRegularized
 from trajstore.operators.sgd import SGD
 from trajstore.operators.state import beginning
-from trajstore.problems import ModuleProblem
+from trajstore.problems._module import ModuleProblem
 
 STEPS = [0.05 / 2**k for k in range(6)]
 

@@ -19,7 +19,7 @@ from trajstore.engine.plan import Plan, choose, make_engine, ready
 from trajstore.engine.toolchain import missing_for_compiling
 from trajstore.errors import ConfigurationError, SlowPlanWarning
 from trajstore.operators.sgd import SGD
-from trajstore.problems import ModuleProblem
+from trajstore.problems._module import ModuleProblem
 from trajstore.problems.quadratic import Quadratic
 from trajstore.problems.regression import Regression
 from trajstore.reading.handles import open_root

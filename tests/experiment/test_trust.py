@@ -18,10 +18,10 @@ import trajstore as ts
 from tests.conftest import SMALL_NET, Record, forget
 from tests.tools.hostile import Document, attributes_of, rewrite, strangers
 from tests.tools.waiting import HANGS
+from trajstore._common.cache import user_cache
 from trajstore.errors import ConfigurationError, FormatError, UntrustedError
 from trajstore.replay.compare import replay
 from trajstore.replay.recipe import Recipe
-from trajstore.storage.places.durable import user_cache
 
 Program = Callable[..., tuple[Any, str, str]]
 

@@ -21,7 +21,7 @@ from trajstore.operators.schedules.inverse_sqrt import InverseSqrt
 from trajstore.operators.schedules.step import Step
 from trajstore.operators.sgd import SGD
 from trajstore.operators.state import State
-from trajstore.problems import ModuleProblem
+from trajstore.problems._module import ModuleProblem
 
 STEPS = 50
 

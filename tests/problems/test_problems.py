@@ -13,7 +13,8 @@ from trajstore.engine.orders import Leg
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.errors import ConfigurationError
 from trajstore.operators.sgd import SGD
-from trajstore.problems import ModuleProblem, NamesOfModule
+from trajstore.problems import NamesOfModule
+from trajstore.problems._module import ModuleProblem
 from trajstore.problems.batches import generator
 from trajstore.problems.least_squares import LeastSquares
 from trajstore.problems.quadratic import Quadratic

@@ -18,7 +18,6 @@ from tests.tools.waiting import until
 from trajstore.engine.reference import ReferenceEngine
 from trajstore.engine.walk import Slab, applications, stretches_of, walk
 from trajstore.errors import ConfigurationError, WorkerError
-from trajstore.recording.planning import run_seeds
 from trajstore.recording.workers import connected
 from trajstore.recording.workers.parts import bundles, parts_of
 
@@ -146,7 +145,7 @@ def test_workers_end_with_a_client_that_is_killed(tmp_path):
 
 def test_parts_are_every_recorded_step_once_and_bounded():
     experiment = ts.Experiment.of({**TABLE, "record": {"every": 2}})
-    engine = ReferenceEngine(experiment.live, experiment.operator, run_seeds(experiment))
+    engine = ReferenceEngine(experiment.live, experiment.operator, experiment.run_seeds)
     slabs = [Slab(order, k) for order in experiment.orders for k in (0, 1)]
     stretches = stretches_of(slabs, experiment.steps, engine)
     parts = parts_of(stretches, experiment.grid, lambda n: n // 32, most=500)
@@ -162,7 +161,7 @@ def test_parts_are_every_recorded_step_once_and_bounded():
 
 def test_stretches_are_the_legs_that_walking_takes():
     experiment = ts.Experiment.of(TABLE)
-    engine = ReferenceEngine(experiment.live, experiment.operator, run_seeds(experiment))
+    engine = ReferenceEngine(experiment.live, experiment.operator, experiment.run_seeds)
     slabs = [Slab(order, 0) for order in experiment.orders]
     stretches = stretches_of(slabs, experiment.steps, engine)
     for visit in walk(slabs, experiment.steps, experiment.grid, engine):

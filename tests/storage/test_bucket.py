@@ -36,7 +36,8 @@ from trajstore.storage.format.schema import Schema
 from trajstore.storage.places import bucket as bucket_module
 from trajstore.storage.places import requests
 from trajstore.storage.places.bucket import Bucket
-from trajstore.storage.places.place import DECLARING, Place, place_of, slab_lock
+from trajstore.storage.places.opening import place_of
+from trajstore.storage.places.place import DECLARING, Place, slab_lock
 from trajstore.storage.writing.declaring import declare
 from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.pipeline import Pipeline
@@ -463,7 +464,7 @@ def test_what_an_interruption_left_running_does_not_write_under_the_next_lock(bu
 
 def test_a_process_that_ends_under_a_lock_ends():
     held = (
-        "from trajstore.storage.places.place import place_of\n"
+        "from trajstore.storage.places.opening import place_of\n"
         "held = place_of('memory://a/s.zarr').lock('lock', 'it')\n"
         "held.__enter__()\n"
     )

@@ -28,8 +28,7 @@ from tests.tools.disturbed import DOING, Stores, alone, prepared
 from tests.tools.torture import Report, in_child, side_by_side, start
 from tests.tools.waiting import HANGS
 from trajstore.errors import TrajstoreError
-from trajstore.storage.places.durable import DurableStore
-from trajstore.storage.places.folder import Folder
+from trajstore.storage.places.folder import Folder, FolderStore
 
 CODES = (errno.EIO, errno.ESTALE, errno.EMFILE)
 CHANGES = ("mkdir", "replace", "rename", "link", "symlink", "unlink", "remove", "rmdir")
@@ -200,7 +199,7 @@ def reads(most: int, seed: int, folder: Path, origin: Path | None = None, names:
 
 def test_where_a_disk_does_not_say_whether_a_file_is_there_it_is_not_taken_for_missing(tmp_path: Path) -> None:
     (tmp_path / "zarr.json").write_text("{}")
-    for there in (Folder(tmp_path).exists, lambda key: asyncio.run(DurableStore(tmp_path).exists(key))):
+    for there in (Folder(tmp_path).exists, lambda key: asyncio.run(FolderStore(tmp_path).exists(key))):
         for at in (1, 2):  # asking for the key's own status, and what it is
             with Failing(tmp_path, at) as failing, suppress(OSError):
                 assert there("zarr.json"), failing.failed

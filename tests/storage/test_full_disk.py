@@ -19,7 +19,7 @@ from tests.tools.waiting import HANGS
 from trajstore.errors import ConfigurationError, WriteError
 from trajstore.exchange.merge import remove
 from trajstore.reading.verify import verify
-from trajstore.storage.places.place import place_of
+from trajstore.storage.places.opening import place_of
 
 NET = {
     **SMALL_NET, "problem": {"family": "regression", "width": 24, "depth": 2, "points": 21}, "steps": 300,

@@ -26,7 +26,8 @@ from trajstore.recording.workers.job import Shape
 from trajstore.storage.format.commits import Commits
 from trajstore.storage.places import holders, locks
 from trajstore.storage.places.durable import DurableStore
-from trajstore.storage.places.place import Place, keeper_of, place_of, slab_folder
+from trajstore.storage.places.opening import place_of
+from trajstore.storage.places.place import Place, keeper_of, slab_folder
 from trajstore.storage.writing.late_metrics import LateSeries
 from trajstore.storage.writing.pipeline import Pipeline
 from trajstore.storage.writing.segment import Observation
@@ -37,7 +38,8 @@ WHOSE = Slab(Order.parse("forward"), 0)
 SEGMENTS = {0: range(8), 1: range(8, 12)}
 CLIENT = f"""
 import pickle, sys, time
-from trajstore.storage.places.place import place_of, slab_folder
+from trajstore.storage.places.opening import place_of
+from trajstore.storage.places.place import slab_folder
 place = place_of(sys.argv[1])
 with place.lock({SLAB!r}, "it") as also:
     also(slab_folder("e", (0, 0)))

@@ -20,7 +20,7 @@ from trajstore.cli.inspection import info, ls
 import trajstore as ts
 from trajstore._common.units import human_bytes
 from trajstore.storage.places import requests
-from trajstore.storage.places.place import place_of
+from trajstore.storage.places.opening import place_of
 
 AN_EXPERIMENT = 10
 """Requests that a listing makes at most for an experiment with one slab."""

@@ -18,6 +18,7 @@ from trajstore.storage.format.layout import Entry, Layout
 from trajstore.storage.format.schema import Schema
 from trajstore.storage.places import durable
 from trajstore.storage.places.durable import DurableStore
+from trajstore.storage.places.folder import FolderStore
 from trajstore.storage.places.place import keeper_of
 from trajstore.storage.writing import slab_writer as writer_module
 from trajstore.storage.writing.declaring import declare
@@ -44,7 +45,7 @@ def values(n: int):
 
 @pytest.fixture
 def group(tmp_path: Path) -> zarr.Group:
-    root = zarr.open_group(DurableStore(tmp_path / "s.zarr"), mode="a", zarr_format=3)
+    root = zarr.open_group(FolderStore(tmp_path / "s.zarr"), mode="a", zarr_format=3)
     return declare(root, "e", SCHEMA, {"name": "e"}, [])
 
 
@@ -157,7 +158,7 @@ def chunks(group: zarr.Group) -> dict[str, bytes]:
 def test_a_new_writer_goes_on_in_the_middle_of_a_segment(group, tmp_path, until):
     write(group, STEPS).commit()
     whole = chunks(group)
-    other = zarr.open_group(DurableStore(tmp_path / "t.zarr"), mode="a", zarr_format=3)
+    other = zarr.open_group(FolderStore(tmp_path / "t.zarr"), mode="a", zarr_format=3)
     half = declare(other, "e", SCHEMA, {"name": "e"}, [])
     write(half, until).commit()
     write(half, STEPS, begin=until + 1).commit()

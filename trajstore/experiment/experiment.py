@@ -225,6 +225,11 @@ class Experiment:
         return exactly((n for n in self.grid if n % k == 0 or n in self.stops), self.steps)
 
     @property
+    def run_seeds(self) -> list[tuple[int, int]]:
+        """The (init seed, data seed) of each seed."""
+        return list(zip(self.init_seeds, self.seeds, strict=True))
+
+    @property
     def init_seeds(self) -> tuple[int, ...]:
         """The init seed of each seed."""
         return tuple(seed if self.init_seed is None else self.init_seed for seed in self.seeds)

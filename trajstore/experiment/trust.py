@@ -23,10 +23,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from trajstore._common.cache import user_cache
 from trajstore.errors import UntrustedError
 from trajstore.experiment.configuration import shortened
 from trajstore.storage.format.digest import config_digest
-from trajstore.storage.places.durable import user_cache
 
 __all__ = ["allow", "refuse_untrusted", "remember"]
 

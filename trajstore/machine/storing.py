@@ -24,7 +24,8 @@ from trajstore._common.units import human_bytes
 from trajstore.errors import BusyError, WriteError
 from trajstore.machine import State, check
 from trajstore.storage.format.codecs import CODECS, Codec, chunk_codecs, write_block
-from trajstore.storage.places.place import place_of, slab_folder, slab_lock
+from trajstore.storage.places.opening import place_of
+from trajstore.storage.places.place import slab_folder, slab_lock
 from trajstore.storage.states import States
 
 __all__ = ["locked_as_for_recording"]

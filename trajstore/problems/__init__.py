@@ -2,14 +2,14 @@
 
 One family a file. A family is a declaration: a frozen dataclass whose fields are its configuration, and
 whose `build` gives the live problem with its tensors on a device. Your own problem is anything with such a
-`build`; for a `torch.nn.Module` on data that fits in memory, `trajstore.problems.ModuleProblem` has it
+`build`; for a `torch.nn.Module` on data that fits in memory, `trajstore.ModuleProblem` has it
 ready-made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from torch import Tensor
 from trajstore.operators import Batch
 from trajstore.operators.state import Tensors
 
-if TYPE_CHECKING:
-    from trajstore.problems._module import ModuleProblem
-
 __all__ = [
     "FAMILIES",
     "PROBES",
@@ -30,7 +27,6 @@ __all__ = [
     "Draws",
     "KnowsItsData",
     "LiveProblem",
-    "ModuleProblem",
     "Predicts",
     "Problem",
     "torch_dtype",
@@ -138,11 +134,3 @@ class Problem(Protocol):
 
     def build(self, device: torch.device) -> LiveProblem:
         """Return the live problem on a device."""
-
-
-def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name == "ModuleProblem":  # it imports this module
-        from trajstore.problems._module import ModuleProblem
-
-        return ModuleProblem
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

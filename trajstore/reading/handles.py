@@ -40,16 +40,8 @@ from trajstore.storage.format.commits import Commits, blocks, refuse_to_hold
 from trajstore.storage.format.metrics import maker_of
 from trajstore.storage.format.schema import APART, FORMAT, ArraySpec, Schema, check_format
 from trajstore.storage.places.identity import opened, version_of
-from trajstore.storage.places.place import (
-    DECLARING,
-    DOCUMENT,
-    PARTIAL,
-    Durability,
-    Place,
-    place_of,
-    slab_folder,
-    slab_lock,
-)
+from trajstore.storage.places.opening import place_of
+from trajstore.storage.places.place import DECLARING, DOCUMENT, PARTIAL, Durability, Place, slab_folder, slab_lock
 from trajstore.storage.states import States
 from trajstore.storage.writing.fills import stored_fills
 from trajstore.storage.writing.late_metrics import LateSeries
@@ -68,12 +60,20 @@ __all__ = [
     "check_place",
     "check_portable",
     "open_root",
+    "opened_store",
     "refuse_alike",
     "refuse_foreign",
     "refuse_new",
     "standing",
     "unreadable_told",
 ]
+
+
+def opened_store(path: str | Path, *, trust: bool = False) -> StoreHandle:
+    """Open a store for reading, as `trajstore.open` does."""
+    store = StoreHandle(path, trust=trust)
+    _ = store.root
+    return store
 
 
 def check_place(store: StoreHandle) -> None:

@@ -19,8 +19,7 @@ from xarray.backends import BackendEntrypoint
 
 from trajstore.errors import ConfigurationError, OpenFilesError, TrajstoreError, choices
 from trajstore.reading.dataset import opened
-from trajstore.reading.handles import StoreHandle
-from trajstore.store import open as open_store
+from trajstore.reading.handles import StoreHandle, opened_store
 
 __all__ = ["TrajstoreBackend"]
 
@@ -37,7 +36,7 @@ class TrajstoreBackend(BackendEntrypoint):
         if not isinstance(filename_or_obj, str | os.PathLike):
             return False
         try:
-            return open_store(_path(filename_or_obj)) is not None
+            return opened_store(_path(filename_or_obj)) is not None
         except OpenFilesError:
             raise  # nothing is known of what is there
         except (TrajstoreError, OSError):
@@ -52,7 +51,7 @@ class TrajstoreBackend(BackendEntrypoint):
         trust: bool = False,
     ) -> xr.Dataset:
         """Open one experiment, which need not be named where it is the only one."""
-        store = open_store(_path(filename_or_obj), trust=trust)
+        store = opened_store(_path(filename_or_obj), trust=trust)
         names = list(store)
         if group is None and len(names) != 1:
             raise ConfigurationError(f"{store}: say which experiment with group=…; {choices('', names)}")
@@ -67,7 +66,7 @@ class TrajstoreBackend(BackendEntrypoint):
         trust: bool = False,
     ) -> dict[str, xr.Dataset]:
         """Open all experiments, or one, by their paths in the tree."""
-        store: StoreHandle = open_store(_path(filename_or_obj), trust=trust)
+        store: StoreHandle = opened_store(_path(filename_or_obj), trust=trust)
         names = list(store) if group is None else [group.strip("/")]
         return {"/": xr.Dataset()} | {f"/{name}": _without(opened(store[name]), drop_variables) for name in names}
 

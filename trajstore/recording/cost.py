@@ -15,7 +15,7 @@ from trajstore.engine.plan import EngineChoice, Plan, ready, threads
 from trajstore.engine.walk import applications
 from trajstore.experiment.experiment import Experiment
 from trajstore.problems import LiveProblem
-from trajstore.recording.planning import Device, Wishes, afford, plan_for, run_seeds
+from trajstore.recording.planning import Device, Wishes, afford, plan_for
 from trajstore.recording.running import record_here
 from trajstore.recording.schema import schema_of
 from trajstore.storage.format.schema import Schema
@@ -67,7 +67,7 @@ def cost(
     plan, _ = afford(plan_for(experiment, live, wishes), experiment, live, schema, wishes)
     with threads(plan.threads):
         begin = time.perf_counter()
-        plan, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
+        plan, computing = ready(plan, live, experiment.operator, experiment.run_seeds)
         getting_ready = time.perf_counter() - begin
         an_application = _seconds_an_application(computing, plan.lanes, experiment.steps)
         trial = _Trial(5e-3, {}, 0.0, 0.0, 0)

@@ -22,16 +22,11 @@ from trajstore.storage.format.schema import Schema
 if TYPE_CHECKING:
     from trajstore.recording.workers import Scheduler
 
-__all__ = ["Device", "Wishes", "afford", "plan_for", "run_seeds"]
+__all__ = ["Device", "Wishes", "afford", "plan_for"]
 
 Device = Literal["auto", "cpu", "cuda"]
 _LITTLE = 5_000
 """Operator applications that are over before a calibration would be."""
-
-
-def run_seeds(experiment: Experiment) -> list[tuple[int, int]]:
-    """Return the (init seed, data seed) of each seed."""
-    return list(zip(experiment.init_seeds, experiment.seeds, strict=True))
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Wishes:
 
 def plan_for(experiment: Experiment, live: LiveProblem, wishes: Wishes) -> Plan:
     """Choose how to compute an experiment here."""
-    seeds = run_seeds(experiment)
+    seeds = experiment.run_seeds
     total = applications(experiment.orders, experiment.steps, experiment.grid) * len(seeds)
     chains = len(experiment.grid) * len(experiment.orders) * len(seeds)
     engine: EngineChoice = "wavefront" if wishes.lanes is not None else wishes.engine

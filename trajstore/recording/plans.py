@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from trajstore._common.cache import user_cache
 from trajstore.engine.plan import Plan
 from trajstore.storage.format.digest import config_digest
-from trajstore.storage.places.durable import user_cache
 
 __all__ = ["remembered"]
 

@@ -30,7 +30,7 @@ from trajstore.reading.handles import check_place, open_root, refuse_foreign, re
 from trajstore.recording.acceptance import digest_of, refuse_other_data
 from trajstore.recording.fills import noted
 from trajstore.recording.here import fill_here, ledgers_of
-from trajstore.recording.planning import Device, Wishes, afford, plan_for, run_seeds
+from trajstore.recording.planning import Device, Wishes, afford, plan_for
 from trajstore.recording.provenance import provenance
 from trajstore.recording.schema import schema_of
 from trajstore.recording.workers import Job, Scheduler, connected, connected_to, fill
@@ -147,7 +147,7 @@ def run(
             spent = fill(client, job, packs, lambda slabs: ledgers_of(stored, slabs), progress, follow)
             note.update(spent._asdict())
         return store[experiment.name]
-    really, computing = ready(plan, live, experiment.operator, run_seeds(experiment))
+    really, computing = ready(plan, live, experiment.operator, experiment.run_seeds)
     if really.slowed:
         follow(really, bool(computing.refusals))
     origin["plan"] = really.to_json()

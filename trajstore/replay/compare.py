@@ -19,7 +19,6 @@ from trajstore.engine.walk import Slab, walk
 from trajstore.errors import ConfigurationError, ConflictError
 from trajstore.recording.acceptance import refuse_other_data
 from trajstore.recording.measuring import Observer, parameters_of
-from trajstore.recording.planning import run_seeds
 from trajstore.recording.schema import schema_of
 from trajstore.replay.recipe import experiment_of, why_not
 from trajstore.storage.writing.segment import Observation
@@ -63,7 +62,7 @@ def replay(stored: StoredExperiment) -> Iterator[Replayed]:
         raise ConflictError(
             f"experiment {stored.name!r}: its problem has changed since it was recorded, so it cannot be replayed"
         )
-    _, engine = ready(_plan(stored), live, experiment.operator, run_seeds(experiment))
+    _, engine = ready(_plan(stored), live, experiment.operator, experiment.run_seeds)
     observe = Observer(experiment, schema)
     for k, seed in enumerate(schema.seeds):
         slabs = [Slab(order, k) for order in experiment.orders]

@@ -24,7 +24,8 @@ from trajstore.errors import FormatError
 from trajstore.storage.format.codecs import Codec, refuse_bomb, zstd_size
 from trajstore.storage.places.elsewhere import refuse_only_here, refuse_unseen
 from trajstore.storage.places.expected import Expected
-from trajstore.storage.places.place import Keeper, Place, place_of
+from trajstore.storage.places.opening import place_of
+from trajstore.storage.places.place import Keeper, Place
 
 __all__ = ["States"]
 

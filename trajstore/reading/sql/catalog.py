@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from trajstore._common.cache import user_cache
 from trajstore._common.system import opening, refuse_too_many
 from trajstore.reading.sql.files import is_own, write_text
-from trajstore.storage.places.durable import user_cache
 from trajstore.storage.places.regular import contents
 
 __all__ = ["CATALOG", "VERSION", "Catalog", "Key", "SlabEntry", "is_damaged", "is_of_another"]

@@ -25,6 +25,7 @@ from typing import Any
 
 import duckdb
 
+from trajstore._common.cache import user_cache
 from trajstore._common.system import is_full, system_told
 from trajstore.errors import FormatError, WriteError, damage_told, slab_named
 from trajstore.reading.handles import ExperimentHandle, StoreHandle, unreadable_told
@@ -35,7 +36,6 @@ from trajstore.reading.sql.tables import EXPERIMENTS_COLUMNS, RUNS_COLUMNS, expe
 from trajstore.reading.sql.text import identifier, read_parquet
 from trajstore.storage.format.codecs import chunk_bytes
 from trajstore.storage.format.schema import late_records
-from trajstore.storage.places.durable import user_cache
 from trajstore.storage.places.regular import inside
 from trajstore.storage.writing.segment import array_of
 

@@ -16,7 +16,8 @@ from trajstore.recording.workers import worker
 from trajstore.recording.workers.job import Gathered, Job, Shape
 from trajstore.recording.workers.parts import bundles, parts_of
 from trajstore.recording.workers.patience import Patience
-from trajstore.storage.places.place import place_of, slab_lock
+from trajstore.storage.places.opening import place_of
+from trajstore.storage.places.place import slab_lock
 from trajstore.storage.writing.segment import Observation, Written
 from trajstore.storage.writing.slab_writer import Ledger
 

@@ -17,7 +17,8 @@ from trajstore.experiment.experiment import Experiment
 from trajstore.recording.timing import Spent
 from trajstore.storage.format.commits import Commits
 from trajstore.storage.format.schema import Schema
-from trajstore.storage.places.place import Durability, keeper_of, place_of
+from trajstore.storage.places.opening import place_of
+from trajstore.storage.places.place import Durability, keeper_of
 from trajstore.storage.writing.segment import Observation, Segment, Written, array_of
 from trajstore.storage.writing.slab_writer import guarded
 

@@ -17,7 +17,6 @@ from trajstore.engine.refining import Refining
 from trajstore.engine.walk import Slab, Stretch, stretches_of
 from trajstore.operators.state import State
 from trajstore.recording.measuring import Observer, parameters_of
-from trajstore.recording.planning import run_seeds
 from trajstore.recording.timing import Clock
 from trajstore.recording.workers.job import Brought, Gathered, Job, Shape
 from trajstore.recording.workers.parts import Part, work_to
@@ -50,7 +49,7 @@ class _Workshop:
         torch.set_num_threads(job.plan.threads)
         self._job = job
         live = job.experiment.problem.build(torch.device(job.device))
-        self._plan, self.engine = ready(job.plan, live, job.experiment.operator, run_seeds(job.experiment))
+        self._plan, self.engine = ready(job.plan, live, job.experiment.operator, job.experiment.run_seeds)
         wanted = job.experiment.refinement
         self._refined = self.engine if wanted is None else Refining(self.engine, wanted)
         self._starts: dict[int, torch.Tensor] = {}

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +24,7 @@ from trajstore.errors import BusyError, ConfigurationError, UnreachableError
 from trajstore.storage.places import requests
 from trajstore.storage.places.guarded import Guarded
 from trajstore.storage.places.leases import Lease, died, free, holder_of, is_own, taken
-from trajstore.storage.places.place import DECLARING, DOCUMENT, Durability, Stray, aside, place_of
+from trajstore.storage.places.place import DECLARING, DOCUMENT, Durability, Stray, aside
 
 __all__ = ["Bucket"]
 
@@ -34,6 +35,12 @@ _PATIENCE = 5.0
 """Seconds that a failure waits for its lock to be freed; where that was in vain, `trajstore unlock` frees it."""
 _living: set[str] = set()
 """Tokens of the leases that this process holds, or is about to."""
+
+
+@cache
+def bucket_at(url: str) -> Bucket:
+    """Return one and the same for a URL: what is in memory is nowhere else, and locks are held by the process."""
+    return Bucket(url)
 
 
 class Bucket:
@@ -54,7 +61,7 @@ class Bucket:
         return self.address
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return place_of, (self.address,)  # another process has connections and locks of its own
+        return bucket_at, (self.address,)  # another process has connections and locks of its own
 
     @contextmanager
     def told(self) -> Iterator[None]:

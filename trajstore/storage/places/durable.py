@@ -13,9 +13,9 @@ import asyncio
 import os
 import threading
 import uuid
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -33,20 +33,11 @@ from trajstore.storage.places.expected import Expected
 from trajstore.storage.places.holders import Holder, Lent, held_here
 from trajstore.storage.places.locks import descriptor_of
 from trajstore.storage.places.packed import as_files, containers, find, partly, plain
-from trajstore.storage.places.place import (
-    DOCUMENT,
-    PARTIAL,
-    Place,
-    ReplacedError,
-    array_path,
-    below,
-    check_writable,
-    place_of,
-)
+from trajstore.storage.places.place import DOCUMENT, PARTIAL, Place, ReplacedError, array_path, below, check_writable
 from trajstore.storage.places.regular import DOCUMENT_BYTES, contents, inside, refuse_large
 from trajstore.storage.places.removing import delete, make_durable, take_away
 
-__all__ = ["DurableStore", "user_cache"]
+__all__ = ["DurableStore"]
 
 
 class _Anchor:
@@ -64,7 +55,7 @@ class _Anchor:
 
 
 class DurableStore(LocalStore):
-    """LocalStore with fsync."""
+    """LocalStore with fsync. `trajstore.storage.places.folder` has the one that knows its place."""
 
     def __init__(self, root: Path | str, *, read_only: bool = False, durable: bool = True) -> None:
         """Without `durable` nothing is fsynced: a power cut may then take what was committed, a crash may not."""
@@ -83,10 +74,10 @@ class DurableStore(LocalStore):
         self._seen: dict[str, bytes | None] = {}
         """Key of a record → what was read or written there last; None: that there was none."""
 
-    @cached_property
+    @property
+    @abstractmethod
     def place(self) -> Place:
         """Where it lies."""
-        return place_of(self.root)
 
     def with_read_only(self, read_only: bool = False) -> DurableStore:
         """Return the same store, read-only or not."""
@@ -95,7 +86,7 @@ class DurableStore(LocalStore):
     def __reduce__(self) -> tuple[Any, ...]:
         if not self.read_only:
             refuse_second_writer(str(self.root))
-        return _read_elsewhere, (str(self.root.absolute()), self._durable, self.expected)
+        return _read_elsewhere, (type(self), str(self.root.absolute()), self._durable, self.expected)
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write a file durably under a temporary name, then rename it."""
@@ -326,19 +317,9 @@ class DurableStore(LocalStore):
                 raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
-def _read_elsewhere(root: str, durable: bool, expected: Expected) -> DurableStore:
+def _read_elsewhere(kind: type[DurableStore], root: str, durable: bool, expected: Expected) -> DurableStore:
     """Open a folder that another process reads; where it is not seen, all would be read as missing, which is NaN."""
     refuse_unseen(root)
-    store = DurableStore(root, read_only=True, durable=durable)
+    store = kind(root, read_only=True, durable=durable)
     store.expected = expected
     return store
-
-
-def user_cache() -> Path:
-    """Return trajstore's folder in the user's cache, for what can be lost; raise an OSError where there is none."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "trajstore"
-    try:
-        return Path.home() / ".cache" / "trajstore"
-    except RuntimeError:  # a user without an entry in the system's list, as in a container
-        raise FileNotFoundError("this user has no home folder; let XDG_CACHE_HOME name a folder to keep") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numcodecs import Zstd  # type: ignore[import-untyped]
@@ -17,10 +17,7 @@ from numpy.typing import NDArray
 from trajstore.errors import DamageError, slab_named
 from trajstore.storage.format.codecs import refuse_bomb
 from trajstore.storage.format.schema import Schema
-from trajstore.storage.places.identity import Identity, refuse_another
-
-if TYPE_CHECKING:
-    from trajstore.storage.places.place import Place
+from trajstore.storage.places.identity import Identity, Versioned, refuse_another
 
 __all__ = ["Expected", "Vouched", "remedy"]
 
@@ -160,7 +157,7 @@ class Expected:
     identities: dict[str, Identity] = field(default_factory=dict)
     """Path of an experiment → which one was opened there."""
 
-    def refuse_another(self, key: str, place: Place) -> None:
+    def refuse_another(self, key: str, place: Versioned) -> None:
         """Raise where what was just read at a key is not of the experiment that was opened."""
         name = key.partition("/")[0]
         if (opened := self.identities.get(name)) is not None:

@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 from trajstore._common.system import is_file, way_clear
@@ -121,7 +122,7 @@ class Folder:
 
     def remove(self, prefix: str) -> None:
         """Take out all keys below a prefix."""
-        DurableStore(self.path).remove(prefix)
+        FolderStore(self.path).remove(prefix)
 
     def leftovers(self) -> list[str]:
         """Return the folders of what was removed and not deleted to the end."""
@@ -162,9 +163,9 @@ class Folder:
         """Do nothing: the kernel frees the locks of processes that die."""
         return []
 
-    def keeper(self, *, read_only: bool, durability: Durability = "segment") -> DurableStore:
+    def keeper(self, *, read_only: bool, durability: Durability = "segment") -> FolderStore:
         """Return the Zarr store."""
-        return DurableStore(self.path, read_only=read_only, durable=durability == "segment")
+        return FolderStore(self.path, read_only=read_only, durable=durability == "segment")
 
     def check(self) -> None:
         """Refuse a path at which something else is, or that leads through a file."""
@@ -203,3 +204,12 @@ def _stray(path: Path) -> Stray:
     if path.is_symlink():
         return "link to a file" if path.exists() else "link to nothing"
     return "file" if path.is_file() else "device"
+
+
+class FolderStore(DurableStore):
+    """The Zarr store of a folder."""
+
+    @cached_property
+    def place(self) -> Folder:
+        """Where it lies."""
+        return Folder(self.root)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
@@ -16,13 +17,12 @@ from trajstore.storage.places import requests
 from trajstore.storage.places.elsewhere import refuse_only_here, refuse_second_writer
 from trajstore.storage.places.expected import Expected
 from trajstore.storage.places.leases import Lease
-from trajstore.storage.places.place import DECLARING, ReplacedError, array_path, below, check_writable
+from trajstore.storage.places.place import DECLARING, Place, ReplacedError, array_path, below, check_writable
 from trajstore.storage.places.requests import elsewhere
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
-
-    from trajstore.storage.places.bucket import Bucket
+    from obstore.store import ObjectStore
 
 __all__ = ["Guarded"]
 
@@ -30,12 +30,32 @@ _TRIES = 10
 """Conditional puts of one object before giving up: each fails only if somebody else's came between."""
 
 
+class Leased(Place, Protocol):
+    """What a bucket has beyond other places: objects, and leases under which they are put."""
+
+    objects: ObjectStore
+    given_up: set[str]
+    """Tokens of leases under which something may still be under way."""
+
+    def told(self) -> AbstractContextManager[None]:
+        """Say in one line what an object store does not do."""
+
+    def names(self, prefix: str) -> list[str]:
+        """Return the first parts of all keys below a prefix, in order."""
+
+    def lease(self, lock: str) -> Lease | None:
+        """Return the lease of a lock that this process holds."""
+
+    def check_held(self, lease: Lease | None, key: str) -> None:
+        """Raise where a lease is another's by now."""
+
+
 class Guarded(ZarrStore):
     """The Zarr store of a bucket."""
 
     supports_writes = supports_deletes = supports_listing = True
 
-    def __init__(self, bucket: Bucket, *, read_only: bool) -> None:
+    def __init__(self, bucket: Leased, *, read_only: bool) -> None:
         super().__init__(read_only=read_only)
         self._bucket = bucket
         self._seen: dict[str, UpdateVersion | None] = {}
@@ -51,7 +71,7 @@ class Guarded(ZarrStore):
         """The lock of declarations, as it was held when something was last written under it."""
 
     @property
-    def place(self) -> Bucket:
+    def place(self) -> Leased:
         """Where it lies."""
         return self._bucket
 
@@ -218,7 +238,7 @@ class Guarded(ZarrStore):
         raise UnreachableError(f"{self._bucket.address}: {key} is replaced by another process again and again")
 
 
-def _read_elsewhere(bucket: Bucket, expected: Expected) -> Guarded:
+def _read_elsewhere(bucket: Leased, expected: Expected) -> Guarded:
     store = Guarded(bucket, read_only=True)
     store.expected = expected
     return store

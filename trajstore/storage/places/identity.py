@@ -12,15 +12,12 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from trajstore.errors import OutdatedError
 from trajstore.storage.format.digest import config_digest
 
-if TYPE_CHECKING:
-    from trajstore.storage.places.place import Place
-
-__all__ = ["DOCUMENT", "Identity", "opened", "refuse_another", "unchanging", "version_of"]
+__all__ = ["DOCUMENT", "Identity", "Versioned", "opened", "refuse_another", "unchanging", "version_of"]
 
 DOCUMENT = "zarr.json"
 """What Zarr calls the document of a group or an array."""
@@ -28,6 +25,24 @@ _GROWING = ("name", "orders", "seeds", "steps", "stops", "declared_steps", "vari
 """What of a configuration may change while the experiment stays what it is."""
 _SURE = 1.0
 """Seconds for which an answer of an object store is taken to hold: there each look is a request."""
+
+
+class Versioned(Protocol):
+    """What is asked of the place where a store lies."""
+
+    @property
+    def address(self) -> str:
+        """How another process finds it."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether looking at something is a request to another machine."""
+
+    def version(self, key: str) -> object | None:
+        """Return what changes with what is there, None where nothing is."""
+
+    def read(self, key: str) -> bytes | None:
+        """Return what is there, None where nothing is."""
 
 
 def unchanging(attributes: Mapping[str, Any]) -> str:
@@ -69,19 +84,19 @@ _confirmed: dict[tuple[str, str, Identity], tuple[object | None, float]] = {}
 """Store, experiment, and which one → the version of its document that says so, if known, and when this was seen."""
 
 
-def version_of(place: Place, name: str) -> object | None:
+def version_of(place: Versioned, name: str) -> object | None:
     """Return the version of an experiment's document, if that costs no request. Call before reading it."""
     return None if place.asks else place.version(f"{name}/{DOCUMENT}")
 
 
-def opened(place: Place, name: str, attributes: Mapping[str, Any], version: object | None) -> Identity:
+def opened(place: Versioned, name: str, attributes: Mapping[str, Any], version: object | None) -> Identity:
     """Return which experiment was opened, by what is stored beside its arrays, at a version of its document."""
     one = Identity.of(attributes)
     _confirmed[place.address, name, one] = version, time.monotonic()
     return one
 
 
-def refuse_another(place: Place, name: str, one: Identity) -> None:
+def refuse_another(place: Versioned, name: str, one: Identity) -> None:
     """Raise where an experiment is not any more the one that was opened. Call after reading something of it."""
     key, document = (place.address, name, one), f"{name}/{DOCUMENT}"
     known, seen = _confirmed.get(key, (None, None))

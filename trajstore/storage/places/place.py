@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import zarr
 from zarr.abc.buffer import Buffer
 from zarr.abc.store import Store as ZarrStore
 
-from trajstore.errors import BusyError, ConfigurationError, choices
+from trajstore.errors import BusyError
 from trajstore.storage.places.expected import Expected
 from trajstore.storage.places.identity import DOCUMENT
 
@@ -33,7 +32,6 @@ __all__ = [
     "below",
     "check_writable",
     "keeper_of",
-    "place_of",
     "slab_folder",
     "slab_lock",
 ]
@@ -48,7 +46,6 @@ Stray = Literal["file", "link to a file", "link to nothing", "device"]
 """What else can lie where experiments do; the last are pipes and sockets as well."""
 TAKEN_OUT = "taken-out"
 """Where in an array's folder lies what a repair took out."""
-_BUCKETS = ("s3", "gs", "memory")
 DECLARING = "declare.lock"
 """The lock of whoever changes shapes or attributes."""
 
@@ -175,46 +172,6 @@ class Place(Protocol):
 
     def is_empty(self) -> bool:
         """Tell whether nothing is there, or nothing but what a process that died had begun to write."""
-
-
-def place_of(address: str | Path | Place) -> Place:
-    """Return the place at a path or URL."""
-    if not isinstance(address, str | Path):
-        return address
-    if isinstance(address, Path):
-        if f"{address.parts[0] if address.parts else ''}/" in (f"{scheme}:/" for scheme in (*_BUCKETS, "file")):
-            raise ConfigurationError(f"{address}: give a URL as text, not as a Path, which makes one slash of two")
-        return _folder(address)
-    scheme, colon, rest = address.partition("://")
-    if not colon:
-        return _folder(Path(address))
-    if scheme == "file":
-        host, _, path = rest.partition("/")
-        if host not in ("", "localhost"):
-            raise ConfigurationError(f"{address}: write file:///path/on/this/machine")
-        return _folder(Path(unquote(f"/{path}")))
-    if scheme not in _BUCKETS:
-        known = choices(scheme, (*_BUCKETS, "file"))
-        raise ConfigurationError(f"{address}: stores lie in folders or at s3://, gs://, memory:// or file://; {known}")
-    if not rest.strip("/") or (scheme != "memory" and "/" not in rest.strip("/")):
-        raise ConfigurationError(f"{address}: name the store in the bucket, as in {scheme}://bucket/runs.zarr")
-    if any(part in ("", ".", "..") for part in rest.rstrip("/").split("/")) or {*"?#"} & {*rest}:
-        raise ConfigurationError(f"{address}: a store's URL has no '?', '#', '.', '..' and no empty parts")
-    return _bucket(address.rstrip("/"))
-
-
-def _folder(path: Path) -> Place:
-    from trajstore.storage.places.folder import Folder
-
-    return Folder(path)
-
-
-@cache
-def _bucket(url: str) -> Place:
-    """Return one and the same for a URL: what is in memory is nowhere else, and locks are held by the process."""
-    from trajstore.storage.places.bucket import Bucket
-
-    return Bucket(url)
 
 
 def keeper_of(group: zarr.Group) -> Keeper:
