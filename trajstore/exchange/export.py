@@ -1,6 +1,6 @@
 """Export: what is committed, as files that other programs read.
 
-One state as safetensors, the metrics as one Parquet file; `dumping` writes whole slabs as NumPy arrays.
+One state as safetensors, the metrics as one Parquet file; `export_arrays` writes whole slabs as NumPy arrays.
 """
 
 from __future__ import annotations

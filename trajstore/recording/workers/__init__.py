@@ -1,6 +1,6 @@
 """Computing a recording on Dask workers: processes of this machine, or a cluster that is there already.
 
-The client (`client`) holds the slabs' locks, hands out bundles of parts, and commits. A worker (`workshop`) computes a
+The client (`client`) holds the slabs' locks, hands out bundles of parts, and commits. A worker (`worker`) computes a
 part; if the part is a whole segment, it also encodes and writes the states, so that only the series travel. What a
 worker that dies had in hand is computed again by another.
 """
