@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from trajstore.analysis.products import CERTAIN, LEAST, Exponent, Growth, directions, exponent_of, follow
 from trajstore.analysis.rounding import of_size
 from trajstore.analysis.states import distance, norm
+from trajstore.analysis.tables import Table
 
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, slab_named
 from trajstore.experiment.experiment import Experiment
@@ -32,7 +33,7 @@ from trajstore.replay.recipe import Recipe, Source
 from trajstore.replay.reviving import revive
 from trajstore.store import StoredExperiment
 
-__all__ = ["contraction", "known_factors", "lemma_factor", "limit_bound", "lyapunov"]
+__all__ = ["contraction", "known_factors", "lemma_factor", "limit_bound", "lyapunov", "tables"]
 
 
 def contraction(stored: StoredExperiment, order: str = "forward", pairs: int = 100, random_seed: int = 0) -> xr.Dataset:
@@ -215,3 +216,40 @@ def _loss(recipe: Recipe, state: State) -> float:
 
 def _ratio(after: float, before: float) -> float:
     return after / before if before > 0 else np.nan
+
+
+def tables(stored: StoredExperiment, order: str | None = None, pairs: int = 100) -> list[Table]:
+    """Return what `trajstore analyze` shows."""
+    names = stored.schema.orders
+    order = order or ("forward" if "forward" in names else names[0])
+    found = contraction(stored, order, pairs)
+    factors = {"parameters": found["factor"].values, "sum:train_loss": found["loss_factor"].values}
+    factors = {space: values for space, values in factors.items() if np.isfinite(values).any()}
+    numbers = {
+        "pairs": [int(np.isfinite(f).sum()) for f in factors.values()],
+        "share_below_1": [float((f < 1).sum() / np.isfinite(f).sum()) for f in factors.values()],
+        "median": [float(np.nanmedian(f)) for f in factors.values()],
+        "largest": [float(np.nanmax(f)) for f in factors.values()],
+    }
+    summary = xr.Dataset(
+        {name: ("space", column) for name, column in numbers.items()}, {"space": list(factors)}, found.attrs
+    )
+    known, lemma = (found.attrs.get(name) for name in ("uniform_factor", "lemma_factor"))
+    proven = f"; every map contracts by {known:.4g}" if known else ""
+    proven += f", by Lemma 2.5 by {lemma:.4g}" if lemma else ""
+    title = f"factors of {pairs} pairs of {order} iterates under one batch{proven}"
+    return [Table(title, summary, tuple(numbers)), _exponents(stored)]
+
+
+def _exponents(stored: StoredExperiment) -> Table:
+    title, seeds = "Lyapunov exponent of the products, along forward iterates", list(stored.schema.seeds)
+    try:
+        each = [lyapunov(stored, seed) for seed in seeds]
+    except StatisticError as error:  # the factors have been found all the same
+        return Table(f"{title}: {error}", xr.Dataset(), ())
+    exponents = xr.concat(each, "seed", combine_attrs="drop_conflicts").assign_coords(seed=seeds)
+    pairs = {"exponent": ("exponent_low", "exponent_high"), "rate": ("rate_low", "rate_high")}
+    shown = ("exponent", "rate", "growth")
+    if any(exponents["why"].values.tolist()):
+        return Table(f"{title}; growth is that of a random difference", exponents, (*shown, "why"), pairs)
+    return Table(title, exponents, shown, pairs)

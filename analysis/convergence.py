@@ -32,9 +32,12 @@ from trajstore.analysis.longrun import effective_size, line_of, quantile, slowne
 from trajstore.analysis.rates import LEAST, Rate, fit_rate
 from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.spaces import Path, paths_of
+from trajstore.analysis.tables import Table, window_told
 from trajstore.analysis.windows import SLABS, resets_within
 
-__all__ = ["RULE", "Evidence", "Rule", "Verdict", "convergence", "judge"]
+from trajstore.store import StoredExperiment
+
+__all__ = ["RULE", "Evidence", "Rule", "Verdict", "convergence", "judge", "tables"]
 
 Verdict = Literal["point", "distribution", "drifting", "undecided"]
 Floats = NDArray[np.float64]
@@ -386,3 +389,11 @@ def _halves(along: Floats) -> float:
     halves = np.array_split(along, 2)
     error = float(np.hypot(*(standard_error(half - half.mean()) for half in halves)))
     return float((halves[1].mean() - halves[0].mean()) / error) if error else np.nan
+
+
+def tables(stored: StoredExperiment, metric: str = "parameters", window: int | None = None) -> list[Table]:
+    """Return what `trajstore analyze` shows."""
+    found = convergence(stored.dataset(), metric, window)
+    pairs = {name: (f"{name}_low", f"{name}_high") for name in ("rate", "shrinks", "drift")}
+    shown = ("verdict", "rate", "shrinks", "drift", "effective", "diameter", "tail_diameter", "move")
+    return [Table(f"point or distribution: {window_told(found)}", found, shown, pairs)]

@@ -25,14 +25,16 @@ import xarray as xr
 from numpy.typing import NDArray
 from trajstore.analysis.rounding import scale_of
 from trajstore.analysis.spaces import PARAMETERS
+from trajstore.analysis.tables import Table
 from trajstore.analysis.windows import metrics_of, with_slabs
 
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError, choices
 from trajstore.reading.drawing import drawing_of
 from trajstore.reading.origin import attributes_of
 from trajstore.storage.format.metrics import OF_MORE_THAN_THE_ITERATE, maker_of
+from trajstore.store import StoredExperiment
 
-__all__ = ["adjusted", "disjoint_test", "law", "refuse_of_more", "swap_test"]
+__all__ = ["adjusted", "disjoint_test", "law", "refuse_of_more", "swap_test", "tables"]
 
 Floats = NDArray[np.float64]
 _FEWEST = 99
@@ -197,3 +199,14 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
             "whether the operators change with the batch index is not stored; if they do not, have the operator say so "
             "in a field, by = 'position', and record it again"
         )
+
+
+def tables(
+    stored: StoredExperiment, metrics: Sequence[str] = ("parameters",), steps: Sequence[int] = ()
+) -> list[Table]:
+    """Return what `trajstore analyze` shows."""
+    found = law(stored.dataset(), metrics, steps or None)
+    shown = ("p_swap", "p_disjoint", "p_swap_adjusted", "p_disjoint_adjusted", "rejected")
+    seeds, drawn = found.attrs["seeds"], found.attrs["permutations"]
+    title = f"equal law of forward and backward: {seeds} seeds, p-values from {drawn} permutations"
+    return [Table(title, found, shown)]

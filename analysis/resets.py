@@ -21,6 +21,7 @@ from trajstore.analysis.convergence import RULE, judge
 from trajstore.analysis.longrun import ENOUGH, effective_size, line_of, quantile, standard_error
 from trajstore.analysis.rounding import Precision
 from trajstore.analysis.spaces import path_of
+from trajstore.analysis.tables import Table
 from trajstore.analysis.windows import (
     SLABS,
     ends_early,
@@ -29,14 +30,16 @@ from trajstore.analysis.windows import (
     measured_steps,
     precision_of,
     uneven,
+    usual_metric,
     usual_window,
     with_slabs,
 )
 
 from trajstore.engine.orders import Order
 from trajstore.errors import OrderError, StatisticError
+from trajstore.store import StoredExperiment
 
-__all__ = ["Reset", "resets"]
+__all__ = ["Reset", "resets", "tables"]
 
 Floats = NDArray[np.float64]
 Steps = NDArray[np.int64]
@@ -376,3 +379,15 @@ def _settled(leg: _Leg, window: slice, level: float) -> float:
 def _crossings(values: Floats, level: float) -> float:
     above = values > level
     return 100 * float((above[1:] != above[:-1]).sum()) / (len(values) - 1)
+
+
+def tables(stored: StoredExperiment, metric: str | None = None, window: int | None = None) -> list[Table]:
+    """Return what `trajstore analyze` shows."""
+    ds = stored.dataset()
+    found = resets(ds, metric or usual_metric(ds), window)
+    pairs = {name: (f"{name}_low", f"{name}_high") for name in ("before", "after", "difference")}
+    shown = (
+        "order", "seed", "step", "before", "after", "difference", "settles", "why", "settled_after",
+        "forward_between", "forward_crosses_before", "forward_crosses_after",
+    )  # fmt: skip
+    return [Table(f"resets: {found.attrs['metric']}", found, shown, pairs)]

@@ -23,16 +23,19 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from trajstore.analysis.longrun import ENOUGH, effective_size, quantile, standard_error
 from trajstore.analysis.rounding import Precision, of_moves, scale_of
-from trajstore.analysis.windows import SLABS, Window, resets_within, window_of
+from trajstore.analysis.tables import Table, window_told
+from trajstore.analysis.windows import SLABS, Window, resets_within, usual_metric, window_of
 
 from trajstore.engine.orders import Order
 from trajstore.errors import ConfigurationError, OrderError, StatisticError, choices
+from trajstore.store import StoredExperiment
 
 __all__ = [
     "Kind",
     "level_variance",
     "rolling_variance",
     "step_variance",
+    "tables",
     "tail_variance",
     "variance",
     "variance_ratio",
@@ -280,3 +283,19 @@ def check_kind(kind: str) -> None:
     """Refuse what is no variance."""
     if kind not in get_args(Kind):
         raise ConfigurationError(f"no variance {kind!r}; {choices(kind, get_args(Kind))}")
+
+
+def tables(
+    stored: StoredExperiment, metric: str | None = None, window: int | None = None, kind: str = "tail"
+) -> list[Table]:
+    """Return what `trajstore analyze` shows."""
+    ds = stored.dataset()
+    chosen = metric or usual_metric(ds)
+    each = variance(ds, chosen, window, kind)  # type: ignore[arg-type]  # it says what there is
+    shown = [
+        Table(f"{kind} variance of {window_told(each)}", each, ("variance", "effective"), {"variance": ("low", "high")})
+    ]
+    if {"forward", "backward"} <= set(map(str, each["order"].values)):
+        ratio = variance_ratio(ds, chosen, window, kind)  # type: ignore[arg-type]
+        shown.append(Table("forward over backward", ratio, ("ratio", "basis"), {"ratio": ("low", "high")}))
+    return shown
