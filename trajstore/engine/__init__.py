@@ -8,11 +8,13 @@ many chains at once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from trajstore.engine.orders import Leg
-from trajstore.engine.proving import Refusal
-from trajstore.operators.state import State
+
+if TYPE_CHECKING:  # what reads orders needs no torch
+    from trajstore.engine.proving import Refusal
+    from trajstore.operators.state import State
 
 __all__ = ["Engine", "Iterate", "Work"]
 
