@@ -30,11 +30,9 @@ __all__ = [
 
 
 def _complete_preset(incomplete: str) -> list[str]:
-    folder = Path(__file__).parent
-    for candidate in (folder.parent / "presets", folder.parent / "trajstore" / "presets"):
-        if candidate.is_dir():
-            return [f.stem for f in sorted(candidate.glob("*.toml")) if f.stem.startswith(incomplete)]
-    return []
+    from trajstore.experiment.presets import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
 
 
 def complete_experiment(ctx: typer.Context, incomplete: str) -> list[str]:

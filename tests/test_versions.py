@@ -34,7 +34,7 @@ def test_every_requirement_names_its_oldest_release():
 def test_whatever_the_format_needs_has_a_bound_of_its_own():
     """What comes with another library has only the bounds that this one happens to have."""
     imported = set()
-    for file in (Path(PROJECT).parent / "trajstore" / "storage").glob("*.py"):
+    for file in (Path(PROJECT).parent / "trajstore" / "storage").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}

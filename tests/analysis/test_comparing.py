@@ -12,6 +12,7 @@ from trajstore.analysis.seeds import DECIDES
 import trajstore as ts
 from tests.tools.calibration import effects
 from trajstore.errors import ConfigurationError, NotFoundError, StatisticError
+from trajstore.experiment.configuration import merge
 
 ROWS = {
     "problem": {"family": "least-squares", "n": 30, "d": 3, "batch_size": 6},
@@ -32,7 +33,7 @@ def store(tmp_path_factory):
     place = tmp_path_factory.mktemp("comparing") / "s.zarr"
     for name, changes in VARIANTS.items():
         table = {**ROWS, "name": f"rows.{name}", "variant_of": "rows"}
-        ts.run(ts.Experiment.of(ts.configuration.merge(table, changes)), place, engine="reference")
+        ts.run(ts.Experiment.of(merge(table, changes)), place, engine="reference")
     return ts.open(place)
 
 

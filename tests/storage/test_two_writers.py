@@ -29,8 +29,8 @@ FIRST = f"""
 import sys, time
 from pathlib import Path
 import torch, trajstore as ts
-from trajstore.storage import writer
-writer.COMMIT_STEPS = 4
+from trajstore.storage.writing import slab_writer
+slab_writer.COMMIT_STEPS = 4
 store, half, go = map(Path, sys.argv[1:])
 with ts.record(store, "mine", torch.nn.Linear(2, 1), seed=0) as rec:
     for n in range(1, {WHOLE} + 1):
