@@ -54,11 +54,11 @@ check: lint types test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tests/tools/check_imports.py
+	$(BIN)/python -m tests.tools.check_imports
 
 # mypy has to see the three packages as they are installed; from here it would see one and report success.
 types: $(VENV)/.installed-test
-	$(BIN)/python tests/tools/check_types.py
+	$(BIN)/python -m tests.tools.check_types
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W -q docs docs/_build/html

@@ -201,9 +201,7 @@ def _refuse_dependent(ds: xr.Dataset) -> None:
         )
 
 
-def tables(
-    stored: StoredExperiment, metrics: Sequence[str] = ("parameters",), steps: Sequence[int] = ()
-) -> list[Table]:
+def tables(stored: StoredExperiment, metrics: Sequence[str] = (PARAMETERS,), steps: Sequence[int] = ()) -> list[Table]:
     """Return what `trajstore analyze` shows."""
     found = law(stored.dataset(), metrics, steps or None)
     shown = ("p_swap", "p_disjoint", "p_swap_adjusted", "p_disjoint_adjusted", "rejected")

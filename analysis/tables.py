@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import xarray as xr
 
-from trajstore._common.plugins import loaded, offered
+from trajstore._common.plugins import added, loaded
 from trajstore.errors import NotFoundError, choices
 from trajstore.store import StoredExperiment
 
@@ -46,16 +46,16 @@ Tables = Callable[..., list[Table]]
 
 def statistic_names() -> list[str]:
     """Return the names of the statistics, those that installed packages add last."""
-    return [*STATISTICS, *(name for name in offered(_GROUP) if name not in STATISTICS)]
+    return [*STATISTICS, *added(_GROUP, STATISTICS)]
 
 
 def tables_of(name: str) -> Tables:
     """Return what makes the tables of a statistic."""
     if name in STATISTICS:
         return cast(Tables, import_module(f"trajstore.analysis.{STATISTICS[name]}").tables)
-    if name not in offered(_GROUP):
+    if (entry := added(_GROUP, STATISTICS).get(name)) is None:
         raise NotFoundError(f"no analysis {name!r}; {choices(name, statistic_names())}")
-    statistic = loaded(offered(_GROUP)[name])
+    statistic = loaded(entry)
 
     @functools.wraps(statistic)
     def tables(stored: StoredExperiment, **options: Any) -> list[Table]:  # noqa: ANN401  what it takes

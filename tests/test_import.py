@@ -66,3 +66,11 @@ def test_every_public_name_is_there():
     for name in ts.__all__:
         assert getattr(ts, name) is not None
     assert set(ts.__all__) <= set(dir(ts))
+
+
+def test_what_moved_is_handed_on_for_a_release():
+    program = "import warnings; warnings.simplefilter('error')\ntry:\n    import trajstore.streaming\n"
+    program += "except DeprecationWarning as told:\n    assert 'trajstore.reading.streaming' in str(told)\n"
+    program += "warnings.simplefilter('ignore'); from trajstore.streaming import Need as old\n"
+    program += "from trajstore.reading.streaming import Need\nassert Need is old; print('handed on')"
+    assert "on" in subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -64,6 +64,7 @@ __all__ = [
     "WriteError",
     "choices",
     "damage_told",
+    "printable",
     "slab_named",
 ]
 

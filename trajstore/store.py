@@ -31,9 +31,7 @@ def open(path: str | Path, *, trust: bool = False) -> Store:
     may be called and read in this process where something is to be computed with them. What was recorded here may be
     in any case.
     """
-    store = Store(path, trust=trust)
-    _ = store.root
-    return store
+    return Store.opened(path, trust=trust)
 
 
 class Store(StoreHandle):

@@ -19,7 +19,7 @@ import xarray as xr
 from matplotlib.figure import Figure, SubFigure
 from trajstore.analysis.figures._style import FURTHER_COLOURS, ORDER_COLOURS, order_colour, style
 
-from trajstore._common.plugins import loaded, offered
+from trajstore._common.plugins import added, loaded
 from trajstore.errors import ConfigurationError, NotFoundError, choices
 from trajstore.store import StoredExperiment
 
@@ -54,7 +54,8 @@ def figure_names() -> list[str]:
     """Return the names of the figures, those of the paper last."""
     from trajstore.analysis.figures._paper import PAPER
 
-    return [*sorted({*(module.replace("_", "-") for module in FIGURES), *offered(_GROUP)}), *PAPER]
+    own = [module.replace("_", "-") for module in FIGURES]
+    return [*sorted([*own, *added(_GROUP, {*own, *PAPER})]), *PAPER]
 
 
 def draw(name: str, of: Drawable, **options: Any) -> Figure | SubFigure:  # noqa: ANN401  each its own
@@ -86,7 +87,7 @@ def _drawing(name: str) -> Drawing:
         return cast(Drawing, PAPER[name])
     if (module := name.replace("-", "_")) in FIGURES:
         return cast(Drawing, import_module(f"{__name__}.{module}").draw)
-    return cast(Drawing, loaded(offered(_GROUP)[name]))
+    return cast(Drawing, loaded(added(_GROUP, FIGURES)[name]))
 
 
 def _dataset(of: xr.Dataset | StoredExperiment) -> xr.Dataset:

@@ -83,6 +83,7 @@ def test_they_are_merged_into_another_store(store: ts.Store, held: dict[str, Any
     assert summary(other) == held
     for kind in ("named", "given", "images"):
         ts.run(experiment(kind, 8), tmp_path / "third.zarr", engine="reference")
+    assert ts.open(tmp_path / "third.zarr")["given"].config["problem"]["object"] == "trajstore:ModuleProblem"
     merge(ts.open(tmp_path / "third.zarr"), other)  # what is recorded now is the same experiment
     assert {name: max(slab.last_step for slab in other[name].slabs()) for name in ("named", "given", "images")} == {
         "named": 8, "given": 8, "images": 8,

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2]))
-
 from tests.tools.installed import ROOT, modules, unpacked
 
 GRAPH = """

@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 from tests.tools.installed import ROOT, modules, unpacked
 

@@ -11,14 +11,14 @@ keeps its names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from trajstore.errors import ConfigurationError
 
-__all__ = ["loaded", "offered"]
+__all__ = ["added", "loaded", "offered"]
 
 
 @cache
@@ -31,6 +31,11 @@ def offered(group: str) -> Mapping[str, EntryPoint]:
                 f"two packages offer {entry.name!r} as one of {group}: {_of(other)} and {_of(entry)}; uninstall one"
             )
     return found
+
+
+def added(group: str, own: Container[str]) -> dict[str, EntryPoint]:
+    """Return what is offered in a group beside trajstore's own, which keep their names."""
+    return {name: entry for name, entry in offered(group).items() if name not in own}
 
 
 def loaded(entry: EntryPoint) -> Any:  # noqa: ANN401

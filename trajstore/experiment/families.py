@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from trajstore._common.plugins import loaded, offered
+from trajstore._common.plugins import added, loaded
 from trajstore.errors import ConfigurationError, choices
 
 __all__ = ["family", "family_name", "family_names"]
@@ -43,12 +43,12 @@ def family(package: str, name: str) -> type[Any]:
         raise ConfigurationError(
             f"unknown {kind} {name!r}; {choices(name, family_names(package))}; or install what offers it"
         )
-    added = loaded(entry)
-    if not (isinstance(added, type) and is_dataclass(added)):
+    given = loaded(entry)
+    if not (isinstance(given, type) and is_dataclass(given)):
         raise ConfigurationError(f"{kind} {name!r} is {entry.value}, which is no dataclass")
-    if missing := _missing(added, package):
+    if missing := _missing(given, package):
         raise ConfigurationError(f"{kind} {name!r} is {entry.value}, which has no {missing[0]}()")
-    return added
+    return given
 
 
 def family_name(instance: object) -> str | None:
@@ -59,8 +59,8 @@ def family_name(instance: object) -> str | None:
         return module.replace("_", "-")
     reference = f"{declared.__module__}:{declared.__qualname__}"
     packages = (package for package in _METHODS if not _missing(declared, package))
-    added = ((name, entry) for package in packages for name, entry in _added(package).items())
-    return next((name for name, entry in added if entry.value.replace(" ", "") == reference), None)
+    there = ((name, entry) for package in packages for name, entry in _added(package).items())
+    return next((name for name, entry in there if entry.value.replace(" ", "") == reference), None)
 
 
 def _own(package: str) -> list[str]:
@@ -69,8 +69,7 @@ def _own(package: str) -> list[str]:
 
 def _added(package: str) -> dict[str, EntryPoint]:
     """Return what others add. What is here keeps its name: no number of `sgd` may come from elsewhere."""
-    entries = offered(f"trajstore.{package.rpartition('.')[2]}")
-    return {name: entry for name, entry in entries.items() if name not in _own(package)}
+    return added(f"trajstore.{package.rpartition('.')[2]}", _own(package))
 
 
 def _missing(declared: type[Any], package: str) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import zarr
@@ -60,20 +60,12 @@ __all__ = [
     "check_place",
     "check_portable",
     "open_root",
-    "opened_store",
     "refuse_alike",
     "refuse_foreign",
     "refuse_new",
     "standing",
     "unreadable_told",
 ]
-
-
-def opened_store(path: str | Path, *, trust: bool = False) -> StoreHandle:
-    """Open a store for reading, as `trajstore.open` does."""
-    store = StoreHandle(path, trust=trust)
-    _ = store.root
-    return store
 
 
 def check_place(store: StoreHandle) -> None:
@@ -148,6 +140,13 @@ class StoreHandle:
 
     def __init__(self, path: str | Path | Place, *, trust: bool = False) -> None:
         self.place, self.trusted = place_of(path), trust
+
+    @classmethod
+    def opened(cls, path: str | Path, *, trust: bool = False) -> Self:
+        """Return one that is there; raise where none is."""
+        store = cls(path, trust=trust)
+        _ = store.root
+        return store
 
     def __str__(self) -> str:
         return str(self.place)

@@ -83,10 +83,10 @@ def _looked_up(text: str) -> Mapping[str, Any]:
     written = _WRITTEN.fullmatch(text)
     if written is None or not Path(written[2]).is_absolute():
         return {}
-    from trajstore.reading.handles import opened_store
+    from trajstore.reading.handles import StoreHandle
 
     try:
-        attributes = opened_store(Path(written[2]))[written[1]].attributes
+        attributes = StoreHandle.opened(Path(written[2]))[written[1]].attributes
     except OpenFilesError:
         raise  # nothing is known of what is there
     except (TrajstoreError, OSError):

@@ -19,7 +19,7 @@ from xarray.backends import BackendEntrypoint
 
 from trajstore.errors import ConfigurationError, OpenFilesError, TrajstoreError, choices
 from trajstore.reading.dataset import opened
-from trajstore.reading.handles import StoreHandle, opened_store
+from trajstore.reading.handles import StoreHandle
 
 __all__ = ["TrajstoreBackend"]
 
@@ -36,7 +36,7 @@ class TrajstoreBackend(BackendEntrypoint):
         if not isinstance(filename_or_obj, str | os.PathLike):
             return False
         try:
-            return opened_store(_path(filename_or_obj)) is not None
+            return StoreHandle.opened(_path(filename_or_obj)) is not None
         except OpenFilesError:
             raise  # nothing is known of what is there
         except (TrajstoreError, OSError):
@@ -51,7 +51,7 @@ class TrajstoreBackend(BackendEntrypoint):
         trust: bool = False,
     ) -> xr.Dataset:
         """Open one experiment, which need not be named where it is the only one."""
-        store = opened_store(_path(filename_or_obj), trust=trust)
+        store = StoreHandle.opened(_path(filename_or_obj), trust=trust)
         names = list(store)
         if group is None and len(names) != 1:
             raise ConfigurationError(f"{store}: say which experiment with group=…; {choices('', names)}")
@@ -66,7 +66,7 @@ class TrajstoreBackend(BackendEntrypoint):
         trust: bool = False,
     ) -> dict[str, xr.Dataset]:
         """Open all experiments, or one, by their paths in the tree."""
-        store: StoreHandle = opened_store(_path(filename_or_obj), trust=trust)
+        store: StoreHandle = StoreHandle.opened(_path(filename_or_obj), trust=trust)
         names = list(store) if group is None else [group.strip("/")]
         return {"/": xr.Dataset()} | {f"/{name}": _without(opened(store[name]), drop_variables) for name in names}
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from trajstore.errors import ConfigurationError, choices
-from trajstore.storage.places.bucket import bucket_at
 from trajstore.storage.places.folder import Folder
 from trajstore.storage.places.place import Place
 
@@ -38,4 +37,6 @@ def place_of(address: str | Path | Place) -> Place:
         raise ConfigurationError(f"{address}: name the store in the bucket, as in {scheme}://bucket/runs.zarr")
     if any(part in ("", ".", "..") for part in rest.rstrip("/").split("/")) or {*"?#"} & {*rest}:
         raise ConfigurationError(f"{address}: a store's URL has no '?', '#', '.', '..' and no empty parts")
+    from trajstore.storage.places.bucket import bucket_at  # what sends requests, which folders do without
+
     return bucket_at(address.rstrip("/"))
